@@ -1,0 +1,60 @@
+# make demo   synthesize logs, train, validate and test on two processes
+# make test   the whole test suite that needs no GPU
+# make check  format, lint, types, import contracts
+# Each sets up .venv first. DEVICE=cuda takes the CUDA packages; the default looks for a GPU driver.
+
+PYTHON ?= python3
+DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+BIN := .venv/bin
+READY := .venv/ready-$(DEVICE)
+DEMO ?= build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lock clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+setup: $(READY)
+
+# torch alone brings its own dependencies (the CUDA libraries, where it is the CUDA build); everything else is pinned and
+# comes without, so that no package replaces torch.
+$(READY): requirements/$(DEVICE).txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  f"Python {v[0]}.{v[1]} found, 3.10 to 3.12 needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Setting up .venv for $(DEVICE) (a few minutes on the first run)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/cuda.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/$(DEVICE).txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/dlrm doctor
+	@touch $@
+
+demo: $(READY)
+	@rm -rf $(DEMO)
+	$(BIN)/dlrm synthesize $(DEMO)/raw --rows 300000 --days 3
+	$(BIN)/dlrm preprocess $(DEMO)/raw/day_*.tsv --output $(DEMO)/days
+	$(BIN)/torchrun --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 dlrm_main.py \
+	  --recipe debug_cpu --in_memory_binary_criteo_path $(DEMO)/days --run_dir $(DEMO)/run
+	@$(BIN)/python benchmarks/demo_summary.py $(DEMO)/raw/truth.json $(DEMO)/run/summary.json
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:
+	requirements/lock.sh
+
+clean:
+	rm -rf .venv build

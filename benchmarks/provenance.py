@@ -1,0 +1,34 @@
+"""What every benchmark's JSON says of where its figures come from."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from dlrm.artifacts import write_json
+from dlrm.train.run_directory import describe_software
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes `result` beside the command, the commit, the machine and the versions."""
+    software = describe_software()
+    machine = {"cpu": cpu_model(), "cpu_count": os.cpu_count(), "system": platform.platform()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"command": shlex.join(["python", *sys.argv]), **software, "machine": machine, **result})
+    print(f"{path} written")
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    return json.loads((run_dir / "summary.json").read_text())

@@ -1,0 +1,48 @@
+"""The `dlrm` command. A command's module is loaded only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dlrm import __version__
+from dlrm.errors import EXIT_USER_ERROR, DlrmError
+
+COMMANDS = {
+    "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
+    "preprocess": ("dlrm.preprocess.tsv", "turn raw Criteo text into binary days"),
+    "train": ("dlrm.train.main", "train, validate and test; the same as dlrm_main.py"),
+    "doctor": ("dlrm.doctor", "say whether what is installed fits together and runs"),
+}
+
+USAGE = "\n".join(
+    [
+        "usage: dlrm COMMAND [FLAGS]",
+        "",
+        "Trains deep learning recommendation models on TorchRec, from click logs to a measured model.",
+        "",
+        *(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()),
+        "",
+        "`dlrm COMMAND --help` lists a command's flags.",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"dlrm {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"dlrm: error: {name}: no such command. Expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        return module.main(rest) or 0
+    except DlrmError as error:
+        print(f"dlrm {name}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR

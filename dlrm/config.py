@@ -1,0 +1,380 @@
+"""Every knob of a run. One owner per field; a field's docstring is its --help.
+
+The names and defaults of the public TorchRec DLRM example hold. No torch here.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import annotated_types
+import tyro
+from annotated_types import Ge, Gt, Le, Lt
+
+from dlrm.errors import ConfigError
+from dlrm.schema import NUM_CATEGORICAL_FEATURES
+
+CONFIG_VERSION = 1
+DEFAULT_RANDOM_BATCHES = 10
+
+
+def _parse_list(tokens: list[str]) -> tuple[int, ...]:
+    return tuple(int(size) for size in tokens[0].split(","))
+
+
+IntList = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT,INT,...",
+        instance_from_str=_parse_list,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda sizes: [",".join(map(str, sizes))],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are batched."""
+
+    in_memory_binary_criteo_path: str | None = None
+    """Folder of binary Criteo days (day_{i}_dense.npy, day_{i}_sparse.npy, day_{i}_labels.npy). The last day is held
+    out: its first half validates, its second half tests. Each rank loads only its own rows into memory. Without it,
+    data is random."""
+
+    dataset_name: Literal["criteo_1t", "criteo_kaggle"] = "criteo_1t"
+    """Layout of the folder. criteo_kaggle: train_{dense,sparse,labels}.npy in time order; the first 6/7 of the rows
+    train, of the rest the first half validates and the second tests."""
+
+    mmap_mode: bool = False
+    """Read rows from disk as they are needed instead of loading them first. Rows are then checked as they are read."""
+
+    batch_size: Annotated[int, Gt(0)] = 32
+    """Training samples per rank per step."""
+
+    test_batch_size: Annotated[int | None, Gt(0)] = None
+    """Validation and test samples per rank per step. Default: batch_size."""
+
+    drop_last_training_batch: bool = False
+    """Leave out the last training batch of an epoch where it is not full on every rank."""
+
+    limit_train_batches: Annotated[int | None, Gt(0)] = None
+    """Training steps per epoch at the most. Default: all; 10 for random data."""
+
+    limit_val_batches: Annotated[int | None, Gt(0)] = None
+    """Validation steps at the most. Default: all; 10 for random data."""
+
+    limit_test_batches: Annotated[int | None, Gt(0)] = None
+    """Test steps at the most. Default: all; 10 for random data."""
+
+    shuffle_batches: bool = False
+    """Permute the rows inside each rank's training batch. Needs binary days."""
+
+    pin_memory: bool = False
+    """Build batches in page-locked memory, which speeds up copies to a GPU. No effect without one."""
+
+    num_generated_batches: Annotated[int | None, Gt(0)] = None
+    """Random data only: generate this many batches once and cycle through them. Default: fresh ones every step."""
+
+    zipf_exponent: Annotated[float, Ge(0.0), Lt(10.0)] = 0.0
+    """Random data only: id k of a table is drawn with probability falling as (k + 1)^-exponent. 0 is uniform."""
+
+    multi_hot_sizes: IntList | None = None
+    """Random data only: ids per sample of each of the 26 features. Default: one each."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Embedding tables, dense arch, interaction, over arch."""
+
+    num_embeddings: Annotated[int, Gt(0), Lt(2**31)] = 100_000
+    """Rows of every embedding table. On the command line it replaces the table sizes of a recipe."""
+
+    num_embeddings_per_feature: IntList | None = None
+    """Rows of each of the 26 embedding tables. Ids outside a table are reduced modulo its rows. Default: num_embeddings
+    each."""
+
+    embedding_dim: Annotated[int, Gt(0)] = 64
+    """Columns of every embedding table; a multiple of 4."""
+
+    dense_arch_layer_sizes: IntList = (512, 256, 64)
+    """Layers of the MLP over the 13 integers; the last is embedding_dim."""
+
+    over_arch_layer_sizes: IntList = (512, 512, 256, 1)
+    """Layers of the MLP over the interaction; the last is 1, the logit."""
+
+    interaction_type: Literal["original", "dcn", "projection"] = "original"
+    """original: pairwise dot products. dcn: low-rank DCN v2. projection: product of two MLPs' outputs."""
+
+    interaction_branch1_layer_sizes: IntList = (2048, 2048)
+    """projection only: layers of the first branch; the last is a multiple of embedding_dim."""
+
+    interaction_branch2_layer_sizes: IntList = (2048, 2048)
+    """projection only: layers of the second branch; the last is a multiple of embedding_dim."""
+
+    dcn_num_layers: Annotated[int, Gt(0)] = 3
+    """dcn only: number of cross layers."""
+
+    dcn_low_rank_dim: Annotated[int, Gt(0)] = 512
+    """dcn only: rank of each cross layer's weight."""
+
+    @property
+    def table_rows(self) -> tuple[int, ...]:
+        """Rows of each of the 26 tables."""
+        return self.num_embeddings_per_feature or (self.num_embeddings,) * NUM_CATEGORICAL_FEATURES
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates, of tables (fused into the backward pass) and MLPs alike."""
+
+    learning_rate: Annotated[float, Gt(0.0)] = 15.0
+    """Step size of the embedding tables and the dense parts."""
+
+    adagrad: bool = False
+    """Adagrad instead of SGD."""
+
+    eps: Annotated[float, Gt(0.0)] = 1e-8
+    """Adagrad only: added to the root of the accumulated squares."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, seed and arithmetic of a run."""
+
+    epochs: Annotated[int, Gt(0)] = 1
+    """Passes over the training set."""
+
+    seed: Annotated[int | None, Ge(0), Lt(2**63)] = None
+    """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit.
+    Default: drawn anew and recorded in config.json."""
+
+    allow_tf32: bool = False
+    """TensorFloat-32 for matrix products on A100 or newer GPUs. No effect without one."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When the held-out sets are scored."""
+
+    validation_freq_within_epoch: Annotated[int | None, Gt(0)] = None
+    """Training steps between validations within an epoch. Default: none within."""
+
+    validation_auroc: Annotated[float | None, Gt(0.5), Le(1.0)] = None
+    """Stop training once a validation reaches this AUROC, and report the samples and seconds it took."""
+
+    evaluate_on_epoch_end: bool = True
+    """Score the validation set after each epoch."""
+
+    evaluate_on_training_end: bool = True
+    """Score the test set after training."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run shows and where it writes."""
+
+    run_dir: str | None = None
+    """Folder for config, plan, metrics and summary. Default: runs/<time>-<recipe or dataset>."""
+
+    log_every: Annotated[int | None, Gt(0)] = None
+    """Steps between lines in metrics.jsonl and on the screen. Default: a fiftieth of the epoch, at most 100."""
+
+    print_progress: bool = True
+    """Show step, samples/s, time left, loss, learning rate and last AUROC while training."""
+
+    print_lr: bool = False
+    """Print each parameter group's learning rate at every step."""
+
+    print_sharding_plan: bool = False
+    """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, complete. Refuses what makes no sense, and flags that would have no effect."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    recipe: str | None = None
+    """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
+    spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether samples are generated rather than read."""
+        return self.data.in_memory_binary_criteo_path is None
+
+    def validate(self) -> None:
+        """Refuses values out of range and combinations that make no sense.
+
+        Raises:
+            ConfigError: naming the flag, what it got, what was expected, and what to do.
+        """
+        for section in (self.data, self.model, self.optimizer, self.training, self.evaluation, self.output):
+            _check_ranges(section)
+        _check_layers(self.model)
+        _check_effects(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary from which `from_json` restores an equal config."""
+        return {"config_version": CONFIG_VERSION, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "Config":
+        """The config that `to_json` wrote.
+
+        Raises:
+            ConfigError: if it was written by another version, or holds a field this one does not know.
+        """
+        version = content.get("config_version")
+        if version != CONFIG_VERSION:
+            raise ConfigError(f"config_version {version}: this dlrm reads version {CONFIG_VERSION}")
+        hints = typing.get_type_hints(Config)
+        try:
+            return Config(
+                **{
+                    name: _restore(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+                    for name, value in content.items()
+                    if name != "config_version"
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"config.json does not fit this dlrm: {error}. Expected the fields of --help.") from None
+
+    @staticmethod
+    def load(path: Path) -> "Config":
+        """The config in a run directory's config.json."""
+        return Config.from_json(json.loads(path.read_text()))
+
+
+_Section = TypeVar("_Section")
+
+
+def _restore(section: type[_Section], content: dict[str, Any]) -> _Section:
+    return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+
+
+def _check_ranges(section: Any) -> None:
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(section, name)
+        if isinstance(value, tuple):
+            if not value or min(value) <= 0:
+                raise ConfigError(
+                    f"--{name} {','.join(map(str, value))}: expected positive integers, as in 512,256,128"
+                )
+            continue
+        if value is None:
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name} {value}: expected a finite number")
+        for bound in getattr(hint, "__metadata__", ()):
+            _check_bound(name, value, bound)
+
+
+def _check_bound(name: str, value: float, bound: object) -> None:
+    match bound:
+        case annotated_types.Gt(gt=limit):
+            holds, words = value > limit, f"more than {limit}"  # type: ignore[operator]
+        case annotated_types.Ge(ge=limit):
+            holds, words = value >= limit, f"{limit} or more"  # type: ignore[operator]
+        case annotated_types.Lt(lt=limit):
+            holds, words = value < limit, f"less than {limit}"  # type: ignore[operator]
+        case annotated_types.Le(le=limit):
+            holds, words = value <= limit, f"{limit} or less"  # type: ignore[operator]
+        case _:
+            return
+    if not holds:
+        raise ConfigError(f"--{name} {value}: expected {words}")
+
+
+def _check_layers(model: ModelConfig) -> None:
+    dim = model.embedding_dim
+    if dim % 4:
+        raise ConfigError(
+            f"--embedding_dim {dim}: expected a multiple of 4, as FBGEMM's kernels need. Try {-(-dim // 4) * 4}."
+        )
+    rows = model.num_embeddings_per_feature
+    if rows is not None and len(rows) != NUM_CATEGORICAL_FEATURES:
+        raise ConfigError(f"--num_embeddings_per_feature: got {len(rows)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
+    if rows is not None and max(rows) >= 2**31:
+        raise ConfigError(
+            f"--num_embeddings_per_feature: {max(rows)} rows, expected less than {2**31} (ids are 32 bits)"
+        )
+    if model.dense_arch_layer_sizes[-1] != dim:
+        raise ConfigError(
+            f"--dense_arch_layer_sizes ends in {model.dense_arch_layer_sizes[-1]}, expected embedding_dim, which is "
+            f"{dim}. Change one of the two."
+        )
+    over = model.over_arch_layer_sizes
+    if len(over) < 2 or over[-1] != 1:
+        raise ConfigError(
+            f"--over_arch_layer_sizes {','.join(map(str, over))}: expected two or more layers, the last of size 1"
+        )
+    if model.interaction_type == "projection":
+        for branch in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
+            if (last := getattr(model, branch)[-1]) % dim:
+                raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
+
+
+def _check_effects(config: Config) -> None:
+    """A flag that would change nothing is refused rather than ignored."""
+    data, model, evaluation = config.data, config.model, config.evaluation
+    if config.is_random:
+        for name in ("mmap_mode", "shuffle_batches"):
+            _refuse_if_set(data, name, "needs --in_memory_binary_criteo_path; data is random without it")
+        _refuse_if_set(data, "dataset_name", "names a folder's layout; give --in_memory_binary_criteo_path with it")
+        _refuse_if_set(data, "drop_last_training_batch", "has no effect on random data, whose batches are all full")
+    else:
+        for name in ("num_generated_batches", "zipf_exponent"):
+            _refuse_if_set(data, name, "is for random data; leave out --in_memory_binary_criteo_path")
+        _refuse_if_set(data, "multi_hot_sizes", "is for random data so far: binary days hold one id per feature")
+    if data.multi_hot_sizes is not None and len(data.multi_hot_sizes) != NUM_CATEGORICAL_FEATURES:
+        raise ConfigError(
+            f"--multi_hot_sizes: got {len(data.multi_hot_sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}"
+        )
+    if model.num_embeddings_per_feature is not None:
+        _refuse_if_set(
+            model, "num_embeddings", "has no effect beside --num_embeddings_per_feature; give one of the two"
+        )
+    if model.interaction_type != "dcn":
+        for name in ("dcn_num_layers", "dcn_low_rank_dim"):
+            _refuse_if_set(model, name, "needs --interaction_type dcn")
+    if model.interaction_type != "projection":
+        for name in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
+            _refuse_if_set(model, name, "needs --interaction_type projection")
+    if not config.optimizer.adagrad:
+        _refuse_if_set(config.optimizer, "eps", "needs --adagrad")
+    validates = evaluation.evaluate_on_epoch_end or evaluation.validation_freq_within_epoch is not None
+    if evaluation.validation_auroc is not None and not validates:
+        raise ConfigError(
+            f"--validation_auroc {evaluation.validation_auroc} with --no_evaluate_on_epoch_end: nothing validates. "
+            "Give --validation_freq_within_epoch."
+        )
+    if not validates and data.limit_val_batches is not None:
+        raise ConfigError(
+            "--limit_val_batches with --no_evaluate_on_epoch_end: nothing validates. Leave one of them out."
+        )
+    if not evaluation.evaluate_on_training_end and data.limit_test_batches is not None:
+        raise ConfigError(
+            "--limit_test_batches with --no_evaluate_on_training_end: nothing tests. Leave one of them out."
+        )
+
+
+def _refuse_if_set(section: Any, name: str, why: str) -> None:
+    value = getattr(section, name)
+    default = next(f.default for f in dataclasses.fields(section) if f.name == name)
+    if value != default:
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise ConfigError(f"--{name}{'' if value is True else f' {shown}'} {why}")

@@ -1,0 +1,1 @@
+"""Rows of a data set become batches, rank by rank."""

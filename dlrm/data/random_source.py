@@ -1,0 +1,83 @@
+"""Random rows, fresh at every step, the same for a seed whatever the world size.
+
+Shapes: B samples, I integer features, N ids per sample.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.data.batch import Rows
+from dlrm.schema import NUM_INTEGER_FEATURES
+
+_WORDS_PER_COUNTER = 4  # Philox4x64 turns one counter value into four 64-bit words
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """An endless table whose row i is a function of (seed, i) alone.
+
+    Integers are uniform in [0, 1), labels are fair coins, so the AUROC of any model is 0.5. Ids follow a power law:
+    with exponent s and R rows, P(id = k) is the integral of x^-s over [k + 1, k + 2), divided by that over [1, R + 1);
+    s = 0 is uniform.
+
+    Attributes:
+        table_rows: rows of each table.
+        hotness: ids per sample of each feature.
+        zipf_exponent: s.
+        seed: of this stream.
+        num_distinct_rows: rows repeat after this many; None: never.
+    """
+
+    table_rows: tuple[int, ...]
+    hotness: tuple[int, ...]
+    zipf_exponent: float
+    seed: int
+    num_distinct_rows: int | None = None
+
+    @cached_property
+    def _rows_of_column(self) -> npt.NDArray[np.float64]:
+        return np.repeat(np.array(self.table_rows, dtype=np.float64), self.hotness)
+
+    @property
+    def _counters_per_row(self) -> int:
+        return -(-(1 + NUM_INTEGER_FEATURES + sum(self.hotness)) // _WORDS_PER_COUNTER)
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows [start, stop)."""
+        uniform_BW = self._uniform(start, stop)
+        labels_B = (uniform_BW[:, 0] < 0.5).astype(np.int32)
+        dense_BI = uniform_BW[:, 1 : 1 + NUM_INTEGER_FEATURES].astype(np.float32)
+        uniform_BN = uniform_BW[:, 1 + NUM_INTEGER_FEATURES : 1 + NUM_INTEGER_FEATURES + sum(self.hotness)]
+        return Rows(dense_BI, draw_ids(uniform_BN, self._rows_of_column, self.zipf_exponent), labels_B)
+
+    def _uniform(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Uniform numbers in [0, 1) of rows [start, stop), one line a row."""
+        period = self.num_distinct_rows
+        if period is not None and start // period != (stop - 1) // period:
+            cut = (start // period + 1) * period
+            return np.concatenate([self._uniform(start, cut), self._uniform(cut, stop)])
+        if stop <= start:
+            return np.empty((0, self._counters_per_row * _WORDS_PER_COUNTER))
+        first = start if period is None else start % period
+        generator = np.random.Philox(key=self.seed, counter=first * self._counters_per_row)
+        words = generator.random_raw((stop - start) * self._counters_per_row * _WORDS_PER_COUNTER)
+        uniform = (words >> np.uint64(11)).astype(np.float64)
+        uniform *= 2.0**-53
+        return uniform.reshape(stop - start, -1)
+
+
+def draw_ids(
+    uniform_BN: npt.NDArray[np.float64], rows_N: npt.NDArray[np.float64], exponent: float
+) -> npt.NDArray[np.int32]:
+    """Ids in [0, rows) by inverting the distribution function of `RandomSource`."""
+    if exponent == 0.0:
+        drawn_BN = uniform_BN * rows_N
+    elif exponent == 1.0:
+        drawn_BN = np.exp(uniform_BN * np.log1p(rows_N)) - 1.0
+    else:
+        power = 1.0 - exponent
+        drawn_BN = (1.0 + uniform_BN * ((1.0 + rows_N) ** power - 1.0)) ** (1.0 / power) - 1.0
+    return np.minimum(drawn_BN, rows_N - 1.0).astype(np.int32)

@@ -1,0 +1,148 @@
+"""The three splits of a run, each an iterable of this rank's batches, built ahead of need."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
+from dlrm.data.batch import Batch, build_batch
+from dlrm.data.binary_days import DayRows, Stage, open_splits
+from dlrm.data.partition import Partition
+from dlrm.data.random_source import RandomSource
+from dlrm.data.source import MappedSplit, RandomSplit, Source, load_split
+from dlrm.runtime import Runtime, derive_seed
+from dlrm.schema import NUM_CATEGORICAL_FEATURES
+
+T = TypeVar("T")
+
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
+_BATCHES_AHEAD = 4
+_ONE_HOT = (1,) * NUM_CATEGORICAL_FEATURES
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split as this rank sees it."""
+
+    source: Source
+    partition: Partition
+    rank: int
+    hotness: tuple[int, ...]
+    shuffle_seed: int | None = None
+    pin_memory: bool = False
+
+    def batches(self, epoch: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one pass, built on a thread a few steps ahead."""
+        return prefetch(self._build(epoch), _BATCHES_AHEAD)
+
+    def _build(self, epoch: int) -> Iterator[Batch]:
+        for span in self.partition.spans(self.rank):
+            rows = self.source.read(span, epoch)
+            if self.shuffle_seed is not None:
+                seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)
+                rows = rows.take(np.random.default_rng(seed).permutation(span.rows))
+            batch = build_batch(rows, span, self.hotness)
+            yield batch.pin_memory() if self.pin_memory else batch
+
+
+def open_run_splits(config: Config, runtime: Runtime) -> dict[Stage, Split]:
+    """Opens, checks and (unless mapped) loads what the run reads. `config.training.seed` is set.
+
+    Raises:
+        DatasetError: if the data is missing or wrong.
+    """
+    if config.is_random:
+        return {stage: _random_split(config, stage, runtime) for stage in STAGES}
+    assert config.data.in_memory_binary_criteo_path is not None
+    days = open_splits(Path(config.data.in_memory_binary_criteo_path), config.data.dataset_name)
+    return {stage: _binary_split(config, stage, rows, runtime) for stage, rows in days.items()}
+
+
+def _partition(config: Config, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
+    data = config.data
+    batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
+    limit = {"train": data.limit_train_batches, "val": data.limit_val_batches, "test": data.limit_test_batches}[stage]
+    if num_rows is None:
+        num_rows = (limit or DEFAULT_RANDOM_BATCHES) * batch_size * world_size
+    drop_last = stage == "train" and data.drop_last_training_batch
+    return Partition(num_rows, batch_size, world_size, drop_last, limit)
+
+
+def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
+    assert config.training.seed is not None
+    partition = _partition(config, stage, None, runtime.world_size)
+    hotness = config.data.multi_hot_sizes or _ONE_HOT
+    cached = config.data.num_generated_batches
+    source = RandomSource(
+        config.model.table_rows,
+        hotness,
+        config.data.zipf_exponent,
+        derive_seed(config.training.seed, "random", stage),
+        None if cached is None else cached * partition.global_batch_size,
+    )
+    split = RandomSplit(source, partition.num_rows)
+    return Split(split, partition, runtime.rank, hotness, pin_memory=_pins(config, runtime))
+
+
+def _binary_split(config: Config, stage: Stage, rows: DayRows, runtime: Runtime) -> Split:
+    partition = _partition(config, stage, rows.num_rows, runtime.world_size)
+    table_rows = np.array(config.model.table_rows, dtype=np.int64)
+    source: Source
+    if config.data.mmap_mode:
+        source = MappedSplit(rows, table_rows)
+    else:
+        label = f"Loading {stage}" if runtime.is_main and config.output.print_progress else ""
+        source = load_split(rows, partition, runtime.rank, table_rows, label)
+    shuffle_seed = config.training.seed if stage == "train" and config.data.shuffle_batches else None
+    return Split(source, partition, runtime.rank, _ONE_HOT, shuffle_seed, _pins(config, runtime))
+
+
+def _pins(config: Config, runtime: Runtime) -> bool:
+    return config.data.pin_memory and runtime.device.type == "cuda"
+
+
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Runs `items` on a thread, at most `depth` ahead of the consumer; its exceptions come out here.
+
+    The thread ends when the consumer stops early.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not _put(ready, (item, None), stopped):
+                    return
+            _put(ready, (None, None), stopped)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+            _put(ready, (None, error), stopped)
+
+    thread = threading.Thread(target=produce, name="batch-builder", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
+    while not stopped.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

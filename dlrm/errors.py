@@ -1,0 +1,37 @@
+"""What a user can cause and fix. Shown as one line, without a traceback, with exit code 2."""
+
+EXIT_USER_ERROR = 2
+
+
+class DlrmError(Exception):
+    """A mistake or a condition that the user can mend: what, got, expected, remedy, on one line.
+
+    Attributes:
+        everywhere: every rank raises this same error, so that one of them is enough to show it.
+    """
+
+    everywhere: bool = False
+
+
+class ConfigError(DlrmError):
+    """A flag, or a combination of flags, that makes no sense."""
+
+
+class DatasetError(DlrmError):
+    """Input data that is missing, damaged, or not what its name promises."""
+
+
+class PlanError(DlrmError):
+    """Embedding tables that can't be placed on the devices at hand."""
+
+
+class RunDirectoryError(DlrmError):
+    """A run directory that can't be written, or already holds a run."""
+
+
+class LaunchError(DlrmError):
+    """A process group that can't be formed."""
+
+
+class DivergedError(DlrmError):
+    """A loss or a score that is not a finite number."""

@@ -1,0 +1,1 @@
+"""How good, how fast: streaming metrics and their names."""

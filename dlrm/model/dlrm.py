@@ -1,0 +1,96 @@
+"""Deep Learning Recommendation Model (arXiv:1906.00091), and its loss.
+
+Shapes: B samples of this rank, I integer features, F categorical features, D embedding dimension.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.mlp import MLP
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dlrm.config import ModelConfig
+from dlrm.data.batch import Batch
+from dlrm.model.interaction import DCNInteraction, DotInteraction, ProjectionInteraction
+from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, TABLE_NAMES
+
+
+class DLRM(nn.Module):
+    """Integers through an MLP, ids through tables, their interaction through an MLP to a logit.
+
+    Given the same weights and batch it computes what torchrec.models.dlrm (DLRM, DLRM_DCN, DLRM_Projection) does.
+    """
+
+    def __init__(self, config: ModelConfig, tables_device: torch.device) -> None:
+        super().__init__()
+        self.embedding_dim = config.embedding_dim
+        self.embedding_bag_collection = build_tables(config, tables_device)
+        self.dense_arch = MLP(NUM_INTEGER_FEATURES, list(config.dense_arch_layer_sizes))
+        self.interaction = build_interaction(config)
+        *hidden, last = config.over_arch_layer_sizes
+        self.over_arch = nn.Sequential(MLP(self.interaction.out_features, hidden), nn.Linear(hidden[-1], last))
+
+    def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        """Returns logits_B."""
+        dense_BD = self.dense_arch(dense_BI)
+        pooled_BFD = self.embedding_bag_collection(sparse_features).values().unflatten(1, (-1, self.embedding_dim))
+        return self.over_arch(self.interaction(dense_BD, pooled_BFD)).squeeze(1)
+
+
+class DLRMTrain(nn.Module):
+    """A DLRM with its loss, as a TorchRec pipeline calls it."""
+
+    def __init__(self, model: DLRM, world_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.world_size = world_size
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Returns the loss to differentiate, and (loss, logits, labels) of this rank's real samples, detached.
+
+        TorchRec and DDP average gradients over ranks. So that an uneven last batch counts every sample once, the loss
+        is the sum over this rank's samples times world size over the samples of all ranks; its mean over ranks is the
+        mean over samples.
+        """
+        logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
+        labels_B = batch.labels_B[: batch.num_rows]
+        loss = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
+        loss = loss * (self.world_size / batch.global_rows)
+        return loss, (loss.detach(), logits_B.detach(), labels_B.detach())
+
+
+def build_tables(config: ModelConfig, device: torch.device) -> EmbeddingBagCollection:
+    """One sum-pooled embedding table per categorical feature. Weights are set after sharding, not here."""
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=table,
+                num_embeddings=rows,
+                embedding_dim=config.embedding_dim,
+                feature_names=[feature],
+                init_fn=_leave,
+            )
+            for table, feature, rows in zip(TABLE_NAMES, CATEGORICAL_NAMES, config.table_rows, strict=True)
+        ],
+        device=device,
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def build_interaction(config: ModelConfig) -> DotInteraction | DCNInteraction | ProjectionInteraction:
+    """The interaction that `config` names."""
+    features, dim = NUM_CATEGORICAL_FEATURES, config.embedding_dim
+    match config.interaction_type:
+        case "original":
+            return DotInteraction(features, dim)
+        case "dcn":
+            return DCNInteraction(features, dim, config.dcn_num_layers, config.dcn_low_rank_dim)
+        case "projection":
+            return ProjectionInteraction(
+                features, dim, config.interaction_branch1_layer_sizes, config.interaction_branch2_layer_sizes
+            )

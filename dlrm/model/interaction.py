@@ -1,0 +1,72 @@
+"""How embedded features meet: pairwise dot products, low-rank DCN v2, or projection.
+
+Shapes: B samples, F categorical features, D embedding dimension, P = (F + 1) * F / 2 pairs, O output width.
+Each takes the embedded integers dense_BD and the pooled embeddings pooled_BFD, and says its `out_features`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mlp import MLP
+
+
+class DotInteraction(nn.Module):
+    """The dense vector beside the dot product of each pair of feature vectors (arXiv:1906.00091, section 2.1.3).
+
+    Matches torchrec.models.dlrm.InteractionArch.
+    """
+
+    def __init__(self, num_sparse_features: int, embedding_dim: int) -> None:
+        super().__init__()
+        size = num_sparse_features + 1
+        rows, columns = torch.triu_indices(size, size, offset=1)
+        self.register_buffer("pairs", rows * size + columns, persistent=False)
+        self.out_features = embedding_dim + len(rows)
+
+    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
+        """Returns [B, D + P]."""
+        combined = torch.cat((dense_BD.unsqueeze(1), pooled_BFD), dim=1)
+        products = torch.bmm(combined, combined.transpose(1, 2)).flatten(1)
+        return torch.cat((dense_BD, products.index_select(1, self.pairs)), dim=1)
+
+
+class DCNInteraction(nn.Module):
+    """Cross layers with low-rank weights over all feature vectors laid end to end (arXiv:2008.13535, section 3.2).
+
+    Matches torchrec.models.dlrm.InteractionDCNArch.
+    """
+
+    def __init__(self, num_sparse_features: int, embedding_dim: int, num_layers: int, low_rank_dim: int) -> None:
+        super().__init__()
+        self.out_features = (num_sparse_features + 1) * embedding_dim
+        self.crossnet = LowRankCrossNet(self.out_features, num_layers, low_rank_dim)
+
+    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
+        """Returns [B, (F + 1) * D]."""
+        return self.crossnet(torch.cat((dense_BD, pooled_BFD.flatten(1)), dim=1))
+
+
+class ProjectionInteraction(nn.Module):
+    """The dense vector beside the product of two matrices that two MLPs make of all feature vectors.
+
+    Matches torchrec.models.dlrm.InteractionProjectionArch.
+    """
+
+    def __init__(
+        self, num_sparse_features: int, embedding_dim: int, branch1_sizes: Sequence[int], branch2_sizes: Sequence[int]
+    ) -> None:
+        super().__init__()
+        in_features = (num_sparse_features + 1) * embedding_dim
+        self.embedding_dim = embedding_dim
+        self.interaction_branch1 = MLP(in_features, list(branch1_sizes))
+        self.interaction_branch2 = MLP(in_features, list(branch2_sizes))
+        self.out_features = embedding_dim + (branch1_sizes[-1] // embedding_dim) * (branch2_sizes[-1] // embedding_dim)
+
+    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
+        """Returns [B, D + F1 * F2], with F1 and F2 the branches' widths over D."""
+        combined = torch.cat((dense_BD, pooled_BFD.flatten(1)), dim=1)
+        left = self.interaction_branch1(combined).unflatten(1, (-1, self.embedding_dim))
+        right = self.interaction_branch2(combined).unflatten(1, (self.embedding_dim, -1))
+        return torch.cat((dense_BD, torch.bmm(left, right).flatten(1)), dim=1)

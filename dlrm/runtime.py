@@ -1,0 +1,186 @@
+"""The process group, this rank's device, threads, memory, and seeds."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from dlrm.errors import DlrmError, LaunchError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands in the job. `rank` is global, `local_rank` picks the device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        hosts = self.world_size // self.local_world_size
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        counts = f"{count(self.world_size, 'rank')} on {count(hosts, 'host')}"
+        threads = count(torch.get_num_threads(), "thread")
+        return f"{counts}, {where}, {dist.get_backend()}, {threads} a rank, torch {torch.__version__}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+@contextmanager
+def start_runtime() -> Iterator[Runtime]:
+    """Joins the launcher's process group, or makes one of a single process where there is no launcher.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them. A group that the caller has already
+    initialized is used and left standing.
+
+    Raises:
+        LaunchError: if the variables are incomplete, the port is taken, or there are fewer devices than local ranks.
+    """
+    rank, local_rank, world_size, local_world_size = _launcher_variables()
+    device = _pick_device(local_rank)
+    _set_threads(local_world_size)
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        _init_process_group(world_size, "nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(rank, local_rank, world_size, local_world_size, device)
+    finally:
+        if owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _launcher_variables() -> tuple[int, int, int, int]:
+    names = ("RANK", "WORLD_SIZE")
+    given = [name for name in names if name in os.environ]
+    if not given:
+        return 0, 0, 1, 1
+    if len(given) < len(names):
+        raise LaunchError(f"{given[0]} is set but not all of {', '.join(names)}. Start with torchrun, or unset it.")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return (
+        rank,
+        int(os.environ.get("LOCAL_RANK", rank)),
+        world_size,
+        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
+            "Start at most that many processes per host (--nproc_per_node)."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _set_threads(local_world_size: int) -> None:
+    """The ranks of a host share its cores, unless the user set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def _init_process_group(world_size: int, backend: str) -> None:
+    if world_size == 1 and "MASTER_PORT" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise LaunchError(
+                f"MASTER_PORT: {address} is in use by another process. Choose a free port, or start with torchrun, "
+                "which finds one."
+            ) from None
+        raise LaunchError(f"no process group at {address}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise LaunchError(f"no process group: {error}. Start with torchrun, which sets what is missing.") from None
+
+
+def on_main_rank(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Calls `action` on rank 0 and gives its result, or raises its DlrmError, on every rank.
+
+    Collective. The result must be picklable.
+    """
+    outcome: list[T | DlrmError | None] = [None]
+    if runtime.is_main:
+        try:
+            outcome[0] = action()
+        except DlrmError as error:
+            outcome[0] = error
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=runtime.device)
+    if isinstance(outcome[0], DlrmError):
+        outcome[0].everywhere = True
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Calls `action` on every rank; if it raises a DlrmError anywhere, all ranks raise the lowest rank's.
+
+    Collective.
+    """
+    error: DlrmError | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except DlrmError as caught:
+        error = caught
+    errors: list[DlrmError | None] = [error]
+    if runtime.world_size > 1:
+        errors = [None] * runtime.world_size
+        dist.all_gather_object(errors, error)
+    for first in errors:
+        if first is not None:
+            first.everywhere = True
+            raise first
+    return result  # type: ignore[return-value]
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed for one purpose (and rank, epoch, table, ...) of a run; any two differ for all practical ends."""
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def available_memory_bytes() -> int:
+    """Host memory that this job may still take: what the kernel has available, or less where a cgroup (v2) caps it."""
+    available = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return max(0, available)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak so far, in GiB: of device memory on a GPU, of this process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**20

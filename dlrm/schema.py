@@ -1,0 +1,12 @@
+"""Columns of Criteo's Display Advertising Challenge and 1TB click logs: label, 13 integers, 26 categoricals."""
+
+from typing import Final
+
+NUM_INTEGER_FEATURES: Final = 13
+NUM_CATEGORICAL_FEATURES: Final = 26
+NUM_COLUMNS: Final = 1 + NUM_INTEGER_FEATURES + NUM_CATEGORICAL_FEATURES
+
+# The names that torchrec.datasets.criteo gives them, so that weights move between the two.
+INTEGER_NAMES: Final = tuple(f"int_{i}" for i in range(NUM_INTEGER_FEATURES))
+CATEGORICAL_NAMES: Final = tuple(f"cat_{i}" for i in range(NUM_CATEGORICAL_FEATURES))
+TABLE_NAMES: Final = tuple(f"t_{name}" for name in CATEGORICAL_NAMES)

@@ -1,0 +1,1 @@
+"""Tables x topology -> plan; plan -> sharded model."""

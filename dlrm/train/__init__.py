@@ -1,0 +1,1 @@
+"""The run: model, optimizers, loop, summary."""

@@ -1,0 +1,85 @@
+"""A run from its command line to its summary."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from dlrm.config import Config
+from dlrm.errors import EXIT_USER_ERROR, DlrmError
+from dlrm.flags import parse_args
+
+_SECONDS_FOR_LAUNCHER = 10
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains, validates and tests a DLRM as the flags say. Call it on every rank that the launcher started.
+
+    Args:
+        argv: flags, without the program's name.
+
+    Raises:
+        SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
+    """
+    with _errors_as_one_line():
+        config = _parse(argv)
+        # Here and not above, so that --help and a mistyped flag answer without loading torch.
+        from dlrm.runtime import start_runtime
+        from dlrm.train.run import run
+
+        _quieten_libraries()
+        with start_runtime() as runtime:
+            run(config, runtime)
+
+
+def _parse(argv: Sequence[str]) -> Config:
+    try:
+        return parse_args(argv)
+    except DlrmError as error:
+        error.everywhere = True
+        raise
+
+
+@contextmanager
+def _errors_as_one_line() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2. A rank that lost its peers leaves the word to the failed one."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        yield
+    except DlrmError as error:
+        if rank == 0 or not error.everywhere:
+            where = "" if error.everywhere or "WORLD_SIZE" not in os.environ else f" (rank {rank})"
+            print(f"dlrm: error{where}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        # The launcher ends this process once it has seen the rank that failed; its error is the one to read.
+        time.sleep(_SECONDS_FOR_LAUNCHER)
+        last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        print(
+            f"dlrm: error (rank {rank}): lost another rank; its error says why ({last_line})",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(1) from None
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    text = str(error)
+    return any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    )
+
+
+def _quieten_libraries() -> None:
+    """TorchRec and torch.fx log internals as warnings; errors still come through."""
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)

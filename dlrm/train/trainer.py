@@ -1,0 +1,184 @@
+"""The training loop.
+
+Shapes: B samples of this rank.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from dlrm.config import Config
+from dlrm.data.batch import Batch
+from dlrm.data.binary_days import Stage
+from dlrm.data.splits import Split
+from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
+from dlrm.metrics.training import TrainingMeter, TrainingReport
+from dlrm.runtime import Runtime
+from dlrm.train.console import Progress
+
+MAX_STEPS_PER_REPORT = 100
+REPORTS_PER_EPOCH = 50
+
+
+class Sink(Protocol):
+    """Takes in lines of metrics."""
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """One line."""
+        ...
+
+
+class Trainer:
+    """Trains, validates and tests. Every rank has one, and calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        splits: dict[Stage, Split],
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        sink: Sink | None,
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.splits = splits
+        self.model = model
+        self.optimizer = optimizer
+        self.sink = sink
+        self.pipeline = TrainPipelineSparseDist(model, optimizer, runtime.device, execute_all_batches=True)
+        self.step = 0
+        self.num_samples = 0
+        self.val_results: list[EvaluationResult] = []
+        self.steps_per_report = config.output.log_every or max(
+            1, min(MAX_STEPS_PER_REPORT, splits["train"].partition.num_steps // REPORTS_PER_EPOCH)
+        )
+        self.meter = TrainingMeter(self.steps_per_report, runtime.device, runtime.world_size)
+        self._shows = runtime.is_main and config.output.print_progress
+        self._reached_target = False
+        self._started = time.perf_counter()
+
+    def train(self) -> None:
+        """All epochs, with the validations that are due within and after each.
+
+        Raises:
+            DivergedError: when a loss or a score is not finite.
+            DatasetError: when mapped data turns out to be wrong.
+        """
+        self._started = time.perf_counter()
+        for epoch in range(self.config.training.epochs):
+            self._train_epoch(epoch)
+            if self._reached_target:
+                return
+
+    def _train_epoch(self, epoch: int) -> None:
+        """The pipeline runs dry before each validation and is filled again after it."""
+        split, evaluation = self.splits["train"], self.config.evaluation
+        steps = split.partition.num_steps
+        batches = split.batches(epoch)
+        progress = Progress(f"Epoch {epoch}", steps, self._shows)
+        every = evaluation.validation_freq_within_epoch or steps
+        for start in range(0, steps, every):
+            stop = min(start + every, steps)
+            self._train_steps(islice(batches, stop - start), epoch, range(start, stop), progress)
+            within = evaluation.validation_freq_within_epoch is not None and stop - start == every
+            if within or (stop == steps and evaluation.evaluate_on_epoch_end):
+                paused = time.perf_counter()
+                self._validate(progress)
+                progress.restart_clock(time.perf_counter() - paused)
+            if self._reached_target:
+                break
+        progress.close()
+
+    def _train_steps(self, batches: Iterator[Batch], epoch: int, steps: range, progress: Progress) -> None:
+        partition = self.splits["train"].partition
+        self.model.train()
+        self.meter.resume_clock()
+        for position in steps:
+            if self.config.output.print_lr and self.runtime.is_main:
+                self._print_learning_rates(progress)
+            loss, _, _ = self.pipeline.progress(batches)
+            self.step += 1
+            self.meter.update(self.step, loss, partition.span(position, self.runtime.rank).global_rows)
+            progress.advance()
+            if self.meter.is_full or position == steps[-1]:
+                self._report(self.meter.drain(), epoch, progress)
+
+    def _report(self, report: TrainingReport | None, epoch: int, progress: Progress) -> None:
+        if report is None:
+            return
+        self.num_samples = report.num_samples
+        rate = self.config.optimizer.learning_rate
+        auroc = (
+            f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
+        )
+        progress.note(
+            f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
+        )
+        self._write({"kind": "train", "epoch": epoch, **asdict(report), "learning_rate": rate})
+
+    def _validate(self, progress: Progress) -> None:
+        result = self.evaluate("val")
+        self.val_results.append(result)
+        if self.runtime.is_main:
+            progress.print(f"AUROC over val set: {result.describe()}")
+        target = self.config.evaluation.validation_auroc
+        if target is not None and result.auroc is not None and result.auroc >= target:
+            self._reached_target = True
+            if self.runtime.is_main:
+                progress.print(
+                    f"Validation AUROC {result.auroc:.6f} reached the target {target:g} after {self.num_samples:,} "
+                    f"samples and {self.seconds:.1f} s."
+                )
+
+    def test(self) -> EvaluationResult:
+        """Scores the test set."""
+        result = self.evaluate("test")
+        if self.runtime.is_main:
+            print(f"AUROC over test set: {result.describe()}", flush=True)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, stage: Stage) -> EvaluationResult:
+        """Scores every row of a split exactly once, over all ranks. Collective.
+
+        Raises:
+            DivergedError: if a score is not finite.
+        """
+        split = self.splits[stage]
+        self.model.eval()
+        meter = EvaluationMeter(self.runtime.device)
+        progress = Progress(f"Evaluating {stage} set", split.partition.num_steps, self._shows)
+        batches = split.batches()
+        for _ in range(split.partition.num_steps):
+            _, logits_B, labels_B = self.pipeline.progress(batches)
+            meter.update(logits_B, labels_B)
+            progress.advance()
+        progress.close()
+        result = meter.compute(stage)
+        self._write({"kind": stage, "step": self.step, "num_train_samples": self.num_samples, **asdict(result)})
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Since training began, validations included."""
+        return time.perf_counter() - self._started
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether a validation reached --validation_auroc."""
+        return self._reached_target
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.sink is not None:
+            self.sink.append_metrics({**line, "elapsed_seconds": round(self.seconds, 3)})
+
+    def _print_learning_rates(self, progress: Progress) -> None:
+        for group, parameters in enumerate(self.optimizer.param_groups):
+            progress.print(f"lr: {self.step} {group} {parameters['lr']:.6f}")
