@@ -66,9 +66,9 @@ def kaggle_sample() -> Config:
         data=DataConfig(dataset_name="criteo_kaggle", batch_size=128, test_batch_size=4096),
         model=ModelConfig(
             num_embeddings=100_000,
-            embedding_dim=16,
-            dense_arch_layer_sizes=(64, 16),
-            over_arch_layer_sizes=(128, 64, 1),
+            embedding_dim=64,
+            dense_arch_layer_sizes=(64, 64),
+            over_arch_layer_sizes=(512, 1),
         ),
         optimizer=OptimizerConfig(adagrad=True, learning_rate=0.02),
     )

@@ -1,6 +1,6 @@
 """Deep Learning Recommendation Model (arXiv:1906.00091), and its loss.
 
-Shapes: B samples of this rank, I integer features, F categorical features, D embedding dimension.
+Shapes: B samples of this rank, I integer features, F categorical features, D embedding dimension, G = (F + 1) * D.
 """
 
 import torch
@@ -25,7 +25,6 @@ class DLRM(nn.Module):
 
     def __init__(self, config: ModelConfig, tables_device: torch.device) -> None:
         super().__init__()
-        self.embedding_dim = config.embedding_dim
         self.embedding_bag_collection = build_tables(config, tables_device)
         self.dense_arch = MLP(NUM_INTEGER_FEATURES, list(config.dense_arch_layer_sizes))
         self.interaction = build_interaction(config)
@@ -35,8 +34,10 @@ class DLRM(nn.Module):
     def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Returns logits_B."""
         dense_BD = self.dense_arch(dense_BI)
-        pooled_BFD = self.embedding_bag_collection(sparse_features).values().unflatten(1, (-1, self.embedding_dim))
-        return self.over_arch(self.interaction(dense_BD, pooled_BFD)).squeeze(1)
+        # A sharded collection gives features in the order of the ranks that hold them: take each by its name.
+        pooled = self.embedding_bag_collection(sparse_features).to_dict()
+        features_BG = torch.cat([dense_BD, *(pooled[name] for name in CATEGORICAL_NAMES)], dim=1)
+        return self.over_arch(self.interaction(dense_BD, features_BG)).squeeze(1)
 
 
 class DLRMTrain(nn.Module):

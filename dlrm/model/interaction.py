@@ -1,7 +1,8 @@
 """How embedded features meet: pairwise dot products, low-rank DCN v2, or projection.
 
-Shapes: B samples, F categorical features, D embedding dimension, P = (F + 1) * F / 2 pairs, O output width.
-Each takes the embedded integers dense_BD and the pooled embeddings pooled_BFD, and says its `out_features`.
+Shapes: B samples, F categorical features, D embedding dimension, P = (F + 1) * F / 2 pairs, G = (F + 1) * D.
+Each takes the embedded integers dense_BD, and features_BG: them and the F pooled embeddings end to end. Each says its
+`out_features`.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,13 @@ class DotInteraction(nn.Module):
         size = num_sparse_features + 1
         rows, columns = torch.triu_indices(size, size, offset=1)
         self.register_buffer("pairs", rows * size + columns, persistent=False)
+        self.embedding_dim = embedding_dim
         self.out_features = embedding_dim + len(rows)
 
-    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
+    def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
         """Returns [B, D + P]."""
-        combined = torch.cat((dense_BD.unsqueeze(1), pooled_BFD), dim=1)
-        products = torch.bmm(combined, combined.transpose(1, 2)).flatten(1)
+        vectors = features_BG.unflatten(1, (-1, self.embedding_dim))
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
         return torch.cat((dense_BD, products.index_select(1, self.pairs)), dim=1)
 
 
@@ -43,9 +45,9 @@ class DCNInteraction(nn.Module):
         self.out_features = (num_sparse_features + 1) * embedding_dim
         self.crossnet = LowRankCrossNet(self.out_features, num_layers, low_rank_dim)
 
-    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
-        """Returns [B, (F + 1) * D]."""
-        return self.crossnet(torch.cat((dense_BD, pooled_BFD.flatten(1)), dim=1))
+    def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
+        """Returns [B, G]."""
+        return self.crossnet(features_BG)
 
 
 class ProjectionInteraction(nn.Module):
@@ -64,9 +66,8 @@ class ProjectionInteraction(nn.Module):
         self.interaction_branch2 = MLP(in_features, list(branch2_sizes))
         self.out_features = embedding_dim + (branch1_sizes[-1] // embedding_dim) * (branch2_sizes[-1] // embedding_dim)
 
-    def forward(self, dense_BD: torch.Tensor, pooled_BFD: torch.Tensor) -> torch.Tensor:
+    def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
         """Returns [B, D + F1 * F2], with F1 and F2 the branches' widths over D."""
-        combined = torch.cat((dense_BD, pooled_BFD.flatten(1)), dim=1)
-        left = self.interaction_branch1(combined).unflatten(1, (-1, self.embedding_dim))
-        right = self.interaction_branch2(combined).unflatten(1, (self.embedding_dim, -1))
+        left = self.interaction_branch1(features_BG).unflatten(1, (-1, self.embedding_dim))
+        right = self.interaction_branch2(features_BG).unflatten(1, (self.embedding_dim, -1))
         return torch.cat((dense_BD, torch.bmm(left, right).flatten(1)), dim=1)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         from dlrm.runtime import start_runtime
         from dlrm.train.run import run
 
-        _quieten_libraries()
+        quieten_libraries()
         with start_runtime() as runtime:
             run(config, runtime)
 
@@ -79,7 +79,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     )
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """TorchRec and torch.fx log internals as warnings; errors still come through."""
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
