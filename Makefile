@@ -8,6 +8,7 @@ DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 DEMO ?= build/demo
+DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format lock clean
@@ -36,7 +37,7 @@ demo: $(READY)
 	@rm -rf $(DEMO)
 	$(BIN)/dlrm synthesize $(DEMO)/raw --rows 300000 --days 3
 	$(BIN)/dlrm preprocess $(DEMO)/raw/day_*.tsv --output $(DEMO)/days
-	$(BIN)/torchrun --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 dlrm_main.py \
+	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/torchrun --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 dlrm_main.py \
 	  --recipe debug_cpu --in_memory_binary_criteo_path $(DEMO)/days --run_dir $(DEMO)/run
 	@$(BIN)/python benchmarks/demo_summary.py $(DEMO)/raw/truth.json $(DEMO)/run/summary.json
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.train --ranks 2 --json benchmarks/results/train_vs_torchrec_cpu.json
 
-The reference is torchrec.models.dlrm in fp32 with TorchRec's planner, fused SGD, its sparse-dist pipeline, and its random
-data set of ten cached batches, as the public example puts them together. The shape is that of the example's results
-table with 100,000 rows a table. Ours generates fresh batches.
+The reference is torchrec.models.dlrm in fp32 with TorchRec's planner, fused SGD, its sparse-dist pipeline, and its
+random data set of ten cached batches, as the public example puts them together. The shape is that of the example's
+results table with 100,000 rows a table. Ours generates fresh batches.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -223,6 +224,8 @@ class Config:
         """
         for section in (self.data, self.model, self.optimizer, self.training, self.evaluation, self.output):
             _check_ranges(section)
+        if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
+            raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
         _check_layers(self.model)
         _check_effects(self)
 
@@ -328,53 +331,53 @@ def _check_layers(model: ModelConfig) -> None:
                 raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
 
 
-def _check_effects(config: Config) -> None:
-    """A flag that would change nothing is refused rather than ignored."""
-    data, model, evaluation = config.data, config.model, config.evaluation
-    if config.is_random:
-        for name in ("mmap_mode", "shuffle_batches"):
-            _refuse_if_set(data, name, "needs --in_memory_binary_criteo_path; data is random without it")
-        _refuse_if_set(data, "dataset_name", "names a folder's layout; give --in_memory_binary_criteo_path with it")
-        _refuse_if_set(data, "drop_last_training_batch", "has no effect on random data, whose batches are all full")
-    else:
-        for name in ("num_generated_batches", "zipf_exponent"):
-            _refuse_if_set(data, name, "is for random data; leave out --in_memory_binary_criteo_path")
-        _refuse_if_set(data, "multi_hot_sizes", "is for random data so far: binary days hold one id per feature")
-    if data.multi_hot_sizes is not None and len(data.multi_hot_sizes) != NUM_CATEGORICAL_FEATURES:
-        raise ConfigError(
-            f"--multi_hot_sizes: got {len(data.multi_hot_sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}"
-        )
-    if model.num_embeddings_per_feature is not None:
-        _refuse_if_set(
-            model, "num_embeddings", "has no effect beside --num_embeddings_per_feature; give one of the two"
-        )
-    if model.interaction_type != "dcn":
-        for name in ("dcn_num_layers", "dcn_low_rank_dim"):
-            _refuse_if_set(model, name, "needs --interaction_type dcn")
-    if model.interaction_type != "projection":
-        for name in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
-            _refuse_if_set(model, name, "needs --interaction_type projection")
-    if not config.optimizer.adagrad:
-        _refuse_if_set(config.optimizer, "eps", "needs --adagrad")
+def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Fields that differ from their defaults and would change nothing: section, field, and why."""
+    for section, name, is_idle, why in _idle_fields(config):
+        owner = getattr(config, section)
+        default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
+        if is_idle and getattr(owner, name) != default:
+            yield section, name, why
+
+
+def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
+    needs_folder = "needs --in_memory_binary_criteo_path; data is random without it"
+    is_for_random = "is for random data; leave out --in_memory_binary_criteo_path"
+    is_binary = not config.is_random
+    kind, evaluation = config.model.interaction_type, config.evaluation
     validates = evaluation.evaluate_on_epoch_end or evaluation.validation_freq_within_epoch is not None
-    if evaluation.validation_auroc is not None and not validates:
-        raise ConfigError(
-            f"--validation_auroc {evaluation.validation_auroc} with --no_evaluate_on_epoch_end: nothing validates. "
-            "Give --validation_freq_within_epoch."
-        )
-    if not validates and data.limit_val_batches is not None:
-        raise ConfigError(
-            "--limit_val_batches with --no_evaluate_on_epoch_end: nothing validates. Leave one of them out."
-        )
-    if not evaluation.evaluate_on_training_end and data.limit_test_batches is not None:
-        raise ConfigError(
-            "--limit_test_batches with --no_evaluate_on_training_end: nothing tests. Leave one of them out."
-        )
+    validates_not = (
+        "with --no_evaluate_on_epoch_end: nothing validates. Give --validation_freq_within_epoch, or drop one"
+    )
+    tests_not = "with --no_evaluate_on_training_end: nothing tests. Drop one of them"
+    has_sizes = config.model.num_embeddings_per_feature is not None
+    return [
+        ("data", "mmap_mode", config.is_random, needs_folder),
+        ("data", "shuffle_batches", config.is_random, needs_folder),
+        ("data", "dataset_name", config.is_random, needs_folder),
+        ("data", "drop_last_training_batch", config.is_random, needs_folder),
+        ("data", "num_generated_batches", is_binary, is_for_random),
+        ("data", "zipf_exponent", is_binary, is_for_random),
+        ("data", "multi_hot_sizes", is_binary, is_for_random + ". Binary days hold one id per feature so far"),
+        ("data", "limit_val_batches", not validates, validates_not),
+        ("data", "limit_test_batches", not evaluation.evaluate_on_training_end, tests_not),
+        (
+            "model",
+            "num_embeddings",
+            has_sizes,
+            "has no effect beside --num_embeddings_per_feature; give one of the two",
+        ),
+        ("model", "dcn_num_layers", kind != "dcn", "needs --interaction_type dcn"),
+        ("model", "dcn_low_rank_dim", kind != "dcn", "needs --interaction_type dcn"),
+        ("model", "interaction_branch1_layer_sizes", kind != "projection", "needs --interaction_type projection"),
+        ("model", "interaction_branch2_layer_sizes", kind != "projection", "needs --interaction_type projection"),
+        ("optimizer", "eps", not config.optimizer.adagrad, "needs --adagrad"),
+        ("evaluation", "validation_auroc", not validates, validates_not),
+    ]
 
 
-def _refuse_if_set(section: Any, name: str, why: str) -> None:
-    value = getattr(section, name)
-    default = next(f.default for f in dataclasses.fields(section) if f.name == name)
-    if value != default:
+def _check_effects(config: Config) -> None:
+    for section, name, why in fields_without_effect(config):
+        value = getattr(getattr(config, section), name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(f"--{name}{'' if value is True else f' {shown}'} {why}")

@@ -89,7 +89,8 @@ def _guarded(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return Finding(name, False, f"{str(error).splitlines()[0]}. Remedy: {REMEDY}")
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        return Finding(name, False, f"{text}. Remedy: {REMEDY}")
 
 
 def _check_native() -> str:

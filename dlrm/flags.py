@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors
 
-from dlrm.config import Config
+from dlrm.config import Config, fields_without_effect
 from dlrm.errors import ConfigError
 from dlrm.recipes import RECIPES
+
+T = TypeVar("T")
 
 PROG = "dlrm_main.py"
 DESCRIPTION = """Trains, validates and tests a Deep Learning Recommendation Model with TorchRec.
@@ -28,7 +30,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     """
     base = _recipe_of(argv)
     if _names(argv, "num_embeddings") and not _names(argv, "num_embeddings_per_feature"):
-        base = dataclasses.replace(base, model=dataclasses.replace(base.model, num_embeddings_per_feature=None))
+        base = _reset(base, "model", "num_embeddings_per_feature")
     if (
         _names(argv, "in_memory_binary_criteo_path")
         and not _names(argv, "multi_hot_sizes")
@@ -38,18 +40,45 @@ def parse_args(argv: Sequence[str]) -> Config:
             f"--recipe {base.recipe} with --in_memory_binary_criteo_path: binary days of several ids per feature are "
             "not read yet. Leave the path out to run it on random data."
         )
-    with tyro_errors.on_parse_error(_refuse):
-        config = tyro.cli(
-            Config,
+    config = parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base)
+    # What a recipe brings, and a flag on top makes idle, goes; what the command line names is refused.
+    for section, name, _ in fields_without_effect(config):
+        if not _names(argv, name):
+            config = _reset(config, section, name)
+    config.validate()
+    return config
+
+
+def parse_flags(
+    kind: type[T], argv: Sequence[str], prog: str, description: str | None = None, default: T | None = None
+) -> T:
+    """An instance of the dataclass `kind`, whose fields are the flags.
+
+    Raises:
+        ConfigError: on an unknown flag or a value of the wrong kind.
+        SystemExit: after --help, with code 0.
+    """
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        raise ConfigError(f"{_describe(event, kind)}. `{prog} --help` lists the flags.")
+
+    with tyro_errors.on_parse_error(refuse):
+        return tyro.cli(
+            kind,
             args=list(argv),
-            default=base,
-            prog=PROG,
-            description=DESCRIPTION,
+            default=default,
+            prog=prog,
+            description=description,
             config=(tyro.conf.OmitArgPrefixes,),
             use_underscores=True,
         )
-    config.validate()
-    return config
+
+
+def _reset(config: Config, section: str, name: str) -> Config:
+    """The config with one field as the public example has it."""
+    owner = getattr(config, section)
+    default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
+    return dataclasses.replace(config, **{section: dataclasses.replace(owner, **{name: default})})
 
 
 def _names(argv: Sequence[str], flag: str) -> bool:
@@ -71,27 +100,29 @@ def _recipe_of(argv: Sequence[str]) -> Config:
     return RECIPES[name]()
 
 
-def _refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-    raise ConfigError(f"{_describe(event)}. --help lists the flags.")
-
-
-def _describe(event: tyro_errors.ParseErrorEvent) -> str:
+def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
     """One line for what tyro would print as a box."""
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
-            near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(), n=1)
-            return f"{' '.join(tokens)}: not a flag of {PROG}" + (f"; did you mean {near[0]}?" if near else "")
+            near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(kind), n=1)
+            return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}?" if near else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
             return f"--{argument.field.intern_name} {value}: expected one of {', '.join(choices)}"
         case tyro_errors.BadValue(argument=argument):
             return f"--{argument.field.intern_name}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
             return f"--{argument.field.intern_name}: {message}"
+        case tyro_errors.MissingArgs(missing_arguments=missing):
+            arguments = [context.arg for context in missing]
+            names = [("" if a.is_positional() else "--") + a.field.intern_name for a in arguments]
+            return f"missing: {', '.join(names)}"
     return type(event).__name__
 
 
-def _flags() -> list[str]:
-    config = Config()
-    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    sections = [value for value in values if dataclasses.is_dataclass(value)]
-    return [f"--{field.name}" for owner in (*sections, config) for field in dataclasses.fields(owner)]
+def _flags(kind: type) -> list[str]:
+    """Flags of a dataclass and of the dataclasses in it."""
+    flags = []
+    for field in dataclasses.fields(kind):
+        section = field.default_factory
+        flags += _flags(section) if isinstance(section, type) else [f"--{field.name}"]
+    return flags

@@ -7,6 +7,7 @@ For criteo_kaggle one "day" named `train`. Shapes: B rows, I integer features, F
 
 import json
 import re
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,10 +180,17 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
             offset, size = file.tell(), path.stat().st_size
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing. Expected an array of {names} [rows, {columns}].") from None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: not a readable .npy file ({error}). Expected {names} [rows, {columns}].") from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:  # numpy parses headers as Python
+        text = " ".join(str(error).split())
+        raise DatasetError(f"{path}: not a readable .npy file ({text}). Expected {names} [rows, {columns}].") from None
     if dtype not in dtypes:
-        raise DatasetError(f"{path}: dtype {dtype.name}, expected {names}. Convert it, or preprocess the logs anew.")
+        raise DatasetError(f"{path}: dtype {dtype}, expected {names}. Convert it, or preprocess the logs anew.")
     if len(shape) != 2 or shape[1] != columns or fortran_order:
         order = " in column order" if fortran_order else ""
         raise DatasetError(f"{path}: shape {list(shape)}{order}, expected [rows, {columns}] in row order.")
@@ -205,7 +213,7 @@ def _check_manifest(folder: Path) -> None:
     try:
         manifest = json.loads(path.read_text())
         version, files = manifest["version"], manifest["files"]
-        sizes = {name: entry["bytes"] for name, entry in files.items()}
+        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None
     if version != MANIFEST_VERSION:

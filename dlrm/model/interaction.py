@@ -45,7 +45,7 @@ class DCNInteraction(nn.Module):
         self.out_features = (num_sparse_features + 1) * embedding_dim
         self.crossnet = LowRankCrossNet(self.out_features, num_layers, low_rank_dim)
 
-    def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
+    def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Returns [B, G]."""
         return self.crossnet(features_BG)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dlrm.artifacts import write_atomically, write_json
 from dlrm.errors import ConfigError
+from dlrm.flags import parse_flags
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 _CHUNK_ROWS = 100_000
@@ -46,7 +47,7 @@ class SynthesizeConfig:
     """Same seed, same bytes."""
 
 
-def synthesize(config: SynthesizeConfig) -> dict[str, float]:
+def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
     """Writes the days and returns what truth.json holds.
 
     The logit is a sum: one effect per id, drawn for each id of each of the 26 columns, a saturating function of each
@@ -61,10 +62,17 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float]:
         )
     if not 0 < config.click_rate < 1:
         raise ConfigError(f"--click_rate {config.click_rate}: expected a share between 0 and 1")
+    if not 0 <= config.strength < 100:
+        raise ConfigError(f"--strength {config.strength}: expected 0 or more, and less than 100")
+    if config.seed < 0:
+        raise ConfigError(f"--seed {config.seed}: expected 0 or more")
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there and not an empty folder. Choose another one, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: can't be made ({error.strerror}). Choose another one.") from None
     planted = _Planted(config)
     rows_of_day = [
         config.rows * (day + 1) // config.days - config.rows * day // config.days for day in range(config.days)
@@ -131,11 +139,11 @@ class _Planted:
         return logits_B, labels_B, frame.write_csv(separator="\t", include_header=False).encode()
 
 
-def _measure(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float]:
+def _measure(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> dict[str, float | None]:
     """Metrics of the true probabilities on the held-out day, split as the trainer does: first half val, then test."""
     middle = -(-len(labels) // 2)
     halves = {"val": slice(0, middle), "test": slice(middle, None)}
-    truth: dict[str, float] = {}
+    truth: dict[str, float | None] = {}
     for stage, half in halves.items():
         truth[f"{stage}_auroc"] = _auroc(logits[half], labels[half])
         truth[f"{stage}_logloss"] = float(np.logaddexp(0, np.where(labels[half] == 1, -1, 1) * logits[half]).mean())
@@ -143,17 +151,18 @@ def _measure(logits: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> 
     return truth
 
 
-def _auroc(scores: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float:
-    """Of scores without ties: the Mann-Whitney statistic."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(scores)] = np.arange(1, len(scores) + 1)
-    positives = labels.sum()
-    return float((ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(labels) - positives)))
+def _auroc(scores: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> float | None:
+    """The Mann-Whitney statistic, ties counting one half; None where there is one class only."""
+    _, group = np.unique(scores, return_inverse=True)
+    positives, negatives = np.bincount(group, weights=labels), np.bincount(group, weights=1 - labels)
+    pairs = positives.sum() * negatives.sum()
+    below = negatives.cumsum() - negatives
+    return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else None
 
 
 def main(argv: Sequence[str]) -> None:
     """`dlrm synthesize`."""
-    config = tyro.cli(SynthesizeConfig, args=list(argv), prog="dlrm synthesize", use_underscores=True)
+    config = parse_flags(SynthesizeConfig, argv, "dlrm synthesize")
     truth = synthesize(config)
     print(f"{config.output}: {config.rows:,} rows in {config.days} days, click rate {truth['click_rate']:.3f}")
     print(

@@ -1,20 +1,26 @@
 """Raw Criteo text to binary days, through TorchRec's own function."""
 
+import csv
 import gzip
 import io
 import tempfile
 import time
+import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import numpy as np
 import psutil
 import tyro
 import zstandard
+from typing_extensions import Buffer
 
 from dlrm.artifacts import MANIFEST_VERSION, sha256_of, sync_folder, write_json
 from dlrm.errors import ConfigError, DatasetError
+from dlrm.flags import parse_flags
 from dlrm.schema import NUM_COLUMNS
 
 TAB = b"\t"
@@ -57,7 +63,10 @@ def preprocess(config: PreprocessConfig) -> int:
             "--dataset_name criteo_kaggle."
         )
     names = ["train"] if config.dataset_name == "criteo_kaggle" else [f"day_{i}" for i in range(len(config.raw))]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: can't be made ({error.strerror}). Choose another folder.") from None
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         finished = Path(scratch, "days")
         finished.mkdir()
@@ -92,35 +101,46 @@ def _convert(raw: Path, folder: Path, name: str, scratch: Path) -> int:
             f"{raw}: {rows:,} rows need about {needed / 2**30:.1f} GiB of RAM, {available / 2**30:.1f} are free. "
             "Split the file, or use a larger machine."
         )
-    print(f"{raw}: {rows:,} rows", end="", flush=True)
+    dense = folder / f"{name}_dense.npy"
     try:
-        BinaryCriteoUtils.tsv_to_npys(str(text), *(str(folder / f"{name}_{part}.npy") for part in _PARTS))
-    except (ValueError, IndexError, OverflowError) as error:
-        print()
+        with warnings.catch_warnings():
+            # TorchRec hands a local function to a pipe that could pickle it; nothing here does. It takes the logarithm
+            # of integers that have wrapped around; that shows below.
+            warnings.filterwarnings("ignore", "Local function is not supported by pickle", UserWarning)
+            warnings.filterwarnings("ignore", "(invalid value|overflow) encountered", RuntimeWarning)
+            BinaryCriteoUtils.tsv_to_npys(str(text), *(str(folder / f"{name}_{part}.npy") for part in _PARTS))
+    except (ValueError, IndexError, OverflowError, csv.Error) as error:
+        words = " ".join(str(error).split())
         raise DatasetError(
-            f"{raw}: not Criteo text ({error}). Expected label, 13 integers, 26 hexadecimal ids."
+            f"{raw}: not Criteo text ({words}). Expected label, 13 integers, 26 hexadecimal ids."
         ) from None
+    if not np.isfinite(np.load(dense, mmap_mode="r")).all():
+        raise DatasetError(f"{raw}: integers too far apart for 32 bits. Expected a range of less than 2**31.")
     text.unlink()
-    print(f" in {time.monotonic() - started:.1f} s", flush=True)
+    print(f"{raw}: {rows:,} rows in {time.monotonic() - started:.1f} s", flush=True)
     return rows
 
 
 def _unpack(raw: Path, text: Path) -> int:
-    """Writes the plain text and counts its rows, each of which must have all columns."""
+    """Writes the plain text and counts its rows, each of which must have all columns and a label of 0 or 1."""
     rows = 0
     try:
         with _open(raw) as source, text.open("wb") as target:
             for line in source:
+                rows += 1
                 if line.count(TAB) != NUM_COLUMNS - 1:
                     raise DatasetError(
-                        f"{raw}: {line.count(TAB) + 1} columns in row {rows + 1}, expected {NUM_COLUMNS}: label, 13 "
+                        f"{raw}: {line.count(TAB) + 1} columns in row {rows}, expected {NUM_COLUMNS}: label, 13 "
                         "integers, 26 ids, separated by tabs."
                     )
+                if (label := line.split(TAB, 1)[0]) not in (b"0", b"1"):
+                    raise DatasetError(
+                        f"{raw}: label {label.decode(errors='replace')!r} in row {rows}, expected 0 or 1."
+                    )
                 target.write(line)
-                rows += 1
     except FileNotFoundError:
         raise DatasetError(f"{raw}: no such file. Expected raw Criteo text.") from None
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DatasetError(f"{raw}: can't be read to its end ({error}). It may be cut short: fetch it again.") from None
     if rows == 0:
         raise DatasetError(f"{raw}: no rows. Expected raw Criteo text.")
@@ -132,13 +152,46 @@ def _open(raw: Path) -> IO[bytes]:
         case ".gz":
             return io.BufferedReader(gzip.open(raw, "rb"))
         case ".zst":
-            return io.BufferedReader(zstandard.open(raw, "rb"))
+            return io.BufferedReader(_ZstdFile(raw))
     return raw.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads all frames of a .zst file. Unlike zstandard's own reader it raises where the last frame is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._is_begun = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: "Buffer") -> int:  # type: ignore[override]
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._is_begun = zstandard.ZstdDecompressor().decompressobj(), False
+            packed = packed or self._file.read(1 << 20)
+            if not packed:
+                if self._is_begun:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._ready, self._is_begun = self._frame.decompress(packed), True
+        view = memoryview(target)
+        size = min(len(view), len(self._ready))
+        view[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def main(argv: Sequence[str]) -> None:
     """`dlrm preprocess`."""
-    config = tyro.cli(PreprocessConfig, args=list(argv), prog="dlrm preprocess", use_underscores=True)
+    config = parse_flags(PreprocessConfig, argv, "dlrm preprocess")
     rows = preprocess(config)
     size = sum(path.stat().st_size for path in Path(config.output).iterdir())
     print(f"{config.output}: {rows:,} rows, {size / 2**20:.1f} MiB, with manifest.json")

@@ -1,0 +1,58 @@
+"""Small binary days and raw text whose every row can be told from the others."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlrm.data.batch import Rows
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+
+WriteDays = Callable[..., Rows]
+
+
+def _write_days(
+    folder: Path,
+    rows_per_day: Sequence[int],
+    *,
+    names: Sequence[str] | None = None,
+    sparse_dtype: type[np.integer] = np.int32,
+    max_id: int = 2**31 - 1,
+    seed: int = 0,
+) -> Rows:
+    rng = np.random.default_rng(seed)
+    num_rows = sum(rows_per_day)
+    dense = rng.normal(size=(num_rows, NUM_INTEGER_FEATURES)).astype(np.float32)
+    dense[:, 0] = np.arange(num_rows)  # a row's own number
+    sparse = rng.integers(0, max_id, (num_rows, NUM_CATEGORICAL_FEATURES), endpoint=True).astype(sparse_dtype)
+    labels = rng.integers(0, 2, (num_rows, 1)).astype(np.int32)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for name, count in zip(names or [f"day_{i}" for i in range(len(rows_per_day))], rows_per_day, strict=True):
+        for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
+            np.save(folder / f"{name}_{part}.npy", array[start : start + count])
+        start += count
+    return Rows(dense, sparse, labels[:, 0])
+
+
+@pytest.fixture(scope="session")
+def write_days() -> WriteDays:
+    """`write_days(folder, rows_per_day)` writes binary days; returns all their rows. Column 0 of dense is the row."""
+    return _write_days
+
+
+def _criteo_lines(num_rows: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(num_rows):
+        integers = ["" if rng.random() < 0.2 else str(rng.integers(-3, 5000)) for _ in range(NUM_INTEGER_FEATURES)]
+        ids = ["" if rng.random() < 0.1 else f"{rng.integers(0, 2**32):08x}" for _ in range(NUM_CATEGORICAL_FEATURES)]
+        lines.append("\t".join([str(rng.integers(0, 2)), *integers, *ids]) + "\n")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def criteo_lines() -> Callable[..., list[str]]:
+    """`criteo_lines(num_rows)`: lines of raw Criteo text with missing values in them."""
+    return _criteo_lines

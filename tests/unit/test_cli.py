@@ -1,0 +1,95 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlrm import __version__
+from dlrm.cli import COMMANDS, main
+from dlrm.data.binary_days import open_splits
+
+USER_ERROR = 2
+
+
+def test_usage_lists_every_command(capsys):
+    assert main(["--help"]) == main(["-h"]) == 0
+    shown = capsys.readouterr().out
+    assert main([]) == USER_ERROR
+    assert capsys.readouterr().out * 2 == shown
+    for name, (_, purpose) in COMMANDS.items():
+        assert f"  {name:<12}{purpose}\n" in shown
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dlrm {__version__}\n"
+
+
+def test_unknown_command(capsys):
+    assert main(["trian", "--batch_size", "3"]) == USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"dlrm: error: trian: no such command. Expected one of {', '.join(COMMANDS)}.\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as exited:
+        code = exited.code
+    assert code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+    assert importlib.import_module(COMMANDS[command][0]).__doc__
+
+
+def test_arguments_come_from_the_process(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dlrm", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"dlrm {__version__}\n"
+
+
+def test_a_users_mistake_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["synthesize", str(tmp_path)]) == USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"dlrm synthesize: error: {tmp_path}: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_mistyped_flag_of_train(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--batch_sise", "3"])
+    assert caught.value.code == USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dlrm: error: --batch_sise 3: not a flag")
+    assert captured.err.count("\n") == 1
+
+
+def test_from_nothing_to_binary_days(tmp_path, capsys):
+    raw, days = tmp_path / "raw", tmp_path / "days"
+    assert main(["synthesize", str(raw), "--rows", "301", "--days", "3", "--seed", "5"]) == 0
+    assert main(["preprocess", *[str(raw / f"day_{i}.tsv") for i in range(3)], "--output", str(days)]) == 0
+    splits = open_splits(days, "criteo_1t")
+    assert {stage: rows.num_rows for stage, rows in splits.items()} == {"train": 200, "val": 51, "test": 50}
+    shown = capsys.readouterr().out
+    truth = json.loads((raw / "truth.json").read_text())
+    assert f"val {truth['val_auroc']:.4f}, test {truth['test_auroc']:.4f}" in shown
+    assert f"{days}: 301 rows" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "preprocess", "synthesize"])
+def test_help_answers_without_torch(command):
+    code = (
+        "import sys\nfrom dlrm.cli import main\n"
+        f"try: main(['{command}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'torchrec', 'fbgemm_gpu'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stderr == "set()\n"

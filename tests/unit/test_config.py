@@ -1,0 +1,211 @@
+import dataclasses
+import json
+
+import pytest
+
+from dlrm.config import CONFIG_VERSION, Config
+from dlrm.errors import ConfigError
+from dlrm.recipes import MLPERF_ROWS, RECIPES
+
+
+def config_with(**fields: object) -> Config:
+    """The default config with these fields of any section set."""
+    sections = {}
+    for section in dataclasses.fields(Config()):
+        content = getattr(Config(), section.name)
+        if dataclasses.is_dataclass(content):
+            own = {field.name: fields.pop(field.name) for field in dataclasses.fields(content) if field.name in fields}
+            sections[section.name] = dataclasses.replace(content, **own)
+    return Config(**sections, **fields)
+
+
+def test_defaults_are_those_of_the_public_example():
+    expected = {
+        "epochs": 1,
+        "batch_size": 32,
+        "drop_last_training_batch": False,
+        "test_batch_size": None,
+        "limit_train_batches": None,
+        "limit_val_batches": None,
+        "limit_test_batches": None,
+        "dataset_name": "criteo_1t",
+        "num_embeddings": 100_000,
+        "num_embeddings_per_feature": None,
+        "dense_arch_layer_sizes": (512, 256, 64),
+        "over_arch_layer_sizes": (512, 512, 256, 1),
+        "embedding_dim": 64,
+        "interaction_branch1_layer_sizes": (2048, 2048),
+        "interaction_branch2_layer_sizes": (2048, 2048),
+        "dcn_num_layers": 3,
+        "dcn_low_rank_dim": 512,
+        "seed": None,
+        "pin_memory": False,
+        "mmap_mode": False,
+        "in_memory_binary_criteo_path": None,
+        "learning_rate": 15.0,
+        "eps": 1e-8,
+        "shuffle_batches": False,
+        "validation_freq_within_epoch": None,
+        "validation_auroc": None,
+        "adagrad": False,
+        "interaction_type": "original",
+        "allow_tf32": False,
+        "print_lr": False,
+        "print_sharding_plan": False,
+    }
+    sections = [value for value in dataclasses.asdict(Config()).values() if isinstance(value, dict)]
+    defaults = {name: value for section in sections for name, value in section.items()}
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def test_a_field_name_belongs_to_one_section():
+    names = [name for value in dataclasses.asdict(Config()).values() if isinstance(value, dict) for name in value]
+    assert len(names) == len(set(names))
+
+
+def test_table_rows():
+    assert config_with(num_embeddings=7).model.table_rows == (7,) * 26
+    assert config_with(num_embeddings_per_feature=MLPERF_ROWS).model.table_rows == MLPERF_ROWS
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_json_round_trip(recipe, tmp_path):
+    config = RECIPES[recipe]()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_json()))
+    assert Config.load(path) == config
+    assert json.loads(path.read_text())["config_version"] == CONFIG_VERSION
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_version": CONFIG_VERSION + 1}, f"reads version {CONFIG_VERSION}"),
+        ({"config_version": None}, "config_version None"),
+        ({"frobnicate": 1}, "frobnicate"),
+        ({"data": {"frobnicate": 1}}, "frobnicate"),
+    ],
+)
+def test_json_of_another_dlrm_is_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        Config.from_json({**Config().to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("batch_size", 0, "expected more than 0"),
+        ("test_batch_size", 0, "expected more than 0"),
+        ("limit_train_batches", 0, "expected more than 0"),
+        ("limit_val_batches", 0, "expected more than 0"),
+        ("limit_test_batches", -1, "expected more than 0"),
+        ("num_generated_batches", 0, "expected more than 0"),
+        ("zipf_exponent", -0.1, "expected 0.0 or more"),
+        ("zipf_exponent", 10.0, "expected less than 10.0"),
+        ("zipf_exponent", float("nan"), "expected a finite number"),
+        ("multi_hot_sizes", (0,) * 26, "expected positive integers"),
+        ("multi_hot_sizes", (1,) * 25, "got 25 sizes, expected 26"),
+        ("num_embeddings", 0, "expected more than 0"),
+        ("num_embeddings", 2**31, "expected less than 2147483648"),
+        ("num_embeddings_per_feature", (1,) * 25, "got 25 sizes, expected 26"),
+        ("num_embeddings_per_feature", (1,) * 27, "got 27 sizes, expected 26"),
+        ("num_embeddings_per_feature", (1,) * 25 + (0,), "expected positive integers"),
+        ("num_embeddings_per_feature", (1,) * 25 + (2**31,), "expected less than 2147483648"),
+        ("embedding_dim", 0, "expected more than 0"),
+        ("embedding_dim", 62, "expected a multiple of 4.*Try 64"),
+        ("dense_arch_layer_sizes", (512, 256, 32), "ends in 32, expected embedding_dim, which is 64"),
+        ("dense_arch_layer_sizes", (), "expected positive integers"),
+        ("dense_arch_layer_sizes", (-512, 64), "expected positive integers"),
+        ("over_arch_layer_sizes", (512, 2), "the last of size 1"),
+        ("over_arch_layer_sizes", (1,), "two or more layers"),
+        ("dcn_num_layers", 0, "expected more than 0"),
+        ("dcn_low_rank_dim", 0, "expected more than 0"),
+        ("learning_rate", 0.0, "expected more than 0.0"),
+        ("learning_rate", float("nan"), "expected a finite number"),
+        ("learning_rate", float("inf"), "expected a finite number"),
+        ("eps", 0.0, "expected more than 0.0"),
+        ("epochs", 0, "expected more than 0"),
+        ("seed", -1, "expected 0 or more"),
+        ("seed", 2**63, "expected less than"),
+        ("validation_freq_within_epoch", 0, "expected more than 0"),
+        ("validation_auroc", 0.5, "expected more than 0.5"),
+        ("validation_auroc", 1.01, "expected 1.0 or less"),
+        ("log_every", 0, "expected more than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value, words):
+    with pytest.raises(ConfigError, match=f"--{field}\\b.*{words}"):
+        config_with(**{field: value}).validate()
+
+
+@pytest.mark.parametrize("branch", ["interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"])
+def test_projection_branches_end_in_a_multiple_of_the_embedding_dim(branch):
+    config_with(interaction_type="projection", **{branch: (100, 128)}).validate()
+    with pytest.raises(ConfigError, match=f"--{branch} ends in 100, expected a multiple of embedding_dim.*64"):
+        config_with(interaction_type="projection", **{branch: (128, 100)}).validate()
+
+
+PATH = {"in_memory_binary_criteo_path": "days"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mmap_mode": True}, "--mmap_mode needs --in_memory_binary_criteo_path"),
+        ({"shuffle_batches": True}, "--shuffle_batches needs --in_memory_binary_criteo_path"),
+        ({"dataset_name": "criteo_kaggle"}, "--dataset_name criteo_kaggle needs --in_memory_binary_criteo_path"),
+        ({"drop_last_training_batch": True}, "--drop_last_training_batch needs --in_memory_binary_criteo_path"),
+        ({**PATH, "num_generated_batches": 3}, "--num_generated_batches 3 is for random data"),
+        ({**PATH, "zipf_exponent": 1.1}, "--zipf_exponent 1.1 is for random data"),
+        ({**PATH, "multi_hot_sizes": (2,) * 26}, "--multi_hot_sizes 2,2,.* is for random data"),
+        (
+            {"num_embeddings": 7, "num_embeddings_per_feature": (3,) * 26},
+            "--num_embeddings 7 has no effect beside --num_embeddings_per_feature",
+        ),
+        ({"dcn_num_layers": 2}, "--dcn_num_layers 2 needs --interaction_type dcn"),
+        ({"dcn_low_rank_dim": 8, "interaction_type": "projection"}, "--dcn_low_rank_dim 8 needs --interaction_type"),
+        ({"interaction_branch1_layer_sizes": (64,)}, "--interaction_branch1_layer_sizes 64 needs .* projection"),
+        (
+            {"interaction_branch2_layer_sizes": (64,), "interaction_type": "dcn"},
+            "--interaction_branch2_layer_sizes 64 needs --interaction_type projection",
+        ),
+        ({"eps": 1e-6}, "--eps 1e-06 needs --adagrad"),
+        (
+            {"validation_auroc": 0.8, "evaluate_on_epoch_end": False},
+            "--validation_auroc 0.8 with --no_evaluate_on_epoch_end",
+        ),
+        (
+            {"limit_val_batches": 2, "evaluate_on_epoch_end": False},
+            "--limit_val_batches .*with --no_evaluate_on_epoch_e",
+        ),
+        (
+            {"limit_test_batches": 2, "evaluate_on_training_end": False},
+            "--limit_test_batches .*with --no_evaluate_on_training_end",
+        ),
+    ],
+)
+def test_flags_without_effect_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        config_with(**fields).validate()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {**PATH, "mmap_mode": True, "shuffle_batches": True, "drop_last_training_batch": True},
+        {**PATH, "dataset_name": "criteo_kaggle"},
+        {"num_generated_batches": 3, "zipf_exponent": 1.1, "multi_hot_sizes": (2,) * 26},
+        {"num_embeddings_per_feature": (2**31 - 1,) * 26},
+        {"interaction_type": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 8},
+        {"adagrad": True, "eps": 1e-6},
+        {"validation_auroc": 1.0, "evaluate_on_epoch_end": False, "validation_freq_within_epoch": 5},
+        {"limit_val_batches": 2, "evaluate_on_epoch_end": False, "validation_freq_within_epoch": 5},
+        {"seed": 0},
+        {"seed": 2**63 - 1},
+    ],
+)
+def test_what_makes_sense_is_accepted(fields):
+    config = config_with(**fields)
+    config.validate()
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
