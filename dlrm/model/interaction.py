@@ -6,9 +6,11 @@ Each takes the embedded integers dense_BD, and features_BG: them and the F poole
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.mlp import MLP
 
@@ -23,15 +25,42 @@ class DotInteraction(nn.Module):
         super().__init__()
         size = num_sparse_features + 1
         rows, columns = torch.triu_indices(size, size, offset=1)
-        self.register_buffer("pairs", rows * size + columns, persistent=False)
+        self.num_pairs = len(rows)
+        pair_of_cell = torch.full((size, size), self.num_pairs)
+        pair_of_cell[rows, columns] = pair_of_cell[columns, rows] = torch.arange(self.num_pairs)
+        self.register_buffer("cell_of_pair", rows * size + columns, persistent=False)
+        self.register_buffer("pair_of_cell", pair_of_cell.flatten(), persistent=False)
         self.embedding_dim = embedding_dim
-        self.out_features = embedding_dim + len(rows)
+        self.out_features = embedding_dim + self.num_pairs
 
     def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
         """Returns [B, D + P]."""
         vectors = features_BG.unflatten(1, (-1, self.embedding_dim))
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        return torch.cat((dense_BD, products.index_select(1, self.pairs)), dim=1)
+        products_BP = _PairwiseDots.apply(vectors, self.cell_of_pair, self.pair_of_cell)
+        return torch.cat((dense_BD, products_BP), dim=1)
+
+
+class _PairwiseDots(torch.autograd.Function):
+    """The dot product of each pair of a sample's vectors.
+
+    Autograd would differentiate both factors of V V^T; as the gradient G of the products is symmetric, G V is the whole
+    of it: one batched product instead of two, and no sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: torch.Tensor, cell_of_pair: torch.Tensor, pair_of_cell: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(vectors, pair_of_cell)
+        return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, cell_of_pair)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        vectors, pair_of_cell = ctx.saved_tensors
+        padded = nn.functional.pad(grad_outputs[0], (0, 1))  # the diagonal, which is no pair, reads the zero at the end
+        size = vectors.size(1)
+        return torch.bmm(padded.index_select(1, pair_of_cell).unflatten(1, (size, size)), vectors), None, None
 
 
 class DCNInteraction(nn.Module):

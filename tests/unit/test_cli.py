@@ -60,6 +60,25 @@ def test_a_users_mistake_is_one_line(tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["synthesize", "raw", "--row", "5"], "--row 5: not a flag; did you mean --rows?"),
+        (["synthesize", "raw", "--rows", "many"], "--rows: "),
+        (["synthesize"], "missing: output"),
+        (["preprocess", "day_0.tsv", "--dataset_name", "movielens"], "--dataset_name movielens: expected one of"),
+        (["preprocess", "day_0.tsv", "day_1.tsv"], "missing: --output"),
+    ],
+)
+def test_mistyped_flags(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"dlrm {arguments[0]}: error: {words}")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mistyped_flag_of_train(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "--batch_sise", "3"])

@@ -137,6 +137,12 @@ def test_another_interaction_replaces_that_of_a_recipe():
     assert parse_args(["--recipe", "kaggle", *flags]).model.interaction_type == "original"
 
 
+@pytest.mark.parametrize("recipe", ["kaggle", "kaggle_sample"])
+def test_a_recipe_for_a_data_set_is_not_run_on_random_data(recipe):
+    with pytest.raises(ConfigError, match="--in_memory_binary_criteo_path"):
+        parse_args(["--recipe", recipe])
+
+
 def test_the_public_examples_command_line_is_the_recipe():
     argv = [
         *("--pin_memory", "--batch_size", "4096", "--epochs", "1", "--embedding_dim", "128"),

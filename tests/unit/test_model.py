@@ -12,6 +12,7 @@ from dlrm.data.batch import Batch, build_batch
 from dlrm.data.partition import Partition, Span
 from dlrm.data.random_source import RandomSource
 from dlrm.model.dlrm import DLRM, DLRMTrain
+from dlrm.model.interaction import DotInteraction
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
 ROWS = tuple(range(3, 29))
@@ -119,3 +120,11 @@ def test_a_rank_without_rows_has_zero_loss_and_gradients() -> None:
     assert loss.item() == 0
     assert len(logits_B) == len(labels_B) == 0
     assert all(not p.grad.any() for p in ours.parameters() if p.grad is not None)
+
+
+def test_gradients_of_pairwise_dots_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    interaction = DotInteraction(4, 3)
+    dense = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(6, 15, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(interaction, (dense, features))

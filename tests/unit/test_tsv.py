@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,9 +101,12 @@ def test_several_frames_and_members_are_read_to_the_end(raw, criteo_lines):
     halves = b"".join(lines[:2500]), b"".join(lines[2500:])
     for suffix in (".gz", ".zst"):
         (raw / f"two{suffix}").write_bytes(b"".join(map(PACK[suffix], halves)))
+    sizes = [struct.pack("<III", 0x184D2A50, 4, 0)] * 2  # skippable frames, which pzstd writes between the others
+    frames = [part for size, half in zip(sizes, halves, strict=True) for part in (size, zstandard.compress(half))]
+    (raw / "skippable.zst").write_bytes(b"".join(frames))
     text = raw / "text"
-    for suffix in (".gz", ".zst"):
-        assert tsv._unpack(raw / f"two{suffix}", text) == 4000
+    for name in ("two.gz", "two.zst", "skippable.zst"):
+        assert tsv._unpack(raw / name, text) == 4000
         assert text.read_bytes() == b"".join(lines)
 
 
@@ -148,7 +152,9 @@ def with_field(column: int, value: str):
         (with_field(4, str(2**40)), "day_1.tsv: not Criteo text"),
         (with_field(20, "0123xyz"), "day_1.tsv: not Criteo text .*'0123xyz'"),
         (with_field(20, "f" * 17), "day_1.tsv: not Criteo text"),
-        (with_field(0, "click"), "day_1.tsv: label 'click' in row 7"),
+        (with_field(0, "click"), "day_1.tsv: label 'click' in row 7, expected 0 or 1"),
+        (with_field(0, "7"), "day_1.tsv: label '7' in row 7, expected 0 or 1"),
+        (with_field(0, ""), "day_1.tsv: label '' in row 7, expected 0 or 1"),
         (with_field(20, '"0123'), "day_1.tsv: not Criteo text"),
         (with_field(20, "f" * 200_000), "day_1.tsv: not Criteo text"),
     ],
