@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.mlp import MLP
 
@@ -55,8 +54,7 @@ class _PairwiseDots(torch.autograd.Function):
         return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, cell_of_pair)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None, None]:
         vectors, pair_of_cell = ctx.saved_tensors
         padded = nn.functional.pad(grad_outputs[0], (0, 1))  # the diagonal, which is no pair, reads the zero at the end
         size = vectors.size(1)
