@@ -36,7 +36,7 @@ def debug_cpu() -> Config:
             dense_arch_layer_sizes=(64, 16),
             over_arch_layer_sizes=(128, 64, 1),
         ),
-        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.03),
+        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.01),
         training=TrainingConfig(seed=0),
     )
 
