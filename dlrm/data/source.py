@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
+from dlrm.console import Progress
 from dlrm.data.batch import Rows
 from dlrm.data.binary_days import DayRows
 from dlrm.data.partition import Partition, Span
@@ -14,6 +14,8 @@ from dlrm.data.random_source import RandomSource
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 _CHUNK_ROWS = 1 << 16
+BYTES_PER_ROW = 4 * (NUM_INTEGER_FEATURES + NUM_CATEGORICAL_FEATURES + 1)
+"""What a row takes in memory."""
 
 
 class Source(Protocol):
@@ -56,7 +58,7 @@ class MappedSplit:
 
 @dataclass(frozen=True)
 class MemorySplit:
-    """This rank's own rows, and no others, in memory: 160 bytes each."""
+    """This rank's own rows, and no others, in memory."""
 
     rows: Rows
     batch_size: int
@@ -74,7 +76,7 @@ def load_split(
     """Reads and checks this rank's rows of a split.
 
     Args:
-        label: what the progress bar says; empty for none.
+        label: what is loaded, for those who watch; empty to show nothing.
 
     Raises:
         DatasetError: at a value out of range.
@@ -83,16 +85,15 @@ def load_split(
     dense_BI = np.empty((own_rows, NUM_INTEGER_FEATURES), np.float32)
     ids_BF = np.empty((own_rows, NUM_CATEGORICAL_FEATURES), np.int32)
     labels_B = np.empty(own_rows, np.int32)
+    progress = Progress(f"Loading {label}", own_rows, "rows", shown=bool(label))
     done = 0
-    with tqdm(
-        total=own_rows, desc=label, unit=" rows", unit_scale=True, disable=None if label else True, leave=False
-    ) as bar:
-        for start, stop in _ranges(partition, rank):
-            part = fold_ids(rows.read(start, stop), table_rows)
-            own = slice(done, done + stop - start)
-            dense_BI[own], ids_BF[own], labels_B[own] = part.dense_BI, part.ids_BN, part.labels_B
-            done += stop - start
-            bar.update(stop - start)
+    for start, stop in _ranges(partition, rank):
+        part = fold_ids(rows.read(start, stop), table_rows)
+        own = slice(done, done + stop - start)
+        dense_BI[own], ids_BF[own], labels_B[own] = part.dense_BI, part.ids_BN, part.labels_B
+        done += stop - start
+        progress.advance(stop - start)
+    progress.close()
     return MemorySplit(Rows(dense_BI, ids_BF, labels_B), partition.batch_size)
 
 

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +14,9 @@ from dlrm.data.batch import Batch, build_batch
 from dlrm.data.binary_days import DayRows, Stage, open_splits
 from dlrm.data.partition import Partition
 from dlrm.data.random_source import RandomSource
-from dlrm.data.source import MappedSplit, RandomSplit, Source, load_split
-from dlrm.runtime import Runtime, derive_seed
+from dlrm.data.source import BYTES_PER_ROW, MappedSplit, RandomSplit, Source, load_split
+from dlrm.errors import DatasetError
+from dlrm.runtime import Runtime, available_memory_bytes, derive_seed
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
 T = TypeVar("T")
@@ -60,7 +61,28 @@ def open_run_splits(config: Config, runtime: Runtime) -> dict[Stage, Split]:
         return {stage: _random_split(config, stage, runtime) for stage in STAGES}
     assert config.data.in_memory_binary_criteo_path is not None
     days = open_splits(Path(config.data.in_memory_binary_criteo_path), config.data.dataset_name)
-    return {stage: _binary_split(config, stage, rows, runtime) for stage, rows in days.items()}
+    partitions = {stage: _partition(config, stage, rows.num_rows, runtime.world_size) for stage, rows in days.items()}
+    _check_sizes(config, partitions, runtime)
+    return {stage: _binary_split(config, stage, rows, partitions[stage], runtime) for stage, rows in days.items()}
+
+
+def _check_sizes(config: Config, partitions: Mapping[Stage, Partition], runtime: Runtime) -> None:
+    training = partitions["train"]
+    if training.num_steps == 0:
+        raise DatasetError(
+            f"{config.data.in_memory_binary_criteo_path}: {training.num_rows:,} training rows fill no batch of "
+            f"{training.global_batch_size:,} over all ranks. Use a smaller --batch_size, or leave out "
+            "--drop_last_training_batch."
+        )
+    if config.data.mmap_mode:
+        return
+    rows = sum(partition.num_used_rows for partition in partitions.values()) // runtime.world_size
+    needed, available = rows * BYTES_PER_ROW, available_memory_bytes() // runtime.local_world_size
+    if needed > available:
+        raise DatasetError(
+            f"{config.data.in_memory_binary_criteo_path}: {needed / 2**30:.1f} GiB of rows a rank, "
+            f"{available / 2**30:.1f} GiB free. Use --mmap_mode, or more hosts."
+        )
 
 
 def _partition(config: Config, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
@@ -89,14 +111,13 @@ def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
     return Split(split, partition, runtime.rank, hotness, pin_memory=_pins(config, runtime))
 
 
-def _binary_split(config: Config, stage: Stage, rows: DayRows, runtime: Runtime) -> Split:
-    partition = _partition(config, stage, rows.num_rows, runtime.world_size)
+def _binary_split(config: Config, stage: Stage, rows: DayRows, partition: Partition, runtime: Runtime) -> Split:
     table_rows = np.array(config.model.table_rows, dtype=np.int64)
     source: Source
     if config.data.mmap_mode:
         source = MappedSplit(rows, table_rows)
     else:
-        label = f"Loading {stage}" if runtime.is_main and config.output.print_progress else ""
+        label = stage if runtime.is_main and config.output.print_progress else ""
         source = load_split(rows, partition, runtime.rank, table_rows, label)
     shuffle_seed = config.training.seed if stage == "train" and config.data.shuffle_batches else None
     return Split(source, partition, runtime.rank, _ONE_HOT, shuffle_seed, _pins(config, runtime))

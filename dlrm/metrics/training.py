@@ -45,14 +45,12 @@ class TrainingMeter:
         """Whether `drain` must be called before the next update."""
         return len(self._steps) == len(self._losses)
 
-    def drain(self) -> TrainingReport | None:
-        """Reports and starts over; None if there was nothing. Collective.
+    def drain(self) -> TrainingReport:
+        """Reports one step or more, and starts over. Collective.
 
         Raises:
             DivergedError: at the first step whose loss is not finite.
         """
-        if not self._steps:
-            return None
         losses = self._losses[: len(self._steps)].clone()
         if self._world_size > 1:
             dist.all_reduce(losses)

@@ -7,15 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import tyro
-from tqdm import tqdm
 
 from dlrm.artifacts import write_atomically, write_json
+from dlrm.console import Progress
 from dlrm.errors import ConfigError
 from dlrm.flags import parse_flags
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
@@ -78,9 +78,10 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
         config.rows * (day + 1) // config.days - config.rows * day // config.days for day in range(config.days)
     ]
     held_out: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]] = (np.empty(0), np.empty(0, np.int64))
-    with tqdm(total=config.rows, desc="Synthesizing", unit=" rows", unit_scale=True, disable=None) as bar:
-        for day, rows in enumerate(rows_of_day):
-            held_out = planted.write_day(folder / f"day_{day}.tsv", day, rows, bar)
+    progress = Progress("Synthesizing", config.rows, "rows")
+    for day, rows in enumerate(rows_of_day):
+        held_out = planted.write_day(folder / f"day_{day}.tsv", day, rows, progress)
+    progress.close()
     truth = _measure(*held_out)
     write_json(folder / "truth.json", truth)
     return truth
@@ -105,7 +106,7 @@ class _Planted:
         self.bias = math.log(config.click_rate / (1 - config.click_rate)) * math.sqrt(1 + math.pi * variance / 8)
 
     def write_day(
-        self, path: Path, day: int, rows: int, bar: "tqdm[NoReturn]"
+        self, path: Path, day: int, rows: int, progress: Progress
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Writes one file; returns logits and labels of its rows."""
         rng = np.random.default_rng([self.config.seed, 1, day])
@@ -115,7 +116,7 @@ class _Planted:
             logits.append(logits_B)
             labels.append(labels_B)
             texts.append(text)
-            bar.update(len(labels_B))
+            progress.advance(len(labels_B))
         write_atomically(path, lambda file: file.writelines(texts))
         return np.concatenate(logits), np.concatenate(labels)
 

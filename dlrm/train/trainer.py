@@ -14,13 +14,13 @@ from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDi
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.config import Config
+from dlrm.console import Progress
 from dlrm.data.batch import Batch
 from dlrm.data.binary_days import Stage
 from dlrm.data.splits import Split
 from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
-from dlrm.train.console import Progress
 
 MAX_STEPS_PER_REPORT = 100
 REPORTS_PER_EPOCH = 50
@@ -82,7 +82,7 @@ class Trainer:
         split, evaluation = self.splits["train"], self.config.evaluation
         steps = split.partition.num_steps
         batches = split.batches(epoch)
-        progress = Progress(f"Epoch {epoch}", steps, self._shows)
+        progress = Progress(f"Epoch {epoch}", steps, "steps", self._shows)
         every = evaluation.validation_freq_within_epoch or steps
         for start in range(0, steps, every):
             stop = min(start + every, steps)
@@ -91,7 +91,7 @@ class Trainer:
             if within or (stop == steps and evaluation.evaluate_on_epoch_end):
                 paused = time.perf_counter()
                 self._validate(progress)
-                progress.restart_clock(time.perf_counter() - paused)
+                progress.pause(time.perf_counter() - paused)
             if self._reached_target:
                 break
         progress.close()
@@ -106,22 +106,18 @@ class Trainer:
             loss, _, _ = self.pipeline.progress(batches)
             self.step += 1
             self.meter.update(self.step, loss, partition.span(position, self.runtime.rank).global_rows)
-            progress.advance()
-            if self.meter.is_full or position == steps[-1]:
-                self._report(self.meter.drain(), epoch, progress)
+            is_due = self.meter.is_full or position == steps[-1]
+            progress.advance(note=self._report(self.meter.drain(), epoch) if is_due else "")
 
-    def _report(self, report: TrainingReport | None, epoch: int, progress: Progress) -> None:
-        if report is None:
-            return
+    def _report(self, report: TrainingReport, epoch: int) -> str:
+        """Writes a report to the sink; returns it in words."""
         self.num_samples = report.num_samples
         rate = self.config.optimizer.learning_rate
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
         )
-        progress.note(
-            f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
-        )
         self._write({"kind": "train", "epoch": epoch, **asdict(report), "learning_rate": rate})
+        return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
 
     def _validate(self, progress: Progress) -> None:
         result = self.evaluate("val")
@@ -154,12 +150,12 @@ class Trainer:
         split = self.splits[stage]
         self.model.eval()
         meter = EvaluationMeter(self.runtime.device)
-        progress = Progress(f"Evaluating {stage} set", split.partition.num_steps, self._shows)
+        progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
         batches = split.batches()
-        for _ in range(split.partition.num_steps):
+        for span in split.partition.spans(self.runtime.rank):
             _, logits_B, labels_B = self.pipeline.progress(batches)
             meter.update(logits_B, labels_B)
-            progress.advance()
+            progress.advance(span.global_rows)
         progress.close()
         result = meter.compute(stage)
         self._write({"kind": stage, "step": self.step, "num_train_samples": self.num_samples, **asdict(result)})

@@ -62,11 +62,18 @@ def test_loading_reads_no_rows_of_other_ranks(tmp_path, write_days):
         load_split(rows, partition, 1, TABLE_ROWS, "")
 
 
-def test_ids_are_reduced_modulo_their_tables():
-    ids_BF = np.array([[2**31 - 1, 2**24 + 1, 1000, 13, 5] + [49, 50, 51] * 7], dtype=np.int32)
+@pytest.mark.parametrize(
+    ("ids", "reduced"),
+    [
+        ([2**31 - 1, 2**24 + 1, 1000, 13, 5] + [49, 50, 51] * 7, [0, 2**24 + 1, 0, 6, 0] + [49, 0, 1] * 7),
+        ([5, 5, 1000, 5, 0] + [5] * 21, [5, 5, 0, 5, 0] + [5] * 21),  # one id only, and just outside
+    ],
+)
+def test_ids_are_reduced_modulo_their_tables(ids, reduced):
+    ids_BF = np.array([ids], dtype=np.int32)
     rows = fold_ids(Rows(np.zeros((1, 13), np.float32), ids_BF, np.zeros(1, np.int32)), TABLE_ROWS)
     assert rows.ids_BN.dtype == np.int32
-    assert rows.ids_BN.tolist() == [[0, 2**24 + 1, 0, 6, 0] + [49, 0, 1] * 7]
+    assert rows.ids_BN.tolist() == [reduced]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dlrm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from dlrm.data import splits as splits_module
 from dlrm.data.source import MappedSplit, MemorySplit
 from dlrm.data.splits import STAGES, Split, open_run_splits, prefetch
+from dlrm.errors import DatasetError
 from dlrm.runtime import Runtime, derive_seed
 
 TABLE_ROWS = (2**31 - 1, 2**24 + 3, 1000, 7, 1) + (50,) * 21
@@ -105,9 +107,10 @@ def test_a_rank_holds_its_own_rows_only(world_size, days):
             assert rows == [row for batch in splits[stage].batches() for row in rows_of(batch)]
 
 
-def test_rows_are_picked_by_global_rank(days):
+@pytest.mark.parametrize("mmap_mode", [False, True])
+def test_rows_are_picked_by_global_rank(mmap_mode, days):
     """Two hosts of two ranks: by local rank, both hosts would train on the same rows."""
-    config = config_of(days[0], batch_size=3)
+    config = config_of(days[0], batch_size=3, mmap_mode=mmap_mode)
     for rank in range(4):
         splits = open_run_splits(config, runtime_of(rank, 4, ranks_per_host=2))
         assert rows_of(next(iter(splits["train"].batches()))) == [3 * rank, 3 * rank + 1, 3 * rank + 2]
@@ -129,6 +132,25 @@ def test_sizes_and_limits(days):
     assert [batch.global_rows for batch in splits["val"].batches()] == [6, 1]
 
 
+def test_a_training_set_that_fills_no_batch_is_refused(days):
+    fits = config_of(days[0], batch_size=11, drop_last_training_batch=True)
+    assert len(list(open_run_splits(fits, runtime_of(0, 2))["train"].batches())) == 1
+    config = config_of(days[0], batch_size=12, drop_last_training_batch=True)
+    with pytest.raises(DatasetError, match=f"{days[0]}: 23 training rows fill no batch of 24 over all ranks"):
+        open_run_splits(config, runtime_of(0, 2))
+
+
+def test_rows_beyond_the_hosts_memory_are_refused_before_they_are_loaded(days, monkeypatch):
+    """36 rows of 160 bytes over 3 ranks of 2 to a host: 1,920 bytes each, so a host needs twice that."""
+    needed = 36 * 160 // 3 * 2
+    monkeypatch.setattr(splits_module, "available_memory_bytes", lambda: needed)
+    open_run_splits(config_of(days[0], batch_size=4), runtime_of(1, 3, ranks_per_host=2))
+    monkeypatch.setattr(splits_module, "available_memory_bytes", lambda: needed - 2)
+    with pytest.raises(DatasetError, match=f"{days[0]}: .* GiB of rows a rank, .* Use --mmap_mode"):
+        open_run_splits(config_of(days[0], batch_size=4), runtime_of(1, 3, ranks_per_host=2))
+    open_run_splits(config_of(days[0], batch_size=4, mmap_mode=True), runtime_of(1, 3, ranks_per_host=2))
+
+
 def test_shuffle_permutes_within_each_batch(days):
     plain = open_run_splits(config_of(days[0], batch_size=8), runtime_of(1, 2))
     shuffled = open_run_splits(config_of(days[0], batch_size=8, shuffle_batches=True), runtime_of(1, 2))
@@ -148,8 +170,9 @@ def test_shuffle_permutes_within_each_batch(days):
         np.testing.assert_array_equal(ids_of(batch), written.ids_BN[rows_of(batch)] % TABLE_ROWS)
         np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows_of(batch)])
     for stage in ("val", "test"):
-        for pair in zip(plain[stage].batches(), shuffled[stage].batches(), strict=True):
-            assert_same(*pair)
+        for each in (shuffled, other):
+            for pair in zip(plain[stage].batches(), each[stage].batches(), strict=True):
+                assert_same(*pair)
 
 
 def test_random_splits_have_10_batches_unless_limited():
@@ -179,9 +202,10 @@ def test_random_rows_are_fresh_in_every_step_epoch_and_split():
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 8), (2, 8), (1, 3)])
 def test_generated_batches_come_round(world_size, batch_size):
     ranks = open_ranks(config_of(batch_size=batch_size, num_generated_batches=3), world_size)
-    for splits in ranks:
-        batches = [*splits["train"].batches(0), *splits["train"].batches(1)]
-        assert len(torch.cat([batch.dense_BI for batch in batches]).unique(dim=0)) == 3 * batch_size
+    of_ranks = [[*splits["train"].batches(0), *splits["train"].batches(1)] for splits in ranks]
+    dense = torch.cat([batch.dense_BI for batches in of_ranks for batch in batches])
+    assert len(dense.unique(dim=0)) == 3 * batch_size * world_size
+    for batches in of_ranks:
         for earlier, later in zip(batches, batches[3:], strict=False):
             assert_same(earlier, later)
 

@@ -1,0 +1,74 @@
+"""How far a long task is: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+class Progress:
+    """Counts up to `total` with rate, time left, and a note.
+
+    On a terminal it is a bar; elsewhere a line every two seconds, and one at the end of what took longer than that or
+    has a note.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, shown: bool = True) -> None:
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._shown = shown
+        self._done = 0
+        self._note = ""
+        self._started = self._printed = time.monotonic()
+        bar = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True) if bar else None
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` stands beside until the next one."""
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(count)
+            if note:
+                self._bar.set_postfix_str(note)
+        elif self._shown and self._is_due():
+            self._printed = time.monotonic()
+            print(self._line(), flush=True)
+
+    def _is_due(self) -> bool:
+        if self._done == self._total and self._note:
+            return True
+        return time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        left = seconds / max(1, self._done) * (self._total - self._done)
+        note = self._note or f"{self._done / seconds:,.0f} {self._unit}/s"
+        return f"{self._label}: {self._done:,}/{self._total:,} {self._unit} | {_clock(left)} left | {note}"
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on something else out of rate and time left."""
+        self._started += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def print(self, text: str) -> None:
+        """Prints a line without spoiling the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
