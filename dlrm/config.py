@@ -252,7 +252,7 @@ class Config:
                     if name != "config_version"
                 }
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(f"config.json does not fit this dlrm: {error}. Expected the fields of --help.") from None
 
     @staticmethod

@@ -41,8 +41,8 @@ def parse_args(argv: Sequence[str]) -> Config:
             "not read yet. Leave the path out to run it on random data."
         )
     config = parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base)
-    # What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and so
-    # is a recipe's data set that is not given.
+    # What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and
+    # so is a recipe's data set that is not given.
     for section, name, _ in fields_without_effect(config):
         if section != "data" and not _names(argv, name):
             config = _reset(config, section, name)

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,15 +17,28 @@ from dlrm.errors import DlrmError, LaunchError
 T = TypeVar("T")
 
 
+def available_memory_bytes() -> int:
+    """Host memory that this job may still take: what the kernel has available, or less where a cgroup (v2) caps it."""
+    available = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return max(0, available)
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands in the job. `rank` is global, `local_rank` picks the device."""
+    """Where this process stands in the job. `rank` is global, `local_rank` picks the device.
+
+    `host_memory_bytes` was free when the process joined, before any rank of the host took its part.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
     device: torch.device
+    host_memory_bytes: int = field(default_factory=available_memory_bytes)
 
     @property
     def is_main(self) -> bool:
@@ -59,11 +72,12 @@ def start_runtime() -> Iterator[Runtime]:
     rank, local_rank, world_size, local_world_size = _launcher_variables()
     device = _pick_device(local_rank)
     _set_threads(local_world_size)
+    host_memory_bytes = available_memory_bytes()
     owns_group = not dist.is_initialized()
     if owns_group:
         _init_process_group(world_size, "nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Runtime(rank, local_rank, world_size, local_world_size, device)
+        yield Runtime(rank, local_rank, world_size, local_world_size, device, host_memory_bytes)
     finally:
         if owns_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -167,15 +181,6 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for one purpose (and rank, epoch, table, ...) of a run; any two differ for all practical ends."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def available_memory_bytes() -> int:
-    """Host memory that this job may still take: what the kernel has available, or less where a cgroup (v2) caps it."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return max(0, available)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -16,7 +16,7 @@ from dlrm.data.partition import Partition
 from dlrm.data.random_source import RandomSource
 from dlrm.data.source import BYTES_PER_ROW, MappedSplit, RandomSplit, Source, load_split
 from dlrm.errors import DatasetError
-from dlrm.runtime import Runtime, available_memory_bytes, derive_seed
+from dlrm.runtime import Runtime, derive_seed
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def _check_sizes(config: Config, partitions: Mapping[Stage, Partition], runtime:
     if config.data.mmap_mode:
         return
     rows = sum(partition.num_used_rows for partition in partitions.values()) // runtime.world_size
-    needed, available = rows * BYTES_PER_ROW, available_memory_bytes() // runtime.local_world_size
+    needed, available = rows * BYTES_PER_ROW, runtime.host_memory_bytes // runtime.local_world_size
     if needed > available:
         raise DatasetError(
             f"{config.data.in_memory_binary_criteo_path}: {needed / 2**30:.1f} GiB of rows a rank, "
@@ -128,7 +128,7 @@ def _pins(config: Config, runtime: Runtime) -> bool:
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Runs `items` on a thread, at most `depth` ahead of the consumer; its exceptions come out here.
+    """Runs `items` on a thread, `depth` ready and one in the making at most; its exceptions come out here.
 
     The thread ends when the consumer stops early.
     """

@@ -152,7 +152,7 @@ def _open(raw: Path) -> IO[bytes]:
         case ".gz":
             return io.BufferedReader(gzip.open(raw, "rb"))
         case ".zst":
-            return io.BufferedReader(_ZstdFile(raw))
+            return io.BufferedReader(_ZstdFile(raw), 1 << 20)
     return raw.open("rb")
 
 

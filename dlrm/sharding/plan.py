@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSha
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from dlrm.errors import PlanError
-from dlrm.runtime import Runtime, available_memory_bytes, count
+from dlrm.runtime import Runtime, count
 
 RESERVED_SHARE = 0.15
 """Share of each device's memory kept for dense parts, activations and batches."""
@@ -27,19 +27,26 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What tables may take of one rank's memory, in bytes; on a CPU all of it is host memory."""
+    """What tables may take, in bytes a rank.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        table_bytes: of the GPU's memory, or on a CPU of the host's.
+        host_bytes: beside a GPU, of the host's memory, for tables that do not fit the GPU.
+    """
 
     device: str
     table_bytes: int
+    host_bytes: int = 0
 
     @staticmethod
     def detect(runtime: Runtime) -> "DeviceMemory":
         """This rank's GPU, or its share of the host's memory, less the reserve."""
-        if runtime.device.type == "cuda":
-            total = torch.cuda.get_device_properties(runtime.device).total_memory
-        else:
-            total = available_memory_bytes() // runtime.local_world_size
-        return DeviceMemory(runtime.device.type, int(total * (1 - RESERVED_SHARE)))
+        host_bytes = int(runtime.host_memory_bytes // runtime.local_world_size * (1 - RESERVED_SHARE))
+        if runtime.device.type != "cuda":
+            return DeviceMemory("cpu", host_bytes)
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+        return DeviceMemory("cuda", int(total * (1 - RESERVED_SHARE)), host_bytes)
 
     def topology(self, world_size: int, local_world_size: int) -> Topology:
         """As TorchRec's planner takes it."""
@@ -49,7 +56,7 @@ class DeviceMemory:
             local_world_size=local_world_size,
             compute_device=self.device,
             hbm_cap=self.table_bytes if on_gpu else 0,
-            ddr_cap=available_memory_bytes() // local_world_size if on_gpu else self.table_bytes,
+            ddr_cap=self.host_bytes if on_gpu else self.table_bytes,
         )
 
 
@@ -142,7 +149,7 @@ def plan_sharding(
 
     def attempt(table_bytes: int) -> ShardingPlan | None:
         planner = EmbeddingShardingPlanner(
-            topology=DeviceMemory(memory.device, table_bytes).topology(world_size, local_world_size),
+            topology=replace(memory, table_bytes=table_bytes).topology(world_size, local_world_size),
             batch_size=batch_size,
             storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
             constraints=dict(constraints) if constraints else None,

@@ -208,19 +208,18 @@ def test_kaggle_files_that_are_not_there(days):
         open_splits(days, "criteo_kaggle")
 
 
-@pytest.mark.parametrize("part", ["dense", "labels"])
-def test_a_damaged_header_is_refused_or_harmless(part, days):
+def test_a_damaged_header_is_refused_or_harmless(tmp_path, write_days):
     """Every byte of a header, changed in several ways: never a traceback."""
-    path = days / f"day_1_{part}.npy"
+    write_days(tmp_path, [20], **KAGGLE)
+    path = tmp_path / "train_dense.npy"
     whole = path.read_bytes()
     refused = 0
+    warnings.simplefilter("ignore")  # numpy's, at headers that look like those of Python 2; pytest restores the filters
     for position in range(128):
-        for byte in {whole[position] ^ 1, whole[position] ^ 0x80, *b"({',b0 \n\0"} - {whole[position]}:
+        for byte in {whole[position] ^ 0x80, *b"(',b0"} - {whole[position]}:
             path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # numpy's, at headers that look like those of Python 2
-                    open_splits(days, "criteo_1t")
+                open_splits(tmp_path, "criteo_kaggle")
             except DatasetError as error:
                 assert str(path) in str(error)  # noqa: PT017 - a header may also stay readable
                 refused += 1

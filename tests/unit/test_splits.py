@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dlrm.config import Config, DataConfig, ModelConfig, TrainingConfig
-from dlrm.data import splits as splits_module
 from dlrm.data.source import MappedSplit, MemorySplit
 from dlrm.data.splits import STAGES, Split, open_run_splits, prefetch
 from dlrm.errors import DatasetError
@@ -140,15 +139,15 @@ def test_a_training_set_that_fills_no_batch_is_refused(days):
         open_run_splits(config, runtime_of(0, 2))
 
 
-def test_rows_beyond_the_hosts_memory_are_refused_before_they_are_loaded(days, monkeypatch):
+def test_rows_beyond_the_hosts_memory_are_refused_before_they_are_loaded(days):
     """36 rows of 160 bytes over 3 ranks of 2 to a host: 1,920 bytes each, so a host needs twice that."""
     needed = 36 * 160 // 3 * 2
-    monkeypatch.setattr(splits_module, "available_memory_bytes", lambda: needed)
-    open_run_splits(config_of(days[0], batch_size=4), runtime_of(1, 3, ranks_per_host=2))
-    monkeypatch.setattr(splits_module, "available_memory_bytes", lambda: needed - 2)
+    runtime = runtime_of(1, 3, ranks_per_host=2)
+    open_run_splits(config_of(days[0], batch_size=4), replace(runtime, host_memory_bytes=needed))
+    tight = replace(runtime, host_memory_bytes=needed - 2)
     with pytest.raises(DatasetError, match=f"{days[0]}: .* GiB of rows a rank, .* Use --mmap_mode"):
-        open_run_splits(config_of(days[0], batch_size=4), runtime_of(1, 3, ranks_per_host=2))
-    open_run_splits(config_of(days[0], batch_size=4, mmap_mode=True), runtime_of(1, 3, ranks_per_host=2))
+        open_run_splits(config_of(days[0], batch_size=4), tight)
+    open_run_splits(config_of(days[0], batch_size=4, mmap_mode=True), tight)
 
 
 def test_shuffle_permutes_within_each_batch(days):
