@@ -26,7 +26,7 @@ $(READY): requirements/$(DEVICE).txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Setting up .venv for $(DEVICE) (a few minutes on the first run)"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/cuda.txt torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/$(DEVICE).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

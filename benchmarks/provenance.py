@@ -17,7 +17,15 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     software = describe_software()
     machine = {"cpu": cpu_model(), "cpu_count": os.cpu_count(), "system": platform.platform()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"command": shlex.join(["python", *sys.argv]), **software, "machine": machine, **result})
+    write_json(
+        path,
+        {
+            "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+            **software,
+            "machine": machine,
+            **result,
+        },
+    )
     print(f"{path} written")
 
 

@@ -1,6 +1,6 @@
 """AUROC over several seeds: mean, spread, every single one.
 
-    python benchmarks/quality.py --data DIR --json benchmarks/results/NAME.json -- --recipe kaggle_sample
+    python -m benchmarks.quality --data DIR --json benchmarks/results/NAME.json -- --recipe kaggle_sample
 
 DIR holds binary days (`dlrm preprocess`). What stands after `--` goes to dlrm_main.py.
 """

@@ -152,8 +152,8 @@ class TrainingConfig:
     """Passes over the training set."""
 
     seed: Annotated[int | None, Ge(0), Lt(2**63)] = None
-    """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit.
-    Default: drawn anew and recorded in config.json."""
+    """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
+    CPU; not tried on a GPU). Default: drawn anew and recorded in config.json."""
 
     allow_tf32: bool = False
     """TensorFloat-32 for matrix products on A100 or newer GPUs. No effect without one."""

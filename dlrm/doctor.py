@@ -117,6 +117,8 @@ def _check_devices() -> str:
     import torch
 
     if not torch.cuda.is_available():
+        if _version("fbgemm-gpu") is not None:
+            raise RuntimeError("fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
         return f"cpu, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()}); no CUDA device"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if _version("fbgemm-gpu") is None:

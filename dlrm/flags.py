@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
-from tyro import _errors as tyro_errors
+from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
 
 from dlrm.config import Config, fields_without_effect
 from dlrm.errors import ConfigError
@@ -106,7 +106,7 @@ def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
             near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(kind), n=1)
-            return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}?" if near else "")
+            return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}" if near else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
             return f"--{argument.field.intern_name} {value}: expected one of {', '.join(choices)}"
         case tyro_errors.BadValue(argument=argument):

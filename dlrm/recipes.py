@@ -88,7 +88,7 @@ def mlperf_v1() -> Config:
     """MLPerf training v1: dot product, SGD 1.0, for 8 ranks; global batch 16,384, target AUROC 0.8025."""
     return Config(
         recipe="mlperf_v1",
-        data=DataConfig(batch_size=2048, test_batch_size=8192, pin_memory=True, mmap_mode=False),
+        data=DataConfig(batch_size=2048, test_batch_size=8192, pin_memory=True),
         model=_criteo_1t_model(MLPERF_ROWS),
         optimizer=OptimizerConfig(learning_rate=1.0),
         evaluation=EvaluationConfig(

@@ -2,28 +2,22 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from datetime import timedelta
+from typing import TypeVar, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from dlrm.errors import DlrmError, LaunchError
+from dlrm.host import available_memory_bytes
 
 T = TypeVar("T")
 
-
-def available_memory_bytes() -> int:
-    """Host memory that this job may still take: what the kernel has available, or less where a cgroup (v2) caps it."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return max(0, available)
+_CONTROL_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Runtime:
     local_world_size: int
     device: torch.device
     host_memory_bytes: int = field(default_factory=available_memory_bytes)
+    control_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -69,34 +64,67 @@ def start_runtime() -> Iterator[Runtime]:
     Raises:
         LaunchError: if the variables are incomplete, the port is taken, or there are fewer devices than local ranks.
     """
-    rank, local_rank, world_size, local_world_size = _launcher_variables()
-    device = _pick_device(local_rank)
-    _set_threads(local_world_size)
-    host_memory_bytes = available_memory_bytes()
     owns_group = not dist.is_initialized()
+    ranks = _read_launcher() if owns_group else _read_group()
+    device = _pick_device(ranks.local_rank)
+    _set_threads(ranks.local_world_size)
+    host_memory_bytes = available_memory_bytes()
     if owns_group:
-        _init_process_group(world_size, "nccl" if device.type == "cuda" else "gloo")
+        _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
+    # Objects travel over gloo, with patience: one rank may read its rows for long while another waits.
+    control: dist.ProcessGroup | None = None
+    if ranks.world_size > 1:
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
+    is_joint = ranks.world_size == 1
     try:
-        yield Runtime(rank, local_rank, world_size, local_world_size, device, host_memory_bytes)
+        yield Runtime(
+            ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, device, host_memory_bytes, control
+        )
+        is_joint = True
+    except DlrmError as error:
+        is_joint = is_joint or error.everywhere
+        raise
     finally:
-        if owns_group and dist.is_initialized():
+        # A rank that fails alone must not wait for the others in NCCL's teardown: its message would never show.
+        if owns_group and is_joint:
             dist.destroy_process_group()
 
 
-def _launcher_variables() -> tuple[int, int, int, int]:
+@dataclass(frozen=True)
+class _Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def _read_launcher() -> _Ranks:
+    """What the launcher says; a single process where none of its variables is set."""
     names = ("RANK", "WORLD_SIZE")
     given = [name for name in names if name in os.environ]
     if not given:
-        return 0, 0, 1, 1
+        return _Ranks(0, 0, 1, 1)
     if len(given) < len(names):
         raise LaunchError(f"{given[0]} is set but not all of {', '.join(names)}. Start with torchrun, or unset it.")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return (
-        rank,
-        int(os.environ.get("LOCAL_RANK", rank)),
-        world_size,
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-    )
+    rank, world_size = _read_count("RANK", 0), _read_count("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise LaunchError(f"RANK={rank}: expected less than WORLD_SIZE, which is {world_size}. Start with torchrun.")
+    return _Ranks(rank, _read_count("LOCAL_RANK", 0, rank), world_size, _read_count("LOCAL_WORLD_SIZE", 1, world_size))
+
+
+def _read_group() -> _Ranks:
+    """What the caller's process group says; where ranks are local, only a launcher can tell."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size > 1 and not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        raise LaunchError("a process group of several ranks without LOCAL_RANK and LOCAL_WORLD_SIZE. Set both.")
+    return _Ranks(rank, _read_count("LOCAL_RANK", 0, rank), world_size, _read_count("LOCAL_WORLD_SIZE", 1, world_size))
+
+
+def _read_count(name: str, least: int, default: int | None = None) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise LaunchError(f"{name}={text}: expected a whole number of {least} or more. Start with torchrun.")
+    return int(text)
 
 
 def _pick_device(local_rank: int) -> torch.device:
@@ -113,17 +141,17 @@ def _pick_device(local_rank: int) -> torch.device:
 
 
 def _set_threads(local_world_size: int) -> None:
-    """The ranks of a host share its cores, unless the user set OMP_NUM_THREADS."""
+    """The ranks of a host share its cores, unless OMP_NUM_THREADS says otherwise (torchrun sets it to 1)."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
 
-def _init_process_group(world_size: int, backend: str) -> None:
-    if world_size == 1 and "MASTER_PORT" not in os.environ:
+def _init_process_group(ranks: _Ranks, backend: str) -> None:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
@@ -148,7 +176,7 @@ def on_main_rank(runtime: Runtime, action: Callable[[], T]) -> T:
         except DlrmError as error:
             outcome[0] = error
     if runtime.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=runtime.device)
+        dist.broadcast_object_list(outcome, src=0, group=runtime.control_group)
     if isinstance(outcome[0], DlrmError):
         outcome[0].everywhere = True
         raise outcome[0]
@@ -169,7 +197,7 @@ def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
     errors: list[DlrmError | None] = [error]
     if runtime.world_size > 1:
         errors = [None] * runtime.world_size
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=runtime.control_group)
     for first in errors:
         if first is not None:
             first.everywhere = True
@@ -187,5 +215,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak so far, in GiB: of device memory on a GPU, of this process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -29,14 +29,12 @@ class RandomSource:
         hotness: ids per sample of each feature.
         zipf_exponent: s.
         seed: of this stream.
-        num_distinct_rows: rows repeat after this many; None: never.
     """
 
     table_rows: tuple[int, ...]
     hotness: tuple[int, ...]
     zipf_exponent: float
     seed: int
-    num_distinct_rows: int | None = None
 
     @cached_property
     def _rows_of_column(self) -> npt.NDArray[np.float64]:
@@ -48,26 +46,15 @@ class RandomSource:
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows [start, stop)."""
-        period = self.num_distinct_rows
-        rows_B = np.arange(start, stop, dtype=np.int64)
-        if period is not None:
-            rows_B %= period
-        uniform_BW = np.empty((len(rows_B), self._counters_per_row * _WORDS_PER_COUNTER))
-        turns = np.flatnonzero(np.diff(rows_B, prepend=-2) != 1)  # where the numbering starts, or starts over
-        for first, last in zip(turns, np.append(turns, len(rows_B))[1:], strict=True):
-            uniform_BW[first:last] = self._uniform(int(rows_B[first]), last - first)
-        labels_B = (rows_B % 2).astype(np.int32)
+        generator = np.random.Philox(key=self.seed, counter=start * self._counters_per_row)
+        words = generator.random_raw((stop - start) * self._counters_per_row * _WORDS_PER_COUNTER)
+        uniform = (words >> np.uint64(11)).astype(np.float64)
+        uniform *= 2.0**-53
+        uniform_BW = uniform.reshape(stop - start, self._counters_per_row * _WORDS_PER_COUNTER)
+        labels_B = (np.arange(start, stop) % 2).astype(np.int32)
         dense_BI = uniform_BW[:, :NUM_INTEGER_FEATURES].astype(np.float32)
         uniform_BN = uniform_BW[:, NUM_INTEGER_FEATURES : NUM_INTEGER_FEATURES + sum(self.hotness)]
         return Rows(dense_BI, draw_ids(uniform_BN, self._rows_of_column, self.zipf_exponent), labels_B)
-
-    def _uniform(self, first: int, count: int) -> npt.NDArray[np.float64]:
-        """Uniform numbers in [0, 1) of rows [first, first + count), one line a row."""
-        generator = np.random.Philox(key=self.seed, counter=first * self._counters_per_row)
-        words = generator.random_raw(count * self._counters_per_row * _WORDS_PER_COUNTER)
-        uniform = (words >> np.uint64(11)).astype(np.float64)
-        uniform *= 2.0**-53
-        return uniform.reshape(count, -1)
 
 
 def draw_ids(

@@ -4,6 +4,8 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +14,7 @@ import numpy as np
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.data.batch import Batch, build_batch
 from dlrm.data.binary_days import DayRows, Stage, open_splits
-from dlrm.data.partition import Partition
+from dlrm.data.partition import Partition, Span
 from dlrm.data.random_source import RandomSource
 from dlrm.data.source import BYTES_PER_ROW, MappedSplit, RandomSplit, Source, load_split
 from dlrm.errors import DatasetError
@@ -36,6 +38,8 @@ class Split:
     hotness: tuple[int, ...]
     shuffle_seed: int | None = None
     pin_memory: bool = False
+    num_cached_batches: int | None = None
+    """Build this many batches once and cycle through them."""
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
         """This rank's batches of one pass, built on a thread a few steps ahead."""
@@ -43,12 +47,24 @@ class Split:
 
     def _build(self, epoch: int) -> Iterator[Batch]:
         for span in self.partition.spans(self.rank):
-            rows = self.source.read(span, epoch)
-            if self.shuffle_seed is not None:
-                seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)
-                rows = rows.take(np.random.default_rng(seed).permutation(span.rows))
-            batch = build_batch(rows, span, self.hotness)
-            yield batch.pin_memory() if self.pin_memory else batch
+            if self.num_cached_batches is None:
+                yield self._build_batch(span, epoch)
+            else:
+                step = epoch * self.partition.num_steps + span.step
+                yield self._cached_batches[step % len(self._cached_batches)]
+
+    @cached_property
+    def _cached_batches(self) -> list[Batch]:
+        spans = islice(self.partition.spans(self.rank), self.num_cached_batches)
+        return [self._build_batch(span, epoch=0) for span in spans]
+
+    def _build_batch(self, span: Span, epoch: int) -> Batch:
+        rows = self.source.read(span, epoch)
+        if self.shuffle_seed is not None:
+            seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)
+            rows = rows.take(np.random.default_rng(seed).permutation(span.rows))
+        batch = build_batch(rows, span, self.hotness)
+        return batch.pin_memory() if self.pin_memory else batch
 
 
 def open_run_splits(config: Config, runtime: Runtime) -> dict[Stage, Split]:
@@ -99,16 +115,17 @@ def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
     assert config.training.seed is not None
     partition = _partition(config, stage, None, runtime.world_size)
     hotness = config.data.multi_hot_sizes or _ONE_HOT
-    cached = config.data.num_generated_batches
     source = RandomSource(
-        config.model.table_rows,
-        hotness,
-        config.data.zipf_exponent,
-        derive_seed(config.training.seed, "random", stage),
-        None if cached is None else cached * partition.global_batch_size,
+        config.model.table_rows, hotness, config.data.zipf_exponent, derive_seed(config.training.seed, "random", stage)
     )
-    split = RandomSplit(source, partition.num_rows)
-    return Split(split, partition, runtime.rank, hotness, pin_memory=_pins(config, runtime))
+    return Split(
+        RandomSplit(source, partition.num_rows),
+        partition,
+        runtime.rank,
+        hotness,
+        pin_memory=_pins(config, runtime),
+        num_cached_batches=config.data.num_generated_batches,
+    )
 
 
 def _binary_split(config: Config, stage: Stage, rows: DayRows, partition: Partition, runtime: Runtime) -> Split:

@@ -15,9 +15,10 @@ class AurocSketch:
 
     Equal scores share one entry, so that ties count one half. While there are no more than `capacity` distinct scores
     the result is exact. Beyond, neighbours in score are merged until `capacity` groups of about equal mass are left.
-    What is lost is the order inside a group, which is worth at most half the share of all samples that a group holds:
-    1 / (2 * capacity) = 2e-6, whatever the distribution of scores. Memory: 20 bytes an entry and 5 a buffered score,
-    10 MiB in all.
+    What is lost is the order inside a group, worth at most half the share of all samples that a group holds: about
+    1 / (2 * capacity) = 2e-6 for one merge of scores however distributed, and world size / (8 * capacity) for the merge
+    over ranks. Scores that arrive between two merges can fall inside a group of the first, which adds a little.
+    State: 20 bytes an entry and 5 a buffered score, 10 MiB; a merge takes some times that for a moment.
     """
 
     def __init__(self, device: torch.device, capacity: int = CAPACITY, buffer: int = BUFFER) -> None:

@@ -1,5 +1,6 @@
 """Loss and rate while training, kept on the device until asked for."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,10 +12,13 @@ from dlrm.errors import DivergedError
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Since the last report: mean loss per sample over all ranks, and samples per second of all ranks."""
+    """Since the last report: mean loss per sample and samples per second, over all ranks.
+
+    `num_train_samples` counts from the start of the run.
+    """
 
     step: int
-    num_samples: int
+    num_train_samples: int
     loss: float
     samples_per_second: float
 
@@ -59,7 +63,7 @@ class TrainingMeter:
         self._started = time.perf_counter()
         self.seconds += seconds
         for (step, _), loss in zip(self._steps, means, strict=True):
-            if not loss < float("inf"):
+            if not math.isfinite(loss):
                 error = DivergedError(
                     f"loss {loss} at step {step}. Try a smaller --learning_rate, or --adagrad, and look for extreme "
                     "dense values in the data."

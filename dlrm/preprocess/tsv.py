@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import os
 import tempfile
 import time
 import warnings
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-import psutil
 import tyro
 import zstandard
 from typing_extensions import Buffer
 
+from dlrm import __version__
 from dlrm.artifacts import MANIFEST_VERSION, sha256_of, sync_folder, write_json
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
+from dlrm.host import available_memory_bytes
 from dlrm.schema import NUM_COLUMNS
 
 TAB = b"\t"
@@ -32,7 +34,9 @@ BYTES_PER_ROW = 3_000
 @dataclass(frozen=True)
 class PreprocessConfig:
     """Turns raw Criteo text into binary days with TorchRec's tsv_to_npys, which holds a whole file in RAM (about 3 kB a
-    row): for samples, not for Criteo 1TB. Ids stay 32-bit hashes; the trainer reduces them modulo the table's rows."""
+    row): for samples, not for Criteo 1TB. Ids stay 32-bit hashes, stored in 64 bits; the trainer reduces them modulo
+    the table's rows. Integers become log(x - m + 2), m being the smallest in the file: days whose smallest integers
+    differ are scaled differently."""
 
     raw: tyro.conf.Positional[tuple[str, ...]]
     """Tab-separated files (label, 13 integers, 26 hex ids; plain, .gz or .zst), in order of time: one a day for
@@ -71,6 +75,9 @@ def preprocess(config: PreprocessConfig) -> int:
         finished = Path(scratch, "days")
         finished.mkdir()
         rows = [_convert(Path(raw), finished, name, Path(scratch)) for raw, name in zip(config.raw, names, strict=True)]
+        for path in finished.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(finished.iterdir())
         }
@@ -81,7 +88,14 @@ def preprocess(config: PreprocessConfig) -> int:
         transform = "torchrec.datasets.criteo.BinaryCriteoUtils.tsv_to_npys"
         write_json(
             finished / "manifest.json",
-            {"version": MANIFEST_VERSION, "kind": "binary_days", "transform": transform, "days": days, "files": files},
+            {
+                "version": MANIFEST_VERSION,
+                "kind": "binary_days",
+                "software": f"dlrm {__version__}",
+                "transform": transform,
+                "days": days,
+                "files": files,
+            },
         )
         finished.rename(output)
         sync_folder(output.parent)
@@ -95,7 +109,7 @@ def _convert(raw: Path, folder: Path, name: str, scratch: Path) -> int:
     started = time.monotonic()
     text = scratch / "day.tsv"
     rows = _unpack(raw, text)
-    needed, available = rows * BYTES_PER_ROW, psutil.virtual_memory().available
+    needed, available = rows * BYTES_PER_ROW, available_memory_bytes()
     if needed > available:
         raise DatasetError(
             f"{raw}: {rows:,} rows need about {needed / 2**30:.1f} GiB of RAM, {available / 2**30:.1f} are free. "
@@ -168,7 +182,7 @@ class _ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, target: "Buffer") -> int:  # type: ignore[override]
+    def readinto(self, target: Buffer) -> int:  # type: ignore[override]
         while not self._ready:
             packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:

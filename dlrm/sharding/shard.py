@@ -11,6 +11,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.runtime import derive_seed
+from dlrm.schema import TABLE_NAMES
 
 _BLOCK_ROWS = 1 << 16
 
@@ -29,9 +30,10 @@ def shard_model(model: nn.Module, plan: ShardingPlan, device: torch.device, seed
             plan=plan,
             sharders=[EmbeddingBagCollectionSharder()],  # type: ignore[list-item]
         )
-    for name, weight in sharded.state_dict().items():
-        if ".embedding_bags." in name:
-            _fill_table(weight, name.split(".embedding_bags.")[1], seed)
+    tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
+    assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
+    for name, weight in tables.items():
+        _fill_table(weight, name.split(".embedding_bags.")[1], seed)
     return sharded
 
 

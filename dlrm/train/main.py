@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from dlrm.config import Config
 from dlrm.errors import EXIT_USER_ERROR, DlrmError
@@ -46,29 +47,35 @@ def _parse(argv: Sequence[str]) -> Config:
 @contextmanager
 def _errors_as_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit code 2. A rank that lost its peers leaves the word to the failed one."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         yield
     except DlrmError as error:
-        if rank == 0 or not error.everywhere:
-            where = "" if error.everywhere or "WORLD_SIZE" not in os.environ else f" (rank {rank})"
-            print(f"dlrm: error{where}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        if error.everywhere or not _has_peers():
+            if os.environ.get("RANK", "0") == "0" or not _has_peers():
+                print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        _leave_alone(str(error), EXIT_USER_ERROR)
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except RuntimeError as error:
-        if not _is_lost_peer(error):
+        if not _has_peers() or not _is_lost_peer(error):
             raise
         # The launcher ends this process once it has seen the rank that failed; its error is the one to read.
         time.sleep(_SECONDS_FOR_LAUNCHER)
         last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        print(
-            f"dlrm: error (rank {rank}): lost another rank; its error says why ({last_line})",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise SystemExit(1) from None
+        _leave_alone(f"lost another rank; its error says why ({last_line})", 1)
+
+
+def _has_peers() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _leave_alone(text: str, code: int) -> NoReturn:
+    """Ends this process without a teardown in which other ranks would have to take part."""
+    print(f"dlrm: error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

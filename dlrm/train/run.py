@@ -38,7 +38,13 @@ def run(config: Config, runtime: Runtime) -> None:
     memory = DeviceMemory.detect(runtime)
     plan = on_main_rank(
         runtime,
-        lambda: plan_sharding(model, memory, runtime.world_size, runtime.local_world_size, config.data.batch_size),
+        lambda: plan_sharding(
+            model,
+            memory,
+            runtime.world_size,
+            runtime.local_world_size,
+            max(config.data.batch_size, config.data.test_batch_size or 0),
+        ),
     )
     placement = describe_plan(plan, model, runtime.world_size, table_state_floats_per_weight(config.optimizer))
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -41,8 +42,8 @@ class RunDirectory:
             path = Path(config.output.run_dir)
         else:
             name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
-            path = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{name}")
-        if (path / "config.json").exists():
+            path = _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
+        if _reported(path, (path / "config.json").exists):
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a run already. Choose another folder, or move this one away."
             )
@@ -92,6 +93,12 @@ class RunDirectory:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
         _reported(self.path, lambda: write_json(self.path / "summary.json", summary))
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with -2, -3, ... where another run has begun in the same second."""
+    candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _reported(path: Path, write: Callable[[], T]) -> T:

@@ -61,7 +61,7 @@ class Trainer:
         )
         self.meter = TrainingMeter(self.steps_per_report, runtime.device, runtime.world_size)
         self._shows = runtime.is_main and config.output.print_progress
-        self._reached_target = False
+        self.reached_target = False
         self._started = time.perf_counter()
 
     def train(self) -> None:
@@ -74,7 +74,7 @@ class Trainer:
         self._started = time.perf_counter()
         for epoch in range(self.config.training.epochs):
             self._train_epoch(epoch)
-            if self._reached_target:
+            if self.reached_target:
                 return
 
     def _train_epoch(self, epoch: int) -> None:
@@ -92,7 +92,7 @@ class Trainer:
                 paused = time.perf_counter()
                 self._validate(progress)
                 progress.pause(time.perf_counter() - paused)
-            if self._reached_target:
+            if self.reached_target:
                 break
         progress.close()
 
@@ -111,7 +111,7 @@ class Trainer:
 
     def _report(self, report: TrainingReport, epoch: int) -> str:
         """Writes a report to the sink; returns it in words."""
-        self.num_samples = report.num_samples
+        self.num_samples = report.num_train_samples
         rate = self.config.optimizer.learning_rate
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
@@ -126,7 +126,7 @@ class Trainer:
             progress.print(f"AUROC over val set: {result.describe()}")
         target = self.config.evaluation.validation_auroc
         if target is not None and result.auroc is not None and result.auroc >= target:
-            self._reached_target = True
+            self.reached_target = True
             if self.runtime.is_main:
                 progress.print(
                     f"Validation AUROC {result.auroc:.6f} reached the target {target:g} after {self.num_samples:,} "
@@ -165,11 +165,6 @@ class Trainer:
     def seconds(self) -> float:
         """Since training began, validations included."""
         return time.perf_counter() - self._started
-
-    @property
-    def reached_target(self) -> bool:
-        """Whether a validation reached --validation_auroc."""
-        return self._reached_target
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.sink is not None:

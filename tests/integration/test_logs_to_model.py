@@ -42,7 +42,7 @@ def test_real_rows_reach_the_auroc_of_the_log(tmp_path: Path, criteo_folder: Pat
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "run")
     assert (summary["num_train_samples"], summary["num_test_samples"]) == (102_857, 8_571)
-    assert (summary["val_auroc"][0] + summary["test_auroc"]) / 2 > 0.755
+    assert (summary["val_auroc"][0] + summary["test_auroc"]) / 2 > 0.757
 
 
 @pytest.mark.criteo

@@ -63,7 +63,7 @@ def test_a_users_mistake_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["synthesize", "raw", "--row", "5"], "--row 5: not a flag; did you mean --rows?"),
+        (["synthesize", "raw", "--row", "5"], "--row 5: not a flag; did you mean --rows"),
         (["synthesize", "raw", "--rows", "many"], "--rows: "),
         (["synthesize"], "missing: output"),
         (["preprocess", "day_0.tsv", "--dataset_name", "movielens"], "--dataset_name movielens: expected one of"),

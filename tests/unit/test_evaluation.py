@@ -67,4 +67,4 @@ def test_reported_loss_weighs_samples_alike() -> None:
     meter.update(1, torch.tensor(1.0), 30)
     meter.update(2, torch.tensor(4.0), 10)
     report = meter.drain()
-    assert (report.loss, report.num_samples, report.step) == (pytest.approx(1.75), 40, 2)
+    assert (report.loss, report.num_train_samples, report.step) == (pytest.approx(1.75), 40, 2)

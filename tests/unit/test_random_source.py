@@ -24,10 +24,9 @@ def test_types_and_shapes():
     assert (rows.labels_B.shape, rows.labels_B.dtype) == ((7,), np.int32)
 
 
-@pytest.mark.parametrize("num_distinct_rows", [None, 30, 1000])
 @pytest.mark.parametrize("cuts", [(0, 60), (0, 1, 2, 59, 60), (0, 29, 31, 60), tuple(range(61))])
-def test_a_row_does_not_depend_on_how_it_is_read(cuts, num_distinct_rows):
-    source = dataclasses.replace(SOURCE, num_distinct_rows=num_distinct_rows)
+def test_a_row_does_not_depend_on_how_it_is_read(cuts):
+    source = SOURCE
     np.testing.assert_array_equal(
         as_one(source, *itertools.pairwise(cuts)), as_one(source, *((i, i + 1) for i in range(60)))
     )
@@ -48,20 +47,9 @@ def test_seeds_differ():
     assert len(np.unique(np.concatenate([first.dense_BI, second.dense_BI]), axis=0)) == 1000
 
 
-@pytest.mark.parametrize("period", [30, 31])
-def test_cached_rows_repeat_with_the_period(period):
-    source = dataclasses.replace(SOURCE, num_distinct_rows=period)
-    whole = as_one(source, (0, 3 * period))
-    np.testing.assert_array_equal(whole[:period], as_one(SOURCE, (0, period)))
-    assert len(np.unique(whole[:period, :NUM_INTEGER_FEATURES], axis=0)) == period
-    np.testing.assert_array_equal(whole[period : 2 * period], whole[:period])
-    np.testing.assert_array_equal(whole[2 * period :], whole[:period])
-
-
 @pytest.mark.parametrize("start", [0, 7, 30, 60])
-@pytest.mark.parametrize("num_distinct_rows", [None, 30])
-def test_no_rows(start, num_distinct_rows):
-    rows = dataclasses.replace(SOURCE, num_distinct_rows=num_distinct_rows).read(start, start)
+def test_no_rows(start):
+    rows = SOURCE.read(start, start)
     assert rows.dense_BI.shape == (0, NUM_INTEGER_FEATURES)
     assert rows.ids_BN.shape == (0, sum(HOTNESS))
     assert rows.labels_B.shape == (0,)

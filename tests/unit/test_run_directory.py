@@ -39,7 +39,7 @@ def test_check_makes_nothing(tmp_path):
 )
 def test_the_default_folder_says_what_and_when(config, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.fullmatch(rf"runs/\d{{8}}-\d{{6}}-\d+-{name}", str(RunDirectory.check(config)))
+    assert re.fullmatch(rf"runs/\d{{8}}-\d{{6}}-{name}", str(RunDirectory.check(config)))
 
 
 def test_a_folder_that_holds_a_run(tmp_path):

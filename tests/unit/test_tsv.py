@@ -3,7 +3,6 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +255,6 @@ def test_the_number_of_files(names, dataset_name, words, raw):
 
 def test_more_rows_than_memory_holds(raw, monkeypatch):
     free = [40 * tsv.BYTES_PER_ROW - 1, 40 * tsv.BYTES_PER_ROW, 40 * tsv.BYTES_PER_ROW]
-    monkeypatch.setattr(tsv.psutil, "virtual_memory", lambda: SimpleNamespace(available=free.pop(0)))
+    monkeypatch.setattr(tsv, "available_memory_bytes", lambda: free.pop(0))
     assert_refused(raw, "day_0.tsv: 40 rows need about .* GiB of RAM")
     assert preprocess(config_of(raw)) == 70
