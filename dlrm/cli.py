@@ -46,3 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DlrmError as error:
         print(f"dlrm {name}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dlrm {name}: error: {where}{error.strerror or error}. Nothing was written.", file=sys.stderr)
+        return EXIT_USER_ERROR

@@ -1,6 +1,7 @@
 """What a user can cause and fix. Shown as one line, without a traceback, with exit code 2."""
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class DlrmError(Exception):

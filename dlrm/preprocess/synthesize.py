@@ -4,6 +4,7 @@ Shapes: B rows of a chunk.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 import tyro
 
-from dlrm.artifacts import write_atomically, write_json
+from dlrm.artifacts import sync_folder, write_atomically, write_json
 from dlrm.console import Progress
 from dlrm.errors import ConfigError
 from dlrm.flags import parse_flags
@@ -70,7 +71,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there and not an empty folder. Choose another one, or remove it.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: can't be made ({error.strerror}). Choose another one.") from None
     planted = _Planted(config)
@@ -79,11 +80,16 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
     ]
     held_out: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]] = (np.empty(0), np.empty(0, np.int64))
     progress = Progress("Synthesizing", config.rows, "rows")
-    for day, rows in enumerate(rows_of_day):
-        held_out = planted.write_day(folder / f"day_{day}.tsv", day, rows, progress)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        finished = Path(scratch, "raw")
+        finished.mkdir()
+        for day, rows in enumerate(rows_of_day):
+            held_out = planted.write_day(finished / f"day_{day}.tsv", day, rows, progress)
+        truth = _measure(*held_out)
+        write_json(finished / "truth.json", truth)
+        finished.replace(folder)
+    sync_folder(folder.parent)
     progress.close()
-    truth = _measure(*held_out)
-    write_json(folder / "truth.json", truth)
     return truth
 
 

@@ -1,6 +1,7 @@
 """Raw Criteo text to binary days, through TorchRec's own function."""
 
 import csv
+import errno
 import gzip
 import io
 import os
@@ -155,6 +156,8 @@ def _unpack(raw: Path, text: Path) -> int:
     except FileNotFoundError:
         raise DatasetError(f"{raw}: no such file. Expected raw Criteo text.") from None
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the output's fault, not the input's
         raise DatasetError(f"{raw}: can't be read to its end ({error}). It may be cut short: fetch it again.") from None
     if rows == 0:
         raise DatasetError(f"{raw}: no rows. Expected raw Criteo text.")

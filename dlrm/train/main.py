@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from dlrm.config import Config
-from dlrm.errors import EXIT_USER_ERROR, DlrmError
+from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 from dlrm.flags import parse_args
 
 _SECONDS_FOR_LAUNCHER = 10
@@ -55,6 +55,8 @@ def _errors_as_one_line() -> Iterator[None]:
                 print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_USER_ERROR) from None
         _leave_alone(str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        _leave_alone("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -73,7 +75,8 @@ def _has_peers() -> bool:
 
 def _leave_alone(text: str, code: int) -> NoReturn:
     """Ends this process without a teardown in which other ranks would have to take part."""
-    print(f"dlrm: error (rank {os.environ.get('RANK')}): {text}", file=sys.stderr, flush=True)
+    where = f" (rank {os.environ.get('RANK')})" if _has_peers() else ""
+    print(f"dlrm: error{where}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
