@@ -55,10 +55,10 @@ class DataConfig:
     mmap_mode: bool = False
     """Read rows from disk as they are needed instead of loading them first. Rows are then checked as they are read."""
 
-    batch_size: Annotated[int, Gt(0)] = 32
+    batch_size: Annotated[int, Gt(0), Lt(2**24)] = 32
     """Training samples per rank per step."""
 
-    test_batch_size: Annotated[int | None, Gt(0)] = None
+    test_batch_size: Annotated[int | None, Gt(0), Lt(2**24)] = None
     """Validation and test samples per rank per step. Default: batch_size."""
 
     drop_last_training_batch: bool = False
@@ -100,7 +100,7 @@ class ModelConfig:
     """Rows of each of the 26 embedding tables. Ids outside a table are reduced modulo its rows. Default: num_embeddings
     each."""
 
-    embedding_dim: Annotated[int, Gt(0)] = 64
+    embedding_dim: Annotated[int, Gt(0), Lt(2**16)] = 64
     """Columns of every embedding table; a multiple of 4."""
 
     dense_arch_layer_sizes: IntList = (512, 256, 64)
@@ -121,7 +121,7 @@ class ModelConfig:
     dcn_num_layers: Annotated[int, Gt(0)] = 3
     """dcn only: number of cross layers."""
 
-    dcn_low_rank_dim: Annotated[int, Gt(0)] = 512
+    dcn_low_rank_dim: Annotated[int, Gt(0), Lt(2**20)] = 512
     """dcn only: rank of each cross layer's weight."""
 
     @property
@@ -134,13 +134,13 @@ class ModelConfig:
 class OptimizerConfig:
     """How gradients become updates, of tables (fused into the backward pass) and MLPs alike."""
 
-    learning_rate: Annotated[float, Gt(0.0)] = 15.0
+    learning_rate: Annotated[float, Gt(0.0), Lt(1e38)] = 15.0
     """Step size of the embedding tables and the dense parts."""
 
     adagrad: bool = False
     """Adagrad instead of SGD."""
 
-    eps: Annotated[float, Gt(0.0)] = 1e-8
+    eps: Annotated[float, Gt(0.0), Lt(1e38)] = 1e-8
     """Adagrad only: added to the root of the accumulated squares."""
 
 
@@ -148,7 +148,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length, seed and arithmetic of a run."""
 
-    epochs: Annotated[int, Gt(0)] = 1
+    epochs: Annotated[int, Gt(0), Lt(2**31)] = 1
     """Passes over the training set."""
 
     seed: Annotated[int | None, Ge(0), Lt(2**63)] = None
@@ -227,6 +227,9 @@ class Config:
         if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
             raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
         _check_layers(self.model)
+        for owner, name in ((self.data, "in_memory_binary_criteo_path"), (self.output, "run_dir")):
+            if (path := getattr(owner, name)) is not None and not path.strip():
+                raise ConfigError(f"--{name} {path!r}: expected a folder's name")
         _check_effects(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -277,6 +280,8 @@ def _check_ranges(section: Any) -> None:
                 raise ConfigError(
                     f"--{name} {','.join(map(str, value))}: expected positive integers, as in 512,256,128"
                 )
+            if name != "num_embeddings_per_feature" and max(value) >= 2**20:
+                raise ConfigError(f"--{name}: got {max(value)}, expected sizes of less than {2**20}")
             continue
         if value is None:
             continue

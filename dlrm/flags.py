@@ -112,7 +112,7 @@ def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
         case tyro_errors.BadValue(argument=argument):
             return f"--{argument.field.intern_name}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
-            return f"--{argument.field.intern_name}: {message}"
+            return f"--{argument.field.intern_name}: {' '.join(message.split())}"
         case tyro_errors.MissingArgs(missing_arguments=missing):
             arguments = [context.arg for context in missing]
             names = [("" if a.is_positional() else "--") + a.field.intern_name for a in arguments]

@@ -6,6 +6,7 @@ For criteo_kaggle one "day" named `train`. Shapes: B rows, I integer features, F
 """
 
 import json
+import os
 import re
 import tokenize
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ _PARTS = {
     "sparse": (NUM_CATEGORICAL_FEATURES, (np.dtype("<i4"), np.dtype("<i8"))),
     "labels": (1, (np.dtype("<i4"),)),
 }
+
+# numpy parses a header as a Python literal.
+_HEADER_ERRORS = (OSError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def open_splits(folder: Path, dataset_name: str) -> dict[Stage, DayRows]:
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder. Expected one with day_0_dense.npy, day_0_sparse.npy, ...")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DatasetError(f"{folder}: no permission to read it. Change its mode, or run as its owner.")
     _check_manifest(folder)
     if dataset_name == "criteo_kaggle":
         day = _open_day(folder, "train")
@@ -143,10 +149,10 @@ def _day_names(folder: Path) -> list[str]:
         )
     if len(found) == 1:
         raise DatasetError(f"{folder}: one day only (day_{found[0]}). Expected two or more: the last is held out.")
-    missing = sorted(set(range(found[-1] + 1)) - set(found))
-    if missing:
+    missing = next((expected for expected, number in enumerate(found) if number != expected), None)
+    if missing is not None:
         raise DatasetError(
-            f"{folder}: {_part_path(folder, f'day_{missing[0]}', 'dense').name} is missing, with days up to "
+            f"{folder}: {_part_path(folder, f'day_{missing}', 'dense').name} is missing, with days up to "
             f"{found[-1]} there. Expected days without a gap from 0."
         )
     return [f"day_{i}" for i in found]
@@ -170,6 +176,8 @@ def _open_day(folder: Path, name: str) -> Day:
 
 def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> npt.NDArray[Any]:
     names = " or ".join(dtype.name for dtype in dtypes)
+    if path.exists() and not path.is_file():
+        raise DatasetError(f"{path}: not a regular file. Expected an array of {names} [rows, {columns}].")
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
@@ -180,13 +188,7 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
             offset, size = file.tell(), path.stat().st_size
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing. Expected an array of {names} [rows, {columns}].") from None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        SyntaxError,
-        tokenize.TokenError,
-    ) as error:  # numpy parses headers as Python
+    except _HEADER_ERRORS as error:
         text = " ".join(str(error).split())
         raise DatasetError(f"{path}: not a readable .npy file ({text}). Expected {names} [rows, {columns}].") from None
     if dtype not in dtypes:
@@ -214,7 +216,7 @@ def _check_manifest(folder: Path) -> None:
         manifest = json.loads(path.read_text())
         version, files = manifest["version"], manifest["files"]
         sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None
     if version != MANIFEST_VERSION:
         raise DatasetError(

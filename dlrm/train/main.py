@@ -53,6 +53,9 @@ def _errors_as_one_line() -> Iterator[None]:
         if error.everywhere or not _has_peers():
             if os.environ.get("RANK", "0") == "0" or not _has_peers():
                 print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
+            else:
+                # The launcher ends all ranks when the first one leaves: let that be rank 0, which says why.
+                time.sleep(_SECONDS_FOR_LAUNCHER)
             raise SystemExit(EXIT_USER_ERROR) from None
         _leave_alone(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from dlrm.runtime import Runtime
 
 T = TypeVar("T")
 
+_FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "summary.json")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
 
 
@@ -43,10 +45,14 @@ class RunDirectory:
         else:
             name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
             path = _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
-        if _reported(path, (path / "config.json").exists):
+        taken = _reported(path, lambda: [name for name in _FILES if os.path.lexists(path / name)])
+        if taken:
             raise RunDirectoryError(
-                f"--run_dir {path}: holds a run already. Choose another folder, or move this one away."
+                f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, or move this one away."
             )
+        data = config.data.in_memory_binary_criteo_path
+        if data is not None and path.resolve() == Path(data).resolve():
+            raise RunDirectoryError(f"--run_dir {path}: is the data's folder. Choose another one.")
         parent = path
         while not parent.exists():
             parent = parent.parent
@@ -71,7 +77,13 @@ class RunDirectory:
             write_json(path / "plan.json", plan)
             return RunDirectory(path)
 
-        return _reported(path, write)
+        try:
+            return _reported(path, write)
+        except RunDirectoryError:
+            with suppress(OSError):
+                for name in _FILES:  # `check` saw none of them: what is there is ours, and half a run
+                    (path / name).unlink(missing_ok=True)
+            raise
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl.

@@ -141,7 +141,7 @@ FAULTS = {
     "not npy": (lambda f: (f / "day_1_dense.npy").write_text("dense\n" * 50), "day_1_dense.npy: not a readable .npy"),
     "a folder": (
         lambda f: ((f / "day_1_dense.npy").unlink(), (f / "day_1_dense.npy").mkdir()),
-        "day_1_dense.npy: not a readable .npy",
+        "day_1_dense.npy: not a regular file",
     ),
     "float64": (
         lambda f: save(f / "day_1_dense.npy", np.zeros((4, 13))),

@@ -209,3 +209,16 @@ def test_what_makes_sense_is_accepted(fields):
     config = config_with(**fields)
     config.validate()
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_folder_name_is_refused(name):
+    with pytest.raises(ConfigError, match=r"--run_dir .*expected a folder's name"):
+        Config(output=OutputConfig(run_dir=name)).validate()
+    with pytest.raises(ConfigError, match=r"--in_memory_binary_criteo_path .*expected a folder's name"):
+        Config(data=DataConfig(in_memory_binary_criteo_path=name)).validate()
+
+
+def test_sizes_beyond_any_machine_are_refused():
+    with pytest.raises(ConfigError, match=r"--dense_arch_layer_sizes: got 99999999999, expected sizes of less than"):
+        Config(model=ModelConfig(dense_arch_layer_sizes=(99999999999, 64))).validate()
