@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from dlrm.config import CONFIG_VERSION, Config
+from dlrm.config import CONFIG_VERSION, Config, DataConfig, ModelConfig, OutputConfig
 from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, RECIPES
 
