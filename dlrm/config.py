@@ -27,6 +27,13 @@ def _parse_list(tokens: list[str]) -> tuple[int, ...]:
     return tuple(int(size) for size in tokens[0].split(","))
 
 
+def _or(meaning: str, metavar: str) -> object:
+    """How --help shows a flag that may be left out: what happens then, in place of None."""
+    return tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda shown: f"(default: {meaning if shown == 'None' else shown})"
+    )
+
+
 IntList = Annotated[
     tuple[int, ...],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -43,10 +50,9 @@ IntList = Annotated[
 class DataConfig:
     """Where samples come from and how they are batched."""
 
-    in_memory_binary_criteo_path: str | None = None
+    in_memory_binary_criteo_path: Annotated[str | None, _or("random data", "FOLDER")] = None
     """Folder of binary Criteo days (day_{i}_dense.npy, day_{i}_sparse.npy, day_{i}_labels.npy). The last day is held
-    out: its first half validates, its second half tests. Each rank loads only its own rows into memory. Without it,
-    data is random."""
+    out: its first half validates, its second half tests. Each rank loads only its own rows into memory."""
 
     dataset_name: Literal["criteo_1t", "criteo_kaggle"] = "criteo_1t"
     """Layout of the folder. criteo_kaggle: train_{dense,sparse,labels}.npy in time order; the first 6/7 of the rows
@@ -58,20 +64,20 @@ class DataConfig:
     batch_size: Annotated[int, Gt(0), Lt(2**24)] = 32
     """Training samples per rank per step."""
 
-    test_batch_size: Annotated[int | None, Gt(0), Lt(2**24)] = None
-    """Validation and test samples per rank per step. Default: batch_size."""
+    test_batch_size: Annotated[int | None, Gt(0), Lt(2**24), _or("batch_size", "INT")] = None
+    """Validation and test samples per rank per step."""
 
     drop_last_training_batch: bool = False
     """Leave out the last training batch of an epoch where it is not full on every rank."""
 
-    limit_train_batches: Annotated[int | None, Gt(0)] = None
-    """Training steps per epoch at the most. Default: all; 10 for random data."""
+    limit_train_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    """Training steps per epoch at the most."""
 
-    limit_val_batches: Annotated[int | None, Gt(0)] = None
-    """Validation steps at the most. Default: all; 10 for random data."""
+    limit_val_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    """Validation steps at the most."""
 
-    limit_test_batches: Annotated[int | None, Gt(0)] = None
-    """Test steps at the most. Default: all; 10 for random data."""
+    limit_test_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    """Test steps at the most."""
 
     shuffle_batches: bool = False
     """Permute the rows inside each rank's training batch. Needs binary days."""
@@ -79,14 +85,14 @@ class DataConfig:
     pin_memory: bool = False
     """Build batches in page-locked memory, which speeds up copies to a GPU. No effect without one."""
 
-    num_generated_batches: Annotated[int | None, Gt(0)] = None
-    """Random data only: generate this many batches once and cycle through them. Default: fresh ones every step."""
+    num_generated_batches: Annotated[int | None, Gt(0), _or("fresh ones every step", "INT")] = None
+    """Random data only: generate this many batches once and cycle through them."""
 
     zipf_exponent: Annotated[float, Ge(0.0), Lt(10.0)] = 0.0
     """Random data only: id k of a table is drawn with probability falling as (k + 1)^-exponent. 0 is uniform."""
 
-    multi_hot_sizes: IntList | None = None
-    """Random data only: ids per sample of each of the 26 features. Default: one each."""
+    multi_hot_sizes: Annotated[IntList | None, _or("one each", "INT,INT,...")] = None
+    """Random data only: ids per sample of each of the 26 features."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,8 @@ class ModelConfig:
     num_embeddings: Annotated[int, Gt(0), Lt(2**31)] = 100_000
     """Rows of every embedding table. On the command line it replaces the table sizes of a recipe."""
 
-    num_embeddings_per_feature: IntList | None = None
-    """Rows of each of the 26 embedding tables. Ids outside a table are reduced modulo its rows. Default: num_embeddings
-    each."""
+    num_embeddings_per_feature: Annotated[IntList | None, _or("num_embeddings each", "INT,INT,...")] = None
+    """Rows of each of the 26 embedding tables. Ids outside a table are reduced modulo its rows."""
 
     embedding_dim: Annotated[int, Gt(0), Lt(2**16)] = 64
     """Columns of every embedding table; a multiple of 4."""
@@ -151,9 +156,9 @@ class TrainingConfig:
     epochs: Annotated[int, Gt(0), Lt(2**31)] = 1
     """Passes over the training set."""
 
-    seed: Annotated[int | None, Ge(0), Lt(2**63)] = None
+    seed: Annotated[int | None, Ge(0), Lt(2**63), _or("drawn anew", "INT")] = None
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
-    CPU; not tried on a GPU). Default: drawn anew and recorded in config.json."""
+    CPU; not tried on a GPU). It is recorded in config.json."""
 
     allow_tf32: bool = False
     """TensorFloat-32 for matrix products on A100 or newer GPUs. No effect without one."""
@@ -163,10 +168,10 @@ class TrainingConfig:
 class EvaluationConfig:
     """When the held-out sets are scored."""
 
-    validation_freq_within_epoch: Annotated[int | None, Gt(0)] = None
-    """Training steps between validations within an epoch. Default: none within."""
+    validation_freq_within_epoch: Annotated[int | None, Gt(0), _or("none within", "INT")] = None
+    """Training steps between validations within an epoch."""
 
-    validation_auroc: Annotated[float | None, Gt(0.5), Le(1.0)] = None
+    validation_auroc: Annotated[float | None, Gt(0.5), Le(1.0), _or("train to the end", "FLOAT")] = None
     """Stop training once a validation reaches this AUROC, and report the samples and seconds it took."""
 
     evaluate_on_epoch_end: bool = True
@@ -180,11 +185,11 @@ class EvaluationConfig:
 class OutputConfig:
     """What a run shows and where it writes."""
 
-    run_dir: str | None = None
-    """Folder for config, plan, metrics and summary. Default: runs/<time>-<recipe or dataset>."""
+    run_dir: Annotated[str | None, _or("runs/<time>-<recipe or dataset>", "FOLDER")] = None
+    """Folder for config, plan, metrics and summary."""
 
-    log_every: Annotated[int | None, Gt(0)] = None
-    """Steps between lines in metrics.jsonl and on the screen. Default: a fiftieth of the epoch, at most 100."""
+    log_every: Annotated[int | None, Gt(0), _or("a fiftieth of the epoch, at most 100", "INT")] = None
+    """Steps between lines in metrics.jsonl and on the screen."""
 
     print_progress: bool = True
     """Show step, samples/s, time left, loss, learning rate and last AUROC while training."""
@@ -207,7 +212,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
-    recipe: str | None = None
+    recipe: Annotated[str | None, _or("none", "NAME")] = None
     """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
     spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80."""
 

@@ -65,8 +65,8 @@ def run(config: Config, runtime: Runtime) -> None:
         directory.write_summary(summary)
         print(
             f"Trained on {trainer.num_samples:,} samples in {trainer.meter.seconds:.1f} s "
-            f"({summary['samples_per_second']:,.0f} samples/s), peak memory {summary['peak_memory_gib']:.2f} GiB a "
-            f"rank. Run directory: {directory.path}",
+            f"({summary['samples_per_second']:,.0f} samples/s, start-up included), peak memory "
+            f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
 
@@ -134,6 +134,8 @@ def _announce(config: Config, placement: Placement, rows: dict[Any, int]) -> Non
     print(
         f"Seed {config.training.seed}. " + ", ".join(f"{count:,} {stage}" for stage, count in rows.items()) + " rows."
     )
+    if config.is_random:
+        print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
     if config.output.print_sharding_plan:
         print(placement.to_text())
     print(placement.summary(), flush=True)
