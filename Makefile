@@ -35,7 +35,7 @@ $(READY): requirements/$(DEVICE).txt pyproject.toml
 
 demo: $(READY)
 	@rm -rf $(DEMO)
-	$(BIN)/dlrm synthesize $(DEMO)/raw --rows 300000 --days 3
+	$(BIN)/dlrm synthesize $(DEMO)/raw --rows 600000 --days 3
 	$(BIN)/dlrm preprocess $(DEMO)/raw/day_*.tsv --output $(DEMO)/days
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/torchrun --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 dlrm_main.py \
 	  --recipe debug_cpu --in_memory_binary_criteo_path $(DEMO)/days --run_dir $(DEMO)/run

@@ -27,7 +27,7 @@ def _parse_list(tokens: list[str]) -> tuple[int, ...]:
     return tuple(int(size) for size in tokens[0].split(","))
 
 
-def _or(meaning: str, metavar: str) -> object:
+def optional(meaning: str, metavar: str) -> object:
     """How --help shows a flag that may be left out: what happens then, in place of None."""
     return tyro.conf.arg(
         metavar=metavar, help_behavior_hint=lambda shown: f"(default: {meaning if shown == 'None' else shown})"
@@ -50,7 +50,7 @@ IntList = Annotated[
 class DataConfig:
     """Where samples come from and how they are batched."""
 
-    in_memory_binary_criteo_path: Annotated[str | None, _or("random data", "FOLDER")] = None
+    in_memory_binary_criteo_path: Annotated[str | None, optional("random data", "FOLDER")] = None
     """Folder of binary Criteo days (day_{i}_dense.npy, day_{i}_sparse.npy, day_{i}_labels.npy). The last day is held
     out: its first half validates, its second half tests. Each rank loads only its own rows into memory."""
 
@@ -64,19 +64,19 @@ class DataConfig:
     batch_size: Annotated[int, Gt(0), Lt(2**24)] = 32
     """Training samples per rank per step."""
 
-    test_batch_size: Annotated[int | None, Gt(0), Lt(2**24), _or("batch_size", "INT")] = None
+    test_batch_size: Annotated[int | None, Gt(0), Lt(2**24), optional("batch_size", "INT")] = None
     """Validation and test samples per rank per step."""
 
     drop_last_training_batch: bool = False
     """Leave out the last training batch of an epoch where it is not full on every rank."""
 
-    limit_train_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    limit_train_batches: Annotated[int | None, Gt(0), optional("all; 10 of random data", "INT")] = None
     """Training steps per epoch at the most."""
 
-    limit_val_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    limit_val_batches: Annotated[int | None, Gt(0), optional("all; 10 of random data", "INT")] = None
     """Validation steps at the most."""
 
-    limit_test_batches: Annotated[int | None, Gt(0), _or("all; 10 of random data", "INT")] = None
+    limit_test_batches: Annotated[int | None, Gt(0), optional("all; 10 of random data", "INT")] = None
     """Test steps at the most."""
 
     shuffle_batches: bool = False
@@ -85,13 +85,13 @@ class DataConfig:
     pin_memory: bool = False
     """Build batches in page-locked memory, which speeds up copies to a GPU. No effect without one."""
 
-    num_generated_batches: Annotated[int | None, Gt(0), _or("fresh ones every step", "INT")] = None
+    num_generated_batches: Annotated[int | None, Gt(0), optional("fresh ones every step", "INT")] = None
     """Random data only: generate this many batches once and cycle through them."""
 
     zipf_exponent: Annotated[float, Ge(0.0), Lt(10.0)] = 0.0
     """Random data only: id k of a table is drawn with probability falling as (k + 1)^-exponent. 0 is uniform."""
 
-    multi_hot_sizes: Annotated[IntList | None, _or("one each", "INT,INT,...")] = None
+    multi_hot_sizes: Annotated[IntList | None, optional("one each", "INT,INT,...")] = None
     """Random data only: ids per sample of each of the 26 features."""
 
 
@@ -102,7 +102,7 @@ class ModelConfig:
     num_embeddings: Annotated[int, Gt(0), Lt(2**31)] = 100_000
     """Rows of every embedding table. On the command line it replaces the table sizes of a recipe."""
 
-    num_embeddings_per_feature: Annotated[IntList | None, _or("num_embeddings each", "INT,INT,...")] = None
+    num_embeddings_per_feature: Annotated[IntList | None, optional("num_embeddings each", "INT,INT,...")] = None
     """Rows of each of the 26 embedding tables. Ids outside a table are reduced modulo its rows."""
 
     embedding_dim: Annotated[int, Gt(0), Lt(2**16)] = 64
@@ -156,7 +156,7 @@ class TrainingConfig:
     epochs: Annotated[int, Gt(0), Lt(2**31)] = 1
     """Passes over the training set."""
 
-    seed: Annotated[int | None, Ge(0), Lt(2**63), _or("drawn anew", "INT")] = None
+    seed: Annotated[int | None, Ge(0), Lt(2**63), optional("drawn anew", "INT")] = None
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
     CPU; not tried on a GPU). It is recorded in config.json."""
 
@@ -168,10 +168,10 @@ class TrainingConfig:
 class EvaluationConfig:
     """When the held-out sets are scored."""
 
-    validation_freq_within_epoch: Annotated[int | None, Gt(0), _or("none within", "INT")] = None
+    validation_freq_within_epoch: Annotated[int | None, Gt(0), optional("none within", "INT")] = None
     """Training steps between validations within an epoch."""
 
-    validation_auroc: Annotated[float | None, Gt(0.5), Le(1.0), _or("train to the end", "FLOAT")] = None
+    validation_auroc: Annotated[float | None, Gt(0.5), Le(1.0), optional("train to the end", "FLOAT")] = None
     """Stop training once a validation reaches this AUROC, and report the samples and seconds it took."""
 
     evaluate_on_epoch_end: bool = True
@@ -185,10 +185,10 @@ class EvaluationConfig:
 class OutputConfig:
     """What a run shows and where it writes."""
 
-    run_dir: Annotated[str | None, _or("runs/<time>-<recipe or dataset>", "FOLDER")] = None
+    run_dir: Annotated[str | None, optional("runs/<time>-<recipe or dataset>", "FOLDER")] = None
     """Folder for config, plan, metrics and summary."""
 
-    log_every: Annotated[int | None, Gt(0), _or("a fiftieth of the epoch, at most 100", "INT")] = None
+    log_every: Annotated[int | None, Gt(0), optional("a fiftieth of the epoch, at most 100", "INT")] = None
     """Steps between lines in metrics.jsonl and on the screen."""
 
     print_progress: bool = True
@@ -212,7 +212,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
-    recipe: Annotated[str | None, _or("none", "NAME")] = None
+    recipe: Annotated[str | None, optional("none", "NAME")] = None
     """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
     spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80."""
 

@@ -45,7 +45,7 @@ class Progress:
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        left = seconds / max(1, self._done) * (self._total - self._done)
+        left = seconds / max(1, self._done) * max(0, self._total - self._done)
         note = self._note or f"{self._done / seconds:,.0f} {self._unit}/s"
         return f"{self._label}: {self._done:,}/{self._total:,} {self._unit} | {_clock(left)} left | {note}"
 

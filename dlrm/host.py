@@ -1,5 +1,6 @@
 """What this host has to give."""
 
+import os
 from pathlib import Path
 
 import psutil
@@ -22,3 +23,8 @@ def available_memory_bytes() -> int:
             cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
             available = min(available, int(limit) - used + cache)
     return max(0, available)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

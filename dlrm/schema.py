@@ -10,3 +10,8 @@ NUM_COLUMNS: Final = 1 + NUM_INTEGER_FEATURES + NUM_CATEGORICAL_FEATURES
 INTEGER_NAMES: Final = tuple(f"int_{i}" for i in range(NUM_INTEGER_FEATURES))
 CATEGORICAL_NAMES: Final = tuple(f"cat_{i}" for i in range(NUM_CATEGORICAL_FEATURES))
 TABLE_NAMES: Final = tuple(f"t_{name}" for name in CATEGORICAL_NAMES)
+
+
+def num_kaggle_training_rows(num_rows: int) -> int:
+    """Rows of the single criteo_kaggle file, from its start, that train: six of its seven days."""
+    return num_rows * 6 // 7

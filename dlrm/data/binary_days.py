@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.data.batch import Rows
 from dlrm.errors import DatasetError
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kaggle_training_rows
 
 Stage = Literal["train", "val", "test"]
 
@@ -119,7 +119,7 @@ def open_splits(folder: Path, dataset_name: str) -> dict[Stage, DayRows]:
     _check_manifest(folder)
     if dataset_name == "criteo_kaggle":
         day = _open_day(folder, "train")
-        num_training_rows = day.num_rows * 6 // 7
+        num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
         *earlier, last = [_open_day(folder, name) for name in _day_names(folder)]

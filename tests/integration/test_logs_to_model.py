@@ -17,7 +17,7 @@ def dlrm(*arguments: str) -> str:
 
 def test_planted_logs_come_near_their_best_auroc(tmp_path: Path) -> None:
     raw, days = tmp_path / "raw", tmp_path / "days with a space"
-    dlrm("synthesize", str(raw), "--rows", "60000", "--days", "3")
+    dlrm("synthesize", str(raw), "--rows", "60000", "--days", "3", "--click_rate", "0.25")
     truth = json.loads((raw / "truth.json").read_text())
     files = [str(raw / f"day_{i}.tsv") for i in range(3)]
     assert "60,000 rows" in dlrm("preprocess", *files, "--output", str(days))
@@ -26,12 +26,12 @@ def test_planted_logs_come_near_their_best_auroc(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "run")
     assert summary["num_test_samples"] == 10_000
-    assert 0.74 < summary["test_auroc"] < truth["test_auroc"] < 0.9
+    assert 0.74 < summary["test_auroc"] < truth["test_auroc"] < 0.87
 
 
 @pytest.mark.criteo
 def test_real_rows_reach_the_auroc_of_the_log(tmp_path: Path, criteo_folder: Path) -> None:
-    """Five seeds gave 0.7579 to 0.7605 (LOG.md); the plain example has 0.7564."""
+    """Five seeds gave 0.7589 to 0.7607 (LOG.md); the plain example has 0.7564."""
     days = tmp_path / "days"
     dlrm(
         *("preprocess", str(criteo_folder / "kaggle_120k.tsv.zst"), "--dataset_name", "criteo_kaggle"),

@@ -1,0 +1,335 @@
+"""The loops over bytes and ids that polars was measured to be too slow for (LOG.md), compiled by numba.
+
+They release the interpreter's lock, so threads run them side by side. Shapes: R rows of a block, I integer features, F
+categorical features.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _compiled(function: Function) -> Function:
+    """Compiled at the first call, and kept beside this file or, where that can't be written, in the user's cache."""
+    return cast(Function, numba.njit(function, nogil=True, cache=True))
+
+
+MAX_ID_DIGITS = 8
+_TAB, _NEWLINE, _RETURN, _MINUS, _ZERO, _ONE = (np.uint8(byte) for byte in b"\t\n\r-01")
+_NO_DIGIT = 255
+_HEX = np.full(256, _NO_DIGIT, np.uint8)
+for _digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
+    for _value, _byte in enumerate(_digits):
+        _HEX[_byte] = _value
+_MIN_INT, _MAX_INT = -(2**31), 2**31 - 1
+
+
+@_compiled
+def parse_rows(
+    text: npt.NDArray[np.uint8],
+    size: int,
+    labels_R: npt.NDArray[np.uint8],
+    integers_IR: npt.NDArray[np.int32],
+    ids_FR: npt.NDArray[np.uint32],
+    rejected: npt.NDArray[np.int64],
+) -> tuple[int, int]:
+    """Parses whole lines of Criteo text. A missing integer or id is 0.
+
+    Args:
+        text: `size` bytes that end with a newline, and `raw.PADDING` bytes more.
+        rejected: takes (line, start, stop) of each line that is not a row: bytes [start, stop) without the newline.
+            Parsing ends where it is full.
+
+    Returns:
+        Numbers of rows and of rejected lines. The rows' values are in front in `labels_R`, `integers_IR`, `ids_FR`.
+    """
+    row = line = num_rejected = at = 0
+    while at < size:
+        start = at
+        good = (text[at] == _ZERO or text[at] == _ONE) and text[at + 1] == _TAB
+        if good:
+            labels_R[row] = text[at] - _ZERO
+            at += 2
+            for column in range(NUM_INTEGER_FEATURES):
+                negative = text[at] == _MINUS
+                if negative:
+                    at += 1
+                first = at
+                value = np.int64(0)
+                while at - first < 11:
+                    digit = np.uint8(text[at] - _ZERO)
+                    if digit > 9:
+                        break
+                    value = value * 10 + np.int64(digit)
+                    at += 1
+                if negative:
+                    value = -value
+                if text[at] != _TAB or (negative and at == first) or value < _MIN_INT or value > _MAX_INT:
+                    good = False
+                    break
+                integers_IR[column, row] = value
+                at += 1
+        if good:
+            for column in range(NUM_CATEGORICAL_FEATURES):
+                number = np.uint32(0)
+                digits = 0
+                d0, d1, d2, d3 = _HEX[text[at]], _HEX[text[at + 1]], _HEX[text[at + 2]], _HEX[text[at + 3]]
+                d4, d5, d6, d7 = _HEX[text[at + 4]], _HEX[text[at + 5]], _HEX[text[at + 6]], _HEX[text[at + 7]]
+                if (d0 | d1 | d2 | d3 | d4 | d5 | d6 | d7) < 16:
+                    high = (np.uint32(d0) << 28) | (np.uint32(d1) << 24) | (np.uint32(d2) << 20) | (np.uint32(d3) << 16)
+                    low = (np.uint32(d4) << 12) | (np.uint32(d5) << 8) | (np.uint32(d6) << 4) | np.uint32(d7)
+                    number = np.uint32(high | low)
+                    at += 8
+                else:
+                    while digits < MAX_ID_DIGITS and _HEX[text[at]] < 16:
+                        number = np.uint32((number << 4) | np.uint32(_HEX[text[at]]))
+                        digits += 1
+                        at += 1
+                ids_FR[column, row] = number
+                if column < NUM_CATEGORICAL_FEATURES - 1:
+                    if text[at] != _TAB:
+                        good = False
+                        break
+                    at += 1
+            if good:
+                if text[at] == _RETURN:
+                    at += 1
+                good = text[at] == _NEWLINE
+        if good:
+            row += 1
+        else:
+            at = start
+            while text[at] != _NEWLINE:
+                at += 1
+            rejected[num_rejected] = line, start, at
+            num_rejected += 1
+            if num_rejected == len(rejected):
+                return row, num_rejected
+        at += 1
+        line += 1
+    return row, num_rejected
+
+
+@_compiled
+def mix(number: np.uint32) -> np.uint32:
+    """A bijection of 32-bit numbers that spreads any set of ids evenly, and keeps 0 (lowbias32 of C. Wellons)."""
+    x = np.uint32(number)
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@_compiled
+def unmix(number: np.uint32) -> np.uint32:
+    """The inverse of `mix`."""
+    x = np.uint32(number)
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x43021123))
+    x = np.uint32(x ^ (x >> np.uint32(15)) ^ (x >> np.uint32(30)))
+    x = np.uint32(x * np.uint32(0x1D69E2A5))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@_compiled
+def count_ids(
+    ids_R: npt.NDArray[np.uint32],
+    first_row: int,
+    slots: npt.NDArray[np.uint64],
+    first_rows: npt.NDArray[np.int64],
+    used: int,
+    limit: int,
+    prefix_bits: int,
+    prefix: int,
+) -> tuple[int, int]:
+    """Counts ids other than 0 in an open-addressing table, whose slots hold `mix(id) << 32 | count`.
+
+    Args:
+        slots: 2**n of them, 0 where free.
+        first_rows: takes the row in which each slot's id came first; of length 0 where that is not asked for.
+        used: slots taken so far.
+        limit: slots that may be taken.
+        prefix_bits: only ids whose mixed value starts with `prefix`, in so many bits, are counted.
+
+    Returns:
+        Ids dealt with (fewer than all where the limit was reached), and slots taken.
+    """
+    mask = np.uint64(len(slots) - 1)
+    shift = np.uint64(32)
+    bits = 0
+    while (1 << bits) < len(slots):
+        bits += 1
+    down = np.uint64(32 - bits)
+    for i in range(len(ids_R)):
+        if ids_R[i] == 0:
+            continue
+        key = np.uint64(mix(ids_R[i]))
+        if prefix_bits > 0 and (key >> np.uint64(32 - prefix_bits)) != np.uint64(prefix):
+            continue
+        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> down
+        while True:
+            slot = slots[at]
+            if (slot >> shift) == key and slot != np.uint64(0):
+                if (slot & np.uint64(0xFFFFFFFF)) != np.uint64(0xFFFFFFFF):
+                    slots[at] = slot + np.uint64(1)
+                break
+            if slot == np.uint64(0):
+                if used >= limit:
+                    return i, used
+                slots[at] = (key << shift) | np.uint64(1)
+                if len(first_rows) > 0:
+                    first_rows[at] = first_row + i
+                used += 1
+                break
+            at = (at + np.uint64(1)) & mask
+    return len(ids_R), used
+
+
+@_compiled
+def insert_slots(
+    entries: npt.NDArray[np.uint64],
+    entry_first_rows: npt.NDArray[np.int64],
+    slots: npt.NDArray[np.uint64],
+    first_rows: npt.NDArray[np.int64],
+    prefix_bits: int,
+) -> None:
+    """Puts `mix(id) << 32 | value` entries, each id once, into a free table that is large enough."""
+    mask = np.uint64(len(slots) - 1)
+    bits = 0
+    while (1 << bits) < len(slots):
+        bits += 1
+    for i in range(len(entries)):
+        key = entries[i] >> np.uint64(32)
+        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> np.uint64(32 - bits)
+        while slots[at] != np.uint64(0):
+            at = (at + np.uint64(1)) & mask
+        slots[at] = entries[i]
+        if len(first_rows) > 0:
+            first_rows[at] = entry_first_rows[i]
+
+
+@_compiled
+def look_up_ids(
+    ids_R: npt.NDArray[np.uint32],
+    slots: npt.NDArray[np.uint64],
+    prefix_bits: int,
+    prefix: int,
+    indices_R: npt.NDArray[np.int32],
+) -> None:
+    """Replaces in `indices_R` what the table (as in `insert_slots`) knows of the ids with this prefix."""
+    mask = np.uint64(len(slots) - 1)
+    bits = 0
+    while (1 << bits) < len(slots):
+        bits += 1
+    down = np.uint64(32 - bits)
+    for i in range(len(ids_R)):
+        if ids_R[i] == 0:
+            continue
+        key = np.uint64(mix(ids_R[i]))
+        if prefix_bits > 0 and (key >> np.uint64(32 - prefix_bits)) != np.uint64(prefix):
+            continue
+        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> down
+        while True:
+            slot = slots[at]
+            if slot == np.uint64(0):
+                break
+            if (slot >> np.uint64(32)) == key:
+                indices_R[i] = np.int32(slot & np.uint64(0xFFFFFFFF))
+                break
+            at = (at + np.uint64(1)) & mask
+
+
+@_compiled
+def mix_ids(ids: npt.NDArray[np.uint32], mixed: npt.NDArray[np.uint32]) -> None:
+    """`mix` of each id."""
+    for i in range(len(ids)):
+        mixed[i] = mix(ids[i])
+
+
+@_compiled
+def unmix_ids(mixed: npt.NDArray[np.uint32], ids: npt.NDArray[np.uint32]) -> None:
+    """`unmix` of each."""
+    for i in range(len(mixed)):
+        ids[i] = unmix(mixed[i])
+
+
+@_compiled
+def shuffle_keys(seed: np.uint64, first_row: int, keys_R: npt.NDArray[np.uint64]) -> None:
+    """A random 64-bit key per row, from its number and the seed alone (SplitMix64, Steele et al., OOPSLA 2014)."""
+    for i in range(len(keys_R)):
+        z = seed + np.uint64(first_row + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        keys_R[i] = z ^ (z >> np.uint64(31))
+
+
+@_compiled
+def bucket_sizes(keys_R: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> None:
+    """Adds to `sizes` how many keys fall into each of len(sizes) equal ranges."""
+    count = np.uint64(len(sizes))
+    for i in range(len(keys_R)):
+        sizes[((keys_R[i] >> np.uint64(32)) * count) >> np.uint64(32)] += 1
+
+
+_TILE = 256
+
+
+@_compiled
+def scatter_rows(
+    keys_R: npt.NDArray[np.uint64],
+    starts: npt.NDArray[np.int64],
+    dense_IR: npt.NDArray[np.int32],
+    indices_FR: npt.NDArray[np.int32],
+    labels_R: npt.NDArray[np.uint8],
+    sorted_keys_R: npt.NDArray[np.uint64],
+    records_RC: npt.NDArray[np.int32],
+) -> None:
+    """Turns columns into records (dense bits, indices, label), grouped by bucket, in row order within each.
+
+    Args:
+        starts: first position of each bucket; its end on return.
+    """
+    count = np.uint64(len(starts))
+    places = np.empty(_TILE, np.int64)
+    for first in range(0, len(keys_R), _TILE):
+        rows = min(_TILE, len(keys_R) - first)
+        for i in range(rows):
+            key = keys_R[first + i]
+            bucket = ((key >> np.uint64(32)) * count) >> np.uint64(32)
+            places[i] = starts[bucket]
+            sorted_keys_R[starts[bucket]] = key
+            starts[bucket] += 1
+        for column in range(NUM_INTEGER_FEATURES):
+            for i in range(rows):
+                records_RC[places[i], column] = dense_IR[column, first + i]
+        for column in range(NUM_CATEGORICAL_FEATURES):
+            for i in range(rows):
+                records_RC[places[i], NUM_INTEGER_FEATURES + column] = indices_FR[column, first + i]
+        for i in range(rows):
+            records_RC[places[i], NUM_COLUMNS - 1] = labels_R[first + i]
+
+
+@_compiled
+def gather_rows(
+    order_R: npt.NDArray[np.int64],
+    records_RC: npt.NDArray[np.int32],
+    dense_RI: npt.NDArray[np.int32],
+    indices_RF: npt.NDArray[np.int32],
+    labels_R: npt.NDArray[np.int32],
+) -> None:
+    """Splits records, taken in `order_R`, into the three arrays of a day."""
+    for i in range(len(order_R)):
+        source = order_R[i]
+        for column in range(NUM_INTEGER_FEATURES):
+            dense_RI[i, column] = records_RC[source, column]
+        for column in range(NUM_CATEGORICAL_FEATURES):
+            indices_RF[i, column] = records_RC[source, NUM_INTEGER_FEATURES + column]
+        labels_R[i] = records_RC[source, NUM_COLUMNS - 1]

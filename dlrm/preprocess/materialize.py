@@ -1,0 +1,315 @@
+"""One-hot days to the synthetic multi-hot days of MLPerf's DLRM v2 (MLCommons, recommendation_v2/torchrec_dlrm).
+
+An id x of feature f becomes the ids x, t[x][0], t[x][1], ...: t is a table of random ids of f, drawn once. Shapes: R
+rows of a block, H hotness.
+"""
+
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+
+from dlrm import __version__
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, sha256_of, sync_folder, write_json
+from dlrm.config import IntList, optional
+from dlrm.console import Progress
+from dlrm.errors import ConfigError, DatasetError
+from dlrm.flags import parse_flags
+from dlrm.host import available_cores
+from dlrm.preprocess.threads import in_order
+from dlrm.preprocess.verify import read_manifest
+from dlrm.preprocess.workspace import sync_file
+from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
+from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+
+PARETO_SHAPE = 0.25
+_ALIGNMENT = 64
+_LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES, _EXTRA_HEADER_BYTES = 30, 20, 4
+_ALIGNMENT_EXTRA_ID = 0xD935
+_BASE_BYTES = 512 << 20
+_MAX_BLOCK_ROWS, _BLOCKS_AHEAD = 1 << 16, 4
+
+
+@dataclass(frozen=True)
+class MaterializeConfig:
+    """Turns binary days of one id per feature into days of several, as MLPerf's DLRM v2 trains on: each id brings the
+    same random companions wherever it comes. Writes day_{i}_sparse_multi_hot.npz: 26 members "0" to "25", int32 [rows,
+    hotness], stored uncompressed, so that they can be mapped."""
+
+    days: tyro.conf.Positional[str]
+    """Folder of binary days."""
+
+    output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+    """Folder to write; it must not be there yet."""
+
+    multi_hot_sizes: IntList = MLPERF_MULTI_HOT_SIZES
+    """Ids per sample of each of the 26 features, the original one included."""
+
+    num_embeddings_per_feature: Annotated[IntList | None, optional("as the manifest says", "INT,INT,...")] = None
+    """Rows of each of the 26 tables: ids are reduced modulo them, and companions drawn from them."""
+
+    multi_hot_distribution_type: Literal["uniform", "pareto"] = "uniform"
+    """How companions are drawn: each id alike, or by a Pareto distribution of shape 0.25, modulo the rows."""
+
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Of the companions. MLPerf's data has 0."""
+
+    memory_gib: float = 4.0
+    """Most RAM, in GiB. The tables of companions are kept on disk."""
+
+    workers: Annotated[int | None, optional("a thread a core", "INT")] = None
+    """Threads."""
+
+    def validate(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        for name in ("multi_hot_sizes", "num_embeddings_per_feature"):
+            sizes = getattr(self, name)
+            if sizes is None:
+                continue
+            if len(sizes) != NUM_CATEGORICAL_FEATURES:
+                raise ConfigError(f"--{name}: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
+            if min(sizes) < 1 or max(sizes) >= 2**31:
+                raise ConfigError(f"--{name}: got {min(sizes)} to {max(sizes)}, expected 1 to {2**31 - 1}")
+        if max(self.multi_hot_sizes) > 2**16:
+            raise ConfigError(f"--multi_hot_sizes: got {max(self.multi_hot_sizes)}, expected {2**16} or less")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: expected 0 to 2**32 - 1, as numpy does")
+        if not self.memory_gib * 2**30 >= _BASE_BYTES * 2:
+            raise ConfigError(f"--memory_gib {self.memory_gib}: expected {_BASE_BYTES * 2 / 2**30:g} or more")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers {self.workers}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A categorical feature: the rows of its table, and where their companions are, int32 [rows, hotness - 1]."""
+
+    rows: int
+    hotness: int
+    companions: Path
+    block_rows: int
+
+    def expand(self, ids_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Each id, modulo the table's rows, followed by its companions: int32 [R, H]."""
+        ids_R = ids_R % self.rows
+        ids_RH = np.empty((len(ids_R), self.hotness), np.int32)
+        ids_RH[:, 0] = ids_R
+        if self.hotness > 1:
+            # Mapped anew for each block: only the pages that its ids touch are held.
+            table = np.memmap(self.companions, np.int32, "r", shape=(self.rows, self.hotness - 1))
+            ids_RH[:, 1:] = table[ids_R]
+        return ids_RH
+
+
+def materialize(config: MaterializeConfig) -> dict[str, Any]:
+    """Writes the days, whole or not at all; returns their manifest.
+
+    Raises:
+        ConfigError: if the output is there already, or a flag is out of range.
+        DatasetError: if the days are missing or wrong, or the disk too small.
+    """
+    config.validate()
+    source, output = Path(config.days), Path.cwd() / config.output
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
+    table_rows = config.num_embeddings_per_feature or _rows_of_manifest(source)
+    days = _open_days(source)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {config.output}: can't be made ({error.strerror}). Choose another.") from None
+    _check_disk(config, table_rows, sum(len(ids) for ids in days.values()), output)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        finished = Path(scratch, "days")
+        finished.mkdir()
+        features = _draw_features(config, table_rows, Path(scratch))
+        samples = sum(len(ids) for ids in days.values()) * NUM_CATEGORICAL_FEATURES
+        progress = Progress("Materializing", samples, "samples of a feature")
+        files = {}
+        with ThreadPoolExecutor(config.workers or available_cores()) as pool:
+            for name, ids in days.items():
+                path = finished / f"{name}_sparse_multi_hot.npz"
+                _write_day(path, ids, features, pool, progress)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        progress.close()
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "kind": "multi_hot_days",
+            "software": f"dlrm {__version__}",
+            "days": {name: {"rows": len(ids)} for name, ids in days.items()},
+            "multi_hot_sizes": list(config.multi_hot_sizes),
+            "num_embeddings_per_feature": list(table_rows),
+            "multi_hot_distribution_type": config.multi_hot_distribution_type,
+            "seed": config.seed,
+            "files": files,
+        }
+        write_json(finished / MANIFEST_NAME, manifest)
+        finished.rename(output)
+        sync_folder(output.parent)
+    return manifest
+
+
+def _rows_of_manifest(source: Path) -> tuple[int, ...]:
+    if not (source / MANIFEST_NAME).exists():
+        raise ConfigError(f"{source}: has no {MANIFEST_NAME}. Give the tables' rows by --num_embeddings_per_feature.")
+    try:
+        return tuple(int(read_manifest(source)["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{source / MANIFEST_NAME}: says nothing of tables' rows. Give them by --num_embeddings_per_feature."
+        ) from None
+
+
+def _open_days(source: Path) -> dict[str, npt.NDArray[np.integer]]:
+    """Ids of each day, mapped."""
+    if not source.is_dir():
+        raise DatasetError(f"{source}: no such folder. Expected binary days.")
+    names = [f"day_{i}" for i in range(len(list(source.glob("day_*_sparse.npy"))))] or ["train"]
+    days = {}
+    for name in names:
+        path = source / f"{name}_sparse.npy"
+        try:
+            ids = np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            raise DatasetError(f"{path}: missing. Expected binary days, without a gap from 0.") from None
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs anew.") from None
+        if ids.ndim != 2 or ids.shape[1] != NUM_CATEGORICAL_FEATURES or ids.dtype not in (np.int32, np.int64):
+            raise DatasetError(
+                f"{path}: {ids.dtype} {list(ids.shape)}, expected int32 [rows, {NUM_CATEGORICAL_FEATURES}]."
+            )
+        days[name] = ids
+    return days
+
+
+def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], rows: int, output: Path) -> None:
+    needed = 4 * rows * sum(config.multi_hot_sizes)
+    needed += 4 * sum(size * (hot - 1) for size, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
+    free = shutil.disk_usage(output.parent).free
+    ids = f"{rows:,} rows of {sum(config.multi_hot_sizes)} ids"
+    print(f"{ids}; {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB free.", flush=True)
+    if needed > free:
+        raise DatasetError(
+            f"--output {config.output}: {needed / 2**30:.1f} GiB of disk needed, {free / 2**30:.1f} GiB free. Choose a "
+            "folder on another disk, or smaller --multi_hot_sizes."
+        )
+
+
+def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder: Path) -> list[Feature]:
+    """Writes each feature's table of companions, drawn by numpy's legacy generator, feature by feature."""
+    generator = np.random.RandomState(config.seed)
+    total = sum(rows * (hot - 1) for rows, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
+    progress = Progress("Drawing", total, "ids")
+    features = []
+    for number, (rows, hot) in enumerate(zip(table_rows, config.multi_hot_sizes, strict=True)):
+        path = folder / f"companions_{number}"
+        with path.open("wb") as file:
+            left = rows * (hot - 1)
+            while left:
+                count = min(left, 1 << 20)
+                draw_companions(generator, config.multi_hot_distribution_type, rows, count).tofile(file)
+                progress.advance(count)
+                left -= count
+        # A block's ids, and the pages of the table that they touch, on each thread.
+        free = int(config.memory_gib * 2**30) - _BASE_BYTES
+        block_rows = min(_MAX_BLOCK_ROWS, free // (_BLOCKS_AHEAD + available_cores()) // (8 * hot + 4096))
+        features.append(Feature(rows, hot, path, block_rows))
+    progress.close()
+    return features
+
+
+def draw_companions(
+    generator: np.random.RandomState, distribution: Literal["uniform", "pareto"], rows: int, count: int
+) -> npt.NDArray[np.int32]:
+    """The next `count` ids of a table of `rows` rows. Drawn at once or in pieces, they are the same."""
+    if distribution == "uniform":
+        return generator.randint(0, rows, count).astype(np.int32)
+    values = generator.pareto(PARETO_SHAPE, count)
+    # What the definition's astype(int32) gives on x86 for numbers of more than 32 bits; other processors differ.
+    return (np.where(values < 2**31, values, -(2**31)).astype(np.int32) % rows).astype(np.int32)
+
+
+def _write_day(
+    path: Path, ids: npt.NDArray[np.integer], features: Sequence[Feature], pool: ThreadPoolExecutor, progress: Progress
+) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for number, feature in enumerate(features):
+            with open_member(archive, str(number)) as member:
+                header = {"descr": "<i4", "fortran_order": False, "shape": (len(ids), feature.hotness)}
+                np.lib.format.write_array_header_1_0(member, header)
+                starts = range(0, len(ids), feature.block_rows)
+                for _, ids_RH in in_order(pool, starts, partial(_expand, ids, number, feature), _BLOCKS_AHEAD):
+                    member.write(memoryview(ids_RH).cast("B"))  # type: ignore[arg-type]
+                    progress.advance(len(ids_RH))
+    sync_file(path)
+
+
+def _expand(ids: npt.NDArray[np.integer], number: int, feature: Feature, start: int) -> npt.NDArray[np.int32]:
+    ids_R = np.array(ids[start : start + feature.block_rows, number], np.int64)
+    if ids_R.min() < 0:
+        row = start + int(np.argmax(ids_R < 0))
+        raise DatasetError(f"id {ids_R.min()} at row {row}, column {number}, expected 0 or more.")
+    return feature.expand(ids_R)
+
+
+def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """Begins an uncompressed .npy member that starts at a multiple of 64 in the file, so that it can be mapped."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # of a fixed date: the same content, the same bytes
+    assert archive.fp is not None
+    fixed = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(info.filename) + _ZIP64_EXTRA_BYTES + _EXTRA_HEADER_BYTES
+    padding = -fixed % _ALIGNMENT
+    info.extra = _ALIGNMENT_EXTRA_ID.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
+    return archive.open(info, "w", force_zip64=True)
+
+
+def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
+    """The members "0", "1", ... of a multi-hot day, mapped: int32 [rows, hotness] of each feature.
+
+    Raises:
+        DatasetError: if it is not such a file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for feature in range(NUM_CATEGORICAL_FEATURES):
+                info = archive.getinfo(f"{feature}.npy")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise DatasetError(
+                        f"{path}: member {feature} is compressed. Expected np.savez, or dlrm materialize."
+                    )
+                file.seek(info.header_offset + 26)
+                name_size, extra_size = np.frombuffer(file.read(4), "<u2").tolist()
+                start = info.header_offset + _LOCAL_HEADER_BYTES + name_size + extra_size
+                file.seek(start)
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if dtype != np.int32 or len(shape) != 2:
+                    raise DatasetError(
+                        f"{path}: member {feature} is {dtype} {list(shape)}, expected int32 [rows, hotness]."
+                    )
+                yield np.memmap(path, np.int32, "r", offset=file.tell(), shape=shape)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{path}: not a multi-hot day ({error}). Write it with dlrm materialize.") from None
+
+
+def main(argv: Sequence[str]) -> None:
+    """`dlrm materialize`."""
+    config = parse_flags(MaterializeConfig, argv, "dlrm materialize")
+    manifest = materialize(config)
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    rows = sum(day["rows"] for day in manifest["days"].values())
+    print(
+        f"{config.output}: {rows:,} rows in {len(manifest['days'])} days, {size / 2**20:,.1f} MiB, with {MANIFEST_NAME}"
+    )

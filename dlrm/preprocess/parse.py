@@ -1,0 +1,135 @@
+"""Lines to numbers: the parse stage, and what is wrong with a line that is not a row.
+
+Shapes: R rows of a block, I integer features, F categorical features.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm.preprocess.kernels import MAX_ID_DIGITS, parse_rows
+from dlrm.preprocess.raw import TextBlock
+from dlrm.schema import (
+    CATEGORICAL_NAMES,
+    INTEGER_NAMES,
+    NUM_CATEGORICAL_FEATURES,
+    NUM_COLUMNS,
+    NUM_INTEGER_FEATURES,
+)
+
+MIN_ROW_BYTES = NUM_COLUMNS + 1  # a label, 39 tabs, a newline, and nothing between
+PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 1
+_INTEGERS_OFFSET = 4 * NUM_CATEGORICAL_FEATURES
+_LABELS_OFFSET = _INTEGERS_OFFSET + 4 * NUM_INTEGER_FEATURES
+_INT32 = range(-(2**31), 2**31)
+
+
+@dataclass(frozen=True)
+class RejectedLine:
+    """A line that is not a row: its number within the block, from 0, and its bytes without the newline."""
+
+    line: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Parsed rows, by column. A missing integer or id is 0."""
+
+    labels_R: npt.NDArray[np.uint8]
+    integers_IR: npt.NDArray[np.int32]
+    ids_FR: npt.NDArray[np.uint32]
+    rejected: Sequence[RejectedLine]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the block."""
+        return len(self.labels_R)
+
+
+class _Buffers(threading.local):
+    """Arrays that a thread uses again for each block, so that the kernel need not clear fresh pages."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def reserve(self, rows: int) -> None:
+        if rows > self.rows:
+            self.rows = rows
+            self.labels = np.empty(rows, np.uint8)
+            self.integers = np.empty((NUM_INTEGER_FEATURES, rows), np.int32)
+            self.ids = np.empty((NUM_CATEGORICAL_FEATURES, rows), np.uint32)
+
+
+_buffers = _Buffers()
+
+
+def parse_block(block: TextBlock, max_rejected: int) -> Columns:
+    """The block's rows, as views of arrays that the thread's next call overwrites, and the lines that are not rows.
+
+    Parsing ends at line `max_rejected` of the latter.
+    """
+    _buffers.reserve(block.size // MIN_ROW_BYTES + 1)  # of which only what rows fill takes memory
+    spans = np.empty((max_rejected, 3), np.int64)
+    rows, num_rejected = parse_rows(
+        block.text,
+        block.size,
+        _buffers.labels,
+        _buffers.integers,
+        _buffers.ids,
+        spans,
+    )
+    rejected = [
+        RejectedLine(line, block.text[start:stop].tobytes()) for line, start, stop in spans[:num_rejected].tolist()
+    ]
+    return Columns(_buffers.labels[:rows], _buffers.integers[:, :rows], _buffers.ids[:, :rows], rejected)
+
+
+def write_columns(path: Path, columns: Columns) -> None:
+    """Writes ids, integers and labels, column after column."""
+    with path.open("wb", buffering=0) as file:
+        for part in (*columns.ids_FR, *columns.integers_IR, columns.labels_R):
+            part.tofile(file)
+
+
+def read_ids(path: Path, column: int, rows: int) -> npt.NDArray[np.uint32]:
+    """One categorical column of a block of `rows` rows."""
+    return np.fromfile(path, np.uint32, rows, offset=4 * column * rows)
+
+
+def read_integers(path: Path, rows: int) -> npt.NDArray[np.int32]:
+    """The integers [I, R] of a block of `rows` rows."""
+    flat = np.fromfile(path, np.int32, NUM_INTEGER_FEATURES * rows, offset=_INTEGERS_OFFSET * rows)
+    return flat.reshape(NUM_INTEGER_FEATURES, rows)
+
+
+def read_labels(path: Path, rows: int) -> npt.NDArray[np.uint8]:
+    """The labels of a block of `rows` rows."""
+    return np.fromfile(path, np.uint8, rows, offset=_LABELS_OFFSET * rows)
+
+
+def explain(text: bytes) -> str | None:
+    """What keeps a line from being a row, column named from 1; None if it is one. The plain twin of `parse_rows`."""
+    fields = text.removesuffix(b"\r").split(b"\t")
+    if len(fields) != NUM_COLUMNS:
+        return f"{len(fields)} columns, expected {NUM_COLUMNS}: label, 13 integers, 26 hexadecimal ids, tab separated"
+    label, integers, ids = fields[0], fields[1 : 1 + NUM_INTEGER_FEATURES], fields[1 + NUM_INTEGER_FEATURES :]
+    if label not in (b"0", b"1"):
+        return f"column 1 (label): {_show(label)}, expected 0 or 1"
+    for i, field in enumerate(integers):
+        if field and not (re.fullmatch(rb"-?[0-9]{1,11}", field) and int(field) in _INT32):
+            return f"column {2 + i} ({INTEGER_NAMES[i]}): {_show(field)}, expected an integer of 32 bits, or nothing"
+    for i, field in enumerate(ids):
+        if field and not re.fullmatch(rb"[0-9a-fA-F]{1,%d}" % MAX_ID_DIGITS, field):
+            where = f"column {2 + NUM_INTEGER_FEATURES + i} ({CATEGORICAL_NAMES[i]})"
+            return f"{where}: {_show(field)}, expected at most {MAX_ID_DIGITS} hexadecimal digits, or nothing"
+    return None
+
+
+def _show(field: bytes) -> str:
+    return repr(field[:40].decode("utf-8", errors="backslashreplace")) + ("..." if len(field) > 40 else "")

@@ -1,0 +1,202 @@
+"""Whether a folder of binary days is what its manifest says."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
+from dlrm.console import Progress
+from dlrm.errors import DatasetError
+from dlrm.flags import parse_flags
+from dlrm.host import available_cores
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+
+_CHUNK_BYTES = 4 << 20
+_COLUMNS = {"dense": NUM_INTEGER_FEATURES, "sparse": NUM_CATEGORICAL_FEATURES, "labels": 1}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Checks a folder that `dlrm preprocess` or `dlrm materialize` wrote against its manifest: files and their sizes,
+    checksums, ranges of ids, labels and dense values, share of positives. Exit code 2 at the first fault."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder with manifest.json."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest.
+
+    Raises:
+        DatasetError: if there is none, or it can't be read by this version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["version"]
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: not a manifest ({error!r}). Preprocess the logs anew.") from None
+    if version != MANIFEST_VERSION:
+        raise DatasetError(
+            f"{path}: version {version}, this dlrm reads {MANIFEST_VERSION}. Use the dlrm that wrote it."
+        )
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks the folder; returns its manifest.
+
+    Raises:
+        DatasetError: naming the file, what was found and what was expected.
+    """
+    manifest = read_manifest(folder)
+    try:
+        files, days = manifest["files"], manifest["days"]
+        columns = manifest.get("columns", {})
+        table_rows = [columns[name]["rows"] for name in columns] or None
+        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
+        digests = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+        rows = {str(name): int(day["rows"]) for name, day in days.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(f"{folder / MANIFEST_NAME}: not a manifest ({error!r}). Preprocess the logs anew.") from None
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise DatasetError(f"{path}: missing, though {MANIFEST_NAME} lists it. Copy or write the folder anew.")
+        if path.stat().st_size != size:
+            raise DatasetError(
+                f"{path}: {path.stat().st_size:,} bytes, expected {size:,} as {MANIFEST_NAME} states. "
+                "Copy or write the folder anew."
+            )
+    for day in rows if manifest.get("kind") == "binary_days" else ():
+        if missing := [name for part in _COLUMNS if (name := f"{day}_{part}.npy") not in sizes]:
+            raise DatasetError(f"{folder / MANIFEST_NAME}: lists no {missing[0]}. Preprocess the logs anew.")
+    progress = Progress("Verifying", sum(sizes.values()), "bytes")
+
+    def check(name: str) -> None:
+        path = folder / name
+        facts = measure_file(path, rows_of(name, rows), table_rows, progress)
+        if facts["sha256"] != digests[name]:
+            raise DatasetError(
+                f"{path}: sha256 {facts['sha256'][:16]}..., expected {digests[name][:16]}...: its bytes have changed. "
+                "Copy or write the folder anew."
+            )
+        positives = days.get(name.removesuffix("_labels.npy"), {}).get("positives")
+        if positives is not None and facts.get("positives") != positives:
+            raise DatasetError(
+                f"{path}: {facts.get('positives')} positives, expected {positives} as {MANIFEST_NAME} states. "
+                "Copy or write the folder anew."
+            )
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for future in [pool.submit(check, name) for name in sorted(sizes)]:
+            future.result()
+    progress.close()
+    return manifest
+
+
+def rows_of(name: str, rows: Mapping[str, int]) -> int | None:
+    """Rows of an array file; None for a file of another kind."""
+    return next((rows[day] for day in rows for part in _COLUMNS if name == f"{day}_{part}.npy"), None)
+
+
+def measure_file(
+    path: Path, rows: int | None, table_rows: Sequence[int] | None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Size and sha256 of a file in one pass, and, of an array of a day, checks of its values.
+
+    Args:
+        rows: rows of the day; None for a file that is not an array.
+        table_rows: ids of column c are below table_rows[c]; None where there is no such bound.
+
+    Raises:
+        DatasetError: at a header that does not fit, or a value that can't be.
+    """
+    facts: dict[str, Any] = {"bytes": path.stat().st_size}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        checker = None
+        if rows is not None:
+            part = path.stem.rsplit("_", 1)[1]
+            dtype = _read_header(path, file, (rows, _COLUMNS[part]))
+            header = file.tell()
+            file.seek(0)
+            digest.update(file.read(header))
+            checker = _ArrayChecker(path, part, dtype, table_rows)
+        width = checker.row_bytes if checker else 1
+        while chunk := file.read(_CHUNK_BYTES // width * width):
+            digest.update(chunk)
+            if checker:
+                checker.add(chunk)
+            if progress:
+                progress.advance(len(chunk))
+    if checker and checker.part == "labels":
+        facts["positives"] = checker.positives
+    return {**facts, "sha256": digest.hexdigest()}
+
+
+def _read_header(path: Path, file: Any, shape: tuple[int, int]) -> np.dtype[Any]:
+    try:
+        np.lib.format.read_magic(file)
+        found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError as error:
+        raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs anew.") from None
+    if found != shape or fortran_order or dtype.itemsize not in (4, 8):
+        raise DatasetError(f"{path}: shape {list(found)} of {dtype}, expected {list(shape)}. Preprocess the logs anew.")
+    return dtype
+
+
+class _ArrayChecker:
+    """Values of one array, a chunk of whole rows at a time."""
+
+    def __init__(self, path: Path, part: str, dtype: np.dtype[Any], table_rows: Iterable[int] | None) -> None:
+        self.path, self.part, self.positives = path, part, 0
+        self.row_bytes = _COLUMNS[part] * dtype.itemsize
+        self._dtype = dtype
+        self._limits = None if table_rows is None else np.array(list(table_rows))
+        self._row = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Checks some rows."""
+        values = np.frombuffer(chunk, self._dtype).reshape(-1, _COLUMNS[self.part])
+        bad, expected = self._find_bad(values)
+        if bad is not None:
+            row, column = np.argwhere(bad)[0]
+            raise DatasetError(
+                f"{self.path}: {values[row, column]} at row {self._row + row}, column {column}, expected {expected}. "
+                "Preprocess the logs anew."
+            )
+        self._row += len(values)
+
+    def _find_bad(self, values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.bool_] | None, str]:
+        """Which values can't be, None for none, and what was expected."""
+        if self.part == "dense":
+            return None if np.isfinite(values).all() else ~np.isfinite(values), "a finite number"
+        if self.part == "labels":
+            self.positives += int(values.sum())
+            return (values < 0) | (values > 1) if values.min() < 0 or values.max() > 1 else None, "0 or 1"
+        limits = np.full(values.shape[1], np.iinfo(values.dtype).max) if self._limits is None else self._limits
+        if values.min() >= 0 and (values.max(axis=0) < limits).all():
+            return None, ""
+        return (values < 0) | (values >= limits), "0 or more, and less than its table's rows"
+
+
+def main(argv: Sequence[str]) -> None:
+    """`dlrm verify`."""
+    config = parse_flags(VerifyConfig, argv, "dlrm verify")
+    manifest = verify(Path(config.folder))
+    days = manifest["days"]
+    for name, day in days.items():
+        positive = f", {day['positives'] / max(1, day['rows']):.2%} positive" if "positives" in day else ""
+        print(f"{name}: {day['rows']:,} rows{positive}")
+    print(f"{config.folder}: {len(manifest['files'])} files as in {MANIFEST_NAME}")

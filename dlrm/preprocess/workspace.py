@@ -1,0 +1,161 @@
+"""The folder in which a preprocessing run does its work, and which remembers what is finished."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from typing_extensions import Self
+
+from dlrm.artifacts import sync_folder, write_json
+from dlrm.errors import ConfigError
+
+
+class Workspace:
+    """`OUTPUT.partial`, beside the output. A finished part of a stage is a small file with what is known of it.
+
+    Parts are marked done after their data is on disk, so that what is marked survives `kill -9` and a power cut.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.root = output.with_name(output.name + ".partial")
+        self.days = self.root / "days"
+        self._lock: IO[str] | None = None
+        self._facts: dict[tuple[str, str], dict[str, Any]] = {}
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._tasks: list[Future[object]] = []
+
+    def open(self, plan: Mapping[str, Any], resume: bool) -> None:
+        """Begins a run, or goes on with the unfinished one. For one rank only.
+
+        Args:
+            plan: all that the output depends on. An unfinished run goes on under the same plan only.
+
+        Raises:
+            ConfigError: if there is an unfinished run and `resume` is false, its plan differs, or it is at work.
+        """
+        plan_path = self.root / "plan.json"
+        if not plan_path.exists():
+            try:
+                self.days.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
+                ) from None
+            self._take_lock()
+            write_json(plan_path, plan)
+            return
+        self._take_lock()
+        if not resume:
+            raise ConfigError(
+                f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
+            )
+        before = json.loads(plan_path.read_text())
+        now = json.loads(json.dumps(plan))
+        differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"--resume: {name} was {before.get(name)!r} and is {now.get(name)!r}. "
+                f"Run with what was, or remove {self.root} to start from the beginning."
+            )
+        for half_written in self.root.rglob(".*"):
+            half_written.unlink()
+
+    def _take_lock(self) -> None:
+        self._lock = (self.root / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{self.root}: another process is at work there. Wait for it, or end it.") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets what was recorded be marked, also after an error, and the next run in."""
+        self._syncer.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+
+    def folder(self, *names: str) -> Path:
+        """A folder of scratch files, made where it is missing."""
+        folder = self.root.joinpath(*names)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def facts(self, stage: str, part: str) -> dict[str, Any] | None:
+        """What was recorded of a finished part; None if it is not finished."""
+        if (stage, part) not in self._facts:
+            path = self._mark(stage, part)
+            if not path.exists():
+                return None
+            self._facts[stage, part] = json.loads(path.read_text())
+        return self._facts[stage, part]
+
+    def finish(self, stage: str, part: str, facts: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
+        """Records a part. The mark is set later, on a thread, once its `files` have reached the disk."""
+        self._facts[stage, part] = dict(facts)
+
+        def mark() -> None:
+            for file in files:
+                sync_file(file)
+            path = self._mark(stage, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, facts)
+
+        self._later(mark)
+
+    def _mark(self, stage: str, part: str) -> Path:
+        return self.root / "done" / stage / f"{part}.json"
+
+    def drop(self, *names: str) -> None:
+        """Removes scratch files that no stage needs any more, once all that was recorded before is marked."""
+        self._later(lambda: shutil.rmtree(self.root.joinpath(*names), ignore_errors=True))
+
+    def remove(self, path: Path) -> None:
+        """The same for a single file."""
+        self._later(lambda: path.unlink(missing_ok=True))
+
+    def _later(self, task: Callable[[], object]) -> None:
+        # One thread, so that tasks keep their order.
+        self._tasks = [earlier for earlier in self._tasks if not _is_settled(earlier)]
+        self._tasks.append(self._syncer.submit(task))
+
+    def flush(self) -> None:
+        """Waits until all that was recorded is marked.
+
+        Raises:
+            OSError: if something can't be written.
+        """
+        for task in self._tasks:
+            task.result()
+        self._tasks = []
+
+    def publish(self) -> None:
+        """Gives the finished days their name, and removes the rest."""
+        self.flush()
+        self.days.rename(self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(self.root)
+
+
+def _is_settled(task: "Future[object]") -> bool:
+    if task.done():
+        task.result()  # a full disk ends the run here
+        return True
+    return False
+
+
+def sync_file(path: Path) -> None:
+    """Has what was written to a file reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
