@@ -62,6 +62,8 @@ def count_column(blocks: IdBlocks, order: Order, memory_bytes: int) -> Iterator[
             table.add(first_row, ids_R)
         yield table.counted()
         prefix_bits, prefix = table.prefix_bits, table.prefix + 1
+        while prefix_bits and prefix % 2 == 0:  # the rest of the range may fit, and is split again where it does not
+            prefix_bits, prefix = prefix_bits - 1, prefix // 2
 
 
 class _CountTable:
