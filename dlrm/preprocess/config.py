@@ -195,6 +195,7 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     output = Path.cwd() / config.output
     if output.exists() or output.is_symlink():
         if config.resume and (output / "manifest.json").exists():
+            Workspace(output).discard_leftovers()
             print(f"{config.output}: is finished already.", flush=True)
             return
         raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")

@@ -25,6 +25,7 @@ class Workspace:
         self.output = output
         self.root = output.with_name(output.name + ".partial")
         self.days = self.root / "days"
+        self._plan = self.root / "plan.json"
         self._lock: IO[str] | None = None
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
@@ -39,23 +40,23 @@ class Workspace:
         Raises:
             ConfigError: if there is an unfinished run and `resume` is false, its plan differs, or it is at work.
         """
-        plan_path = self.root / "plan.json"
-        if not plan_path.exists():
-            try:
-                self.days.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
-                ) from None
-            self._take_lock()
-            write_json(plan_path, plan)
-            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
+            ) from None
         self._take_lock()
+        if not self._plan.exists():
+            self._clear()
+            self.days.mkdir()
+            write_json(self._plan, plan)
+            return
         if not resume:
             raise ConfigError(
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
             )
-        before = json.loads(plan_path.read_text())
+        before = json.loads(self._plan.read_text())
         now = json.loads(json.dumps(plan))
         differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
         if differing:
@@ -66,6 +67,14 @@ class Workspace:
             )
         for half_written in self.root.rglob(".*"):
             half_written.unlink()
+
+    def _clear(self) -> None:
+        """Removes what a run left that was killed while it began or ended; the lock stays."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
 
     def _take_lock(self) -> None:
         self._lock = (self.root / "lock").open("w")
@@ -140,9 +149,16 @@ class Workspace:
     def publish(self) -> None:
         """Gives the finished days their name, and removes the rest."""
         self.flush()
+        # The plan goes first: without it the folder is no unfinished run, whatever else is left of it.
+        self._plan.unlink()
         self.days.rename(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.root)
+
+    def discard_leftovers(self) -> None:
+        """Removes what is left of a run that was killed after it had given the days their name."""
+        if self.root.exists() and not self._plan.exists():
+            shutil.rmtree(self.root)
 
 
 def _is_settled(task: "Future[object]") -> bool:

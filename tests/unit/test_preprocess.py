@@ -27,6 +27,7 @@ from dlrm.data.binary_days import open_splits
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess import config as config_module
 from dlrm.preprocess import pipeline as pipeline_module
+from dlrm.preprocess import workspace as workspace_module
 from dlrm.preprocess.config import PreprocessConfig, preprocess
 from dlrm.preprocess.kernels import mix
 from dlrm.preprocess.ranks import Ranks
@@ -469,6 +470,26 @@ def test_an_unfinished_run_is_gone_on_with(raw, monkeypatch):
     assert not (raw.parent / "days.partial").exists()
     preprocess(config_of(raw, resume=True), Ranks())  # finished already
     assert digests(raw.parent / "days") == reference
+
+
+@pytest.mark.parametrize("moment", ["rename", "rmtree"])
+def test_killed_while_the_output_gets_its_name(moment, raw, monkeypatch):
+    reference = digests(write(raw, output="undisturbed"))
+    owner = Path if moment == "rename" else workspace_module.shutil
+    usual = getattr(owner, moment)
+
+    def fail(path: Path, *arguments, **options) -> None:
+        if path.name in ("days", "days.partial"):
+            raise KeyboardInterrupt
+        usual(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, fail)
+        with pytest.raises(KeyboardInterrupt):
+            write(raw)
+    assert (raw.parent / "days.partial").exists()
+    assert digests(write(raw, resume=True)) == reference
+    assert not (raw.parent / "days.partial").exists()
 
 
 def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
