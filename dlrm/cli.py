@@ -9,7 +9,7 @@ from dlrm.errors import EXIT_USER_ERROR, DlrmError
 
 COMMANDS = {
     "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
-    "preprocess": ("dlrm.preprocess.config", "turn raw Criteo text into binary days"),
+    "preprocess": ("dlrm.preprocess.command", "turn raw Criteo text into binary days"),
     "materialize": ("dlrm.preprocess.materialize", "give binary days several ids per feature, as MLPerf v2 has"),
     "verify": ("dlrm.preprocess.verify", "check binary days against their manifest"),
     "train": ("dlrm.train.main", "train, validate and test; the same as dlrm_main.py"),

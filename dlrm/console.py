@@ -1,6 +1,7 @@
 """How far a long task is: a bar on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -22,21 +23,33 @@ class Progress:
         self._shown = shown
         self._done = 0
         self._note = ""
+        self._passes: set[str] = set()
+        self._lock = threading.Lock()
         self._started = self._printed = time.monotonic()
         bar = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True) if bar else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note` stands beside until the next one."""
-        self._done += count
-        self._note = note or self._note
-        if self._bar is not None:
-            self._bar.update(count)
-            if note:
-                self._bar.set_postfix_str(note)
-        elif self._shown and self._is_due():
-            self._printed = time.monotonic()
-            print(self._line(), flush=True)
+        """`count` more are done; `note` stands beside until the next one. From any thread."""
+        with self._lock:
+            self._done += count
+            self._note = note or self._note
+            if self._bar is not None:
+                self._bar.update(count)
+                if note:
+                    self._bar.set_postfix_str(note)
+            elif self._shown and self._is_due():
+                self._printed = time.monotonic()
+                print(self._line(), flush=True)
+
+    def begin_pass(self, name: str, count: int) -> None:
+        """Another pass over something: all but the first are work on top of the total."""
+        with self._lock:
+            if name in self._passes:
+                self._total += count
+                if self._bar is not None:
+                    self._bar.total = self._total
+            self._passes.add(name)
 
     def _is_due(self) -> bool:
         if self._done == self._total and self._note:
@@ -72,3 +85,8 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def plural(number: int, noun: str) -> str:
+    """The number and its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

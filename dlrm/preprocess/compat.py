@@ -14,6 +14,11 @@ def round_to_float32(indices: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return indices.astype(np.float32).astype(np.int32)
 
 
+def rounded_rows(rows: int) -> int:
+    """Rows that a table needs once its largest index, rows - 1, may have been rounded up."""
+    return int(np.float32(rows - 1)) + 1
+
+
 def merged_ids(kept: int) -> int:
     """How many of the indices below 2 + `kept` float32 maps onto another one of them."""
     largest = FIRST_INDEX + kept - 1

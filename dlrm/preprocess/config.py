@@ -1,9 +1,5 @@
-"""`dlrm preprocess`: its flags, what it checks before it starts, and what it says."""
+"""Flags of `dlrm preprocess`, and what it may take of the machine."""
 
-import shlex
-import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,24 +8,15 @@ from typing import Annotated, Any, Literal
 import psutil
 import tyro
 
-from dlrm import __version__
 from dlrm.config import optional
+from dlrm.console import plural
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.flags import parse_flags
 from dlrm.host import available_cores
-from dlrm.preprocess.ranks import Ranks
-from dlrm.preprocess.raw import check_raw, sample
 from dlrm.preprocess.verify import read_manifest
-from dlrm.preprocess.workspace import Workspace
 from dlrm.schema import CATEGORICAL_NAMES
 
-MAX_REJECTED_PER_BLOCK = 10_000
-DISK_BYTES_PER_ROW = 330
-"""At the fullest: parsed columns and indices of all rows (261), or records and arrays (328)."""
 _MARGIN_BYTES = 128 << 20
 _LEAST_BYTES_PER_WORKER = 200 << 20
-_STAGES_OVER_PARSE = 4.0
-"""Time of all stages over that of parsing, as benchmarks/preprocess.py measures it."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +94,24 @@ class PreprocessConfig:
             return None
         manifest = read_manifest(Path(self.vocabulary))
         try:
-            minimum, kept = manifest["integers"]["minimum"], [manifest["columns"][n]["kept"] for n in CATEGORICAL_NAMES]
-        except (KeyError, TypeError):
-            minimum, kept = None, []
-        if not isinstance(minimum, int) or not all(isinstance(count, int) for count in kept):
+            numbers = [
+                manifest["integers"]["minimum"],
+                *(manifest["columns"][name]["kept"] for name in CATEGORICAL_NAMES),
+            ]
+            chosen = {"frequency_threshold", "vocabulary_days", "max_embeddings"} <= manifest["ids"].keys()
+        except (KeyError, TypeError, AttributeError):
+            numbers, chosen = [], False
+        if not numbers or not chosen or not all(isinstance(number, int) for number in numbers):
             raise DatasetError(
                 f"--vocabulary {self.vocabulary}: holds no vocabulary that can be applied. Expected an output of "
                 "`dlrm preprocess` without --compat."
             )
         return manifest
+
+    @property
+    def most_embeddings(self) -> int | None:
+        """Most table rows of a column: those of the applied vocabulary, where there is one."""
+        return self.max_embeddings if self.applied is None else self.applied["ids"]["max_embeddings"]
 
     def validate(self) -> None:
         """Refuses values out of range and combinations that make no sense.
@@ -140,8 +136,10 @@ class PreprocessConfig:
                     )
             if self.seed >= 2**32:
                 raise ConfigError(f"--seed {self.seed} with --compat torchrec: expected less than 2**32, as numpy does")
-        if self.vocabulary is not None and (self.vocabulary_days != "train" or self.frequency_threshold != 3):
-            raise ConfigError("--vocabulary with --vocabulary_days or --frequency_threshold: nothing is counted anew.")
+        if self.vocabulary is not None:
+            for name, default in {"max_embeddings": None, "vocabulary_days": "train", "frequency_threshold": 3}.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(f"--{name} with --vocabulary: the vocabulary has it already. Drop one of them.")
         count = len(self.raw) if self.days is None else min(self.days, len(self.raw))
         if self.days is not None and self.days > len(self.raw):
             raise ConfigError(f"--days {self.days}: got {len(self.raw)} files")
@@ -149,7 +147,7 @@ class PreprocessConfig:
             raise ConfigError(f"{len(self.raw)} files for criteo_kaggle: expected one, train.txt")
         if self.dataset_name == "criteo_1t" and count < 2 and self.vocabulary is None:
             raise ConfigError(
-                f"{_count(count, 'file')} for criteo_1t: expected two or more, the last is held out. "
+                f"{plural(count, 'file')} for criteo_1t: expected two or more, the last is held out. "
                 "For a single file in time order give --dataset_name criteo_kaggle."
             )
         if count == 0:
@@ -177,119 +175,8 @@ class Resources:
         if free < _LEAST_BYTES_PER_WORKER or (workers or 1) > most:
             needed = (held + (workers or 1) * _LEAST_BYTES_PER_WORKER) / 2**30
             raise ConfigError(
-                f"--memory_gib {memory_gib:g} is too little for {_count(workers or 1, 'worker')}: expected "
+                f"--memory_gib {memory_gib:g} is too little for {plural(workers or 1, 'worker')}: expected "
                 f"{needed:.1f} or more. Give more, or fewer --workers."
             )
         count = workers or min(available_cores(), most)
         return Resources(count, free // count, min(2 * count, max(1, free // (64 << 20) - count)))
-
-
-def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
-    """Writes arrays, vocabulary and manifest, whole or not at all.
-
-    Raises:
-        ConfigError: if the output is there already, or the flags don't fit each other or an unfinished run.
-        DatasetError: if a file is missing, damaged or not Criteo text, or the disk too small.
-    """
-    config.validate()
-    output = Path.cwd() / config.output
-    if output.exists() or output.is_symlink():
-        if config.resume and (output / "manifest.json").exists():
-            Workspace(output).discard_leftovers()
-            print(f"{config.output}: is finished already.", flush=True)
-            return
-        raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
-    raw = [Path(path) for path in config.raw[: config.days]]
-    for path in raw:
-        check_raw(path)
-    applied = config.applied
-    # Here and not above: numba takes a second to load, and --help should not.
-    from dlrm.preprocess.pipeline import Pipeline
-
-    names = ("train",) if config.dataset_name == "criteo_kaggle" else tuple(f"day_{day}" for day in range(len(raw)))
-    with Workspace(output) as workspace:
-        rows = _announce(config, raw, workspace, ranks)
-        resources = Resources.within(config.memory_gib, config.workers)
-        if ranks.is_main:
-            workspace.open(_plan(config, raw, applied), config.resume)
-        ranks.barrier()
-        started = time.monotonic()
-        pipeline = Pipeline(config, raw, names, workspace, resources, ranks)
-        layout = pipeline.run(rows)
-    if ranks.is_main:
-        _conclude(config, layout.num_rows, time.monotonic() - started, pipeline.seconds)
-
-
-def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
-    """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
-    fields = (
-        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed", "bad_rows",
-        "rows", "compat",
-    )  # fmt: skip
-    return {
-        "software": f"dlrm {__version__}",
-        **{name: getattr(config, name) for name in fields},
-        "raw files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw],
-        "vocabulary's manifest": applied,
-    }
-
-
-def _announce(config: PreprocessConfig, raw: Sequence[Path], workspace: "Workspace", ranks: Ranks) -> int:
-    """Says what is to be done, and refuses if the disk is too small; returns the rows expected."""
-    from dlrm.preprocess.parse import parse_block
-
-    samples = [sample(path, config.rows) for path in raw]
-    rows = sum(one.total_lines for one in samples)
-    parse_block(samples[0].block, MAX_REJECTED_PER_BLOCK)  # once, so that what follows does not time a compiler
-    started = time.perf_counter()
-    parse_block(samples[0].block, MAX_REJECTED_PER_BLOCK)
-    seconds_per_row = (time.perf_counter() - started) / samples[0].num_lines * _STAGES_OVER_PARSE
-    workers = config.workers or available_cores()
-    needed = rows * DISK_BYTES_PER_ROW
-    there = next(folder for folder in (workspace.root, *workspace.root.parents) if folder.exists())
-    used = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
-    free = shutil.disk_usage(there).free + used
-    if ranks.is_main:
-        minutes = rows * seconds_per_row / workers / ranks.world_size / 60
-        print(
-            f"About {rows:,} rows in {_count(len(raw), 'file')}; {needed / 2**30:,.1f} GiB of disk while at work, "
-            f"{rows * 160 / 2**30:,.1f} GiB in the end, {free / 2**30:,.1f} GiB free; roughly "
-            f"{_count(max(1, round(minutes)), 'minute')} with "
-            f"{_count(workers, 'worker')}.",
-            flush=True,
-        )
-    if needed > free:
-        raise DatasetError(
-            f"--output {config.output}: about {needed / 2**30:,.1f} GiB of disk needed, {free / 2**30:,.1f} GiB free. "
-            "Choose a folder on another disk, or take fewer --days or --rows."
-        )
-    return rows
-
-
-def _conclude(config: PreprocessConfig, rows: int, seconds: float, stages: dict[str, float]) -> None:
-    output = Path(config.output)
-    manifest = read_manifest(output)
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    rejected = sum(day["rejected"] for day in manifest["days"].values())
-    spent = ", ".join(f"{label.lower()} {spent:.1f}" for label, spent in stages.items())
-    print(f"{rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s): {spent}")
-    if rejected:
-        print(f"{rejected:,} lines were no rows; they are in {output / 'rejected.tsv'}")
-    if manifest["integers"]["clamped"]:
-        print(f"{manifest['integers']['clamped']:,} held-out integers were below the training rows' smallest")
-    kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
-    table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
-    print(f"{config.output}: {size / 2**20:,.1f} MiB, with manifest.json. Train on it:")
-    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
-    print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle} --num_embeddings_per_feature {table_rows}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def main(argv: Sequence[str]) -> None:
-    """`dlrm preprocess`."""
-    config = parse_flags(PreprocessConfig, argv, "dlrm preprocess")
-    config.validate()
-    preprocess(config, Ranks.start())

@@ -16,7 +16,7 @@ from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATU
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     """Compiled at the first call, and kept beside this file or, where that can't be written, in the user's cache."""
     return cast(Function, numba.njit(function, nogil=True, cache=True))
 
@@ -31,7 +31,7 @@ for _digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
 _MIN_INT, _MAX_INT = -(2**31), 2**31 - 1
 
 
-@_compiled
+@compiled
 def parse_rows(
     text: npt.NDArray[np.uint8],
     size: int,
@@ -117,7 +117,7 @@ def parse_rows(
     return row, num_rejected
 
 
-@_compiled
+@compiled
 def mix(number: np.uint32) -> np.uint32:
     """A bijection of 32-bit numbers that spreads any set of ids evenly, and keeps 0 (lowbias32 of C. Wellons)."""
     x = np.uint32(number)
@@ -128,7 +128,7 @@ def mix(number: np.uint32) -> np.uint32:
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@_compiled
+@compiled
 def unmix(number: np.uint32) -> np.uint32:
     """The inverse of `mix`."""
     x = np.uint32(number)
@@ -139,7 +139,7 @@ def unmix(number: np.uint32) -> np.uint32:
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@_compiled
+@compiled
 def count_ids(
     ids_R: npt.NDArray[np.uint32],
     first_row: int,
@@ -193,7 +193,7 @@ def count_ids(
     return len(ids_R), used
 
 
-@_compiled
+@compiled
 def insert_slots(
     entries: npt.NDArray[np.uint64],
     entry_first_rows: npt.NDArray[np.int64],
@@ -216,7 +216,7 @@ def insert_slots(
             first_rows[at] = entry_first_rows[i]
 
 
-@_compiled
+@compiled
 def look_up_ids(
     ids_R: npt.NDArray[np.uint32],
     slots: npt.NDArray[np.uint64],
@@ -247,31 +247,39 @@ def look_up_ids(
             at = (at + np.uint64(1)) & mask
 
 
-@_compiled
+@compiled
 def mix_ids(ids: npt.NDArray[np.uint32], mixed: npt.NDArray[np.uint32]) -> None:
     """`mix` of each id."""
     for i in range(len(ids)):
         mixed[i] = mix(ids[i])
 
 
-@_compiled
+@compiled
 def unmix_ids(mixed: npt.NDArray[np.uint32], ids: npt.NDArray[np.uint32]) -> None:
     """`unmix` of each."""
     for i in range(len(mixed)):
         ids[i] = unmix(mixed[i])
 
 
-@_compiled
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@compiled
+def split_mix(state: np.uint64) -> np.uint64:
+    """The output of SplitMix64 in a state; states are GOLDEN_GAMMA apart (Steele et al., OOPSLA 2014)."""
+    z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@compiled
 def shuffle_keys(seed: np.uint64, first_row: int, keys_R: npt.NDArray[np.uint64]) -> None:
-    """A random 64-bit key per row, from its number and the seed alone (SplitMix64, Steele et al., OOPSLA 2014)."""
+    """A random 64-bit key per row, from its number and the seed alone."""
     for i in range(len(keys_R)):
-        z = seed + np.uint64(first_row + i + 1) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        keys_R[i] = z ^ (z >> np.uint64(31))
+        keys_R[i] = split_mix(seed + np.uint64(first_row + i + 1) * GOLDEN_GAMMA)
 
 
-@_compiled
+@compiled
 def bucket_sizes(keys_R: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> None:
     """Adds to `sizes` how many keys fall into each of len(sizes) equal ranges."""
     count = np.uint64(len(sizes))
@@ -282,7 +290,7 @@ def bucket_sizes(keys_R: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -
 _TILE = 256
 
 
-@_compiled
+@compiled
 def scatter_rows(
     keys_R: npt.NDArray[np.uint64],
     starts: npt.NDArray[np.int64],
@@ -317,7 +325,7 @@ def scatter_rows(
             records_RC[places[i], NUM_COLUMNS - 1] = labels_R[first + i]
 
 
-@_compiled
+@compiled
 def gather_rows(
     order_R: npt.NDArray[np.int64],
     records_RC: npt.NDArray[np.int32],

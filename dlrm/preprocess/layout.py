@@ -1,8 +1,8 @@
 """Which rows a preprocessing run has, and where they go."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 
 from dlrm.schema import num_kaggle_training_rows
 
@@ -14,6 +14,7 @@ class Block:
     Attributes:
         first_row: of all rows, in the order of the files.
         day_row: the same within the block's day.
+        minimum: smallest integer of the block's rows.
     """
 
     day: int
@@ -22,55 +23,53 @@ class Block:
     first_row: int
     day_row: int
     minimum: int
-    positives: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All rows, in the order of the raw files: training rows first, then held-out ones."""
+    """All rows, in the order of the raw files: training rows first, then held-out ones.
 
-    names: tuple[str, ...]
-    blocks: tuple[Block, ...]
+    Attributes:
+        days: blocks of each day.
+    """
+
+    days: tuple[tuple[Block, ...], ...]
     num_train_rows: int
 
     @staticmethod
-    def build(names: tuple[str, ...], blocks: tuple[Block, ...], kaggle: bool) -> "Layout":
-        """With the rule of the data set: the last day, or the last seventh of the only file, is held out."""
-        rows = sum(block.rows for block in blocks)
-        last = sum(block.rows for block in blocks if block.day == len(names) - 1)
-        return Layout(names, blocks, num_kaggle_training_rows(rows) if kaggle else rows - last)
+    def build(parsed: Sequence[Sequence[tuple[int, int]]], kaggle: bool) -> "Layout":
+        """With the rule of the data set: the last day, or the last seventh of the only file, is held out.
+
+        Args:
+            parsed: rows and smallest integer of each block of each day.
+        """
+        days = []
+        first_row = day_row = 0
+        for day, blocks in enumerate(parsed):
+            placed, day_row = [], 0
+            for number, (rows, minimum) in enumerate(blocks):
+                placed.append(Block(day, number, rows, first_row + day_row, day_row, minimum))
+                day_row += rows
+            days.append(tuple(placed))
+            first_row += day_row
+        # `day_row` is now the last day's number of rows.
+        return Layout(tuple(days), num_kaggle_training_rows(first_row) if kaggle else first_row - day_row)
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, in order."""
+        return (block for day in self.days for block in day)
+
+    @cached_property
+    def day_rows(self) -> tuple[int, ...]:
+        """Rows of each day."""
+        return tuple(sum(block.rows for block in day) for day in self.days)
 
     @property
     def num_rows(self) -> int:
         """Rows of all days."""
-        return sum(block.rows for block in self.blocks)
-
-    def of_day(self, day: int) -> tuple[Block, ...]:
-        """Blocks of a day, in order."""
-        return tuple(block for block in self.blocks if block.day == day)
-
-    def day_rows(self, day: int) -> int:
-        """Rows of a day."""
-        return sum(block.rows for block in self.of_day(day))
+        return sum(self.day_rows)
 
     def train_rows_of(self, block: Block) -> int:
         """Rows of a block, from its start, that train."""
         return min(block.rows, max(0, self.num_train_rows - block.first_row))
-
-
-def place_blocks(facts: list[list[dict[str, int]]]) -> Iterator[Block]:
-    """Blocks, from what was recorded of each when it was parsed, day by day."""
-    first_row = 0
-    for day, blocks in enumerate(facts):
-        day_rows = list(accumulate((block["rows"] for block in blocks), initial=0))
-        for number, block in enumerate(blocks):
-            yield Block(
-                day,
-                number,
-                block["rows"],
-                first_row + day_rows[number],
-                day_rows[number],
-                block["minimum"],
-                block["positives"],
-            )
-        first_row += day_rows[-1]

@@ -7,8 +7,9 @@ rows of a block, H hotness.
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES, _EXTRA_HEADER_BYTES = 30, 20, 4
 _ALIGNMENT_EXTRA_ID = 0xD935
 _BASE_BYTES = 512 << 20
-_MAX_BLOCK_ROWS, _BLOCKS_AHEAD = 1 << 16, 4
+_MAX_BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Feature:
     hotness: int
     companions: Path
     block_rows: int
+    blocks_ahead: int
 
     def expand(self, ids_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Each id, modulo the table's rows, followed by its companions: int32 [R, H]."""
@@ -126,30 +128,32 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
     if output.exists() or output.is_symlink():
         raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
     table_rows = config.num_embeddings_per_feature or _rows_of_manifest(source)
-    days = _open_days(source)
+    days = _find_days(source)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {config.output}: can't be made ({error.strerror}). Choose another.") from None
-    _check_disk(config, table_rows, sum(len(ids) for ids in days.values()), output)
+    _check_disk(config, table_rows, list(days.values()), output)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         finished = Path(scratch, "days")
         finished.mkdir()
-        features = _draw_features(config, table_rows, Path(scratch))
-        samples = sum(len(ids) for ids in days.values()) * NUM_CATEGORICAL_FEATURES
+        workers = config.workers or available_cores()
+        features = _draw_features(config, table_rows, Path(scratch), workers)
+        samples = sum(days.values()) * NUM_CATEGORICAL_FEATURES
         progress = Progress("Materializing", samples, "samples of a feature")
         files = {}
-        with ThreadPoolExecutor(config.workers or available_cores()) as pool:
-            for name, ids in days.items():
+        with ThreadPoolExecutor(workers) as pool:
+            for name, rows in days.items():
                 path = finished / f"{name}_sparse_multi_hot.npz"
-                _write_day(path, ids, features, pool, progress)
+                columns = _split_columns(source / f"{name}_sparse.npy", Path(scratch))
+                _write_day(path, columns, rows, features, pool, progress)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         progress.close()
         manifest = {
             "version": MANIFEST_VERSION,
             "kind": "multi_hot_days",
             "software": f"dlrm {__version__}",
-            "days": {name: {"rows": len(ids)} for name, ids in days.items()},
+            "days": {name: {"rows": rows} for name, rows in days.items()},
             "multi_hot_sizes": list(config.multi_hot_sizes),
             "num_embeddings_per_feature": list(table_rows),
             "multi_hot_distribution_type": config.multi_hot_distribution_type,
@@ -173,8 +177,8 @@ def _rows_of_manifest(source: Path) -> tuple[int, ...]:
         ) from None
 
 
-def _open_days(source: Path) -> dict[str, npt.NDArray[np.integer]]:
-    """Ids of each day, mapped."""
+def _find_days(source: Path) -> dict[str, int]:
+    """Rows of each day."""
     if not source.is_dir():
         raise DatasetError(f"{source}: no such folder. Expected binary days.")
     names = [f"day_{i}" for i in range(len(list(source.glob("day_*_sparse.npy"))))] or ["train"]
@@ -191,12 +195,13 @@ def _open_days(source: Path) -> dict[str, npt.NDArray[np.integer]]:
             raise DatasetError(
                 f"{path}: {ids.dtype} {list(ids.shape)}, expected int32 [rows, {NUM_CATEGORICAL_FEATURES}]."
             )
-        days[name] = ids
+        days[name] = len(ids)
     return days
 
 
-def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], rows: int, output: Path) -> None:
-    needed = 4 * rows * sum(config.multi_hot_sizes)
+def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], day_rows: Sequence[int], output: Path) -> None:
+    rows = sum(day_rows)
+    needed = 4 * rows * sum(config.multi_hot_sizes) + 8 * NUM_CATEGORICAL_FEATURES * max(day_rows)
     needed += 4 * sum(size * (hot - 1) for size, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
     free = shutil.disk_usage(output.parent).free
     ids = f"{rows:,} rows of {sum(config.multi_hot_sizes)} ids"
@@ -208,7 +213,7 @@ def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], rows: int,
         )
 
 
-def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder: Path) -> list[Feature]:
+def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder: Path, workers: int) -> list[Feature]:
     """Writes each feature's table of companions, drawn by numpy's legacy generator, feature by feature."""
     generator = np.random.RandomState(config.seed)
     total = sum(rows * (hot - 1) for rows, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
@@ -225,8 +230,8 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
                 left -= count
         # A block's ids, and the pages of the table that they touch, on each thread.
         free = int(config.memory_gib * 2**30) - _BASE_BYTES
-        block_rows = min(_MAX_BLOCK_ROWS, free // (_BLOCKS_AHEAD + available_cores()) // (8 * hot + 4096))
-        features.append(Feature(rows, hot, path, block_rows))
+        block_rows = min(_MAX_BLOCK_ROWS, free // (2 * workers + 1) // (8 * hot + 4096))
+        features.append(Feature(rows, hot, path, block_rows, workers))
     progress.close()
     return features
 
@@ -242,27 +247,50 @@ def draw_companions(
     return (np.where(values < 2**31, values, -(2**31)).astype(np.int32) % rows).astype(np.int32)
 
 
+def _split_columns(source: Path, scratch: Path) -> list[Path]:
+    """Writes each column of a day's ids to a file of its own, int64 [rows], a few rows at a time."""
+    columns = [scratch / f"column_{number}" for number in range(NUM_CATEGORICAL_FEATURES)]
+    with ExitStack() as stack:
+        targets = [stack.enter_context(path.open("wb")) for path in columns]
+        file = stack.enter_context(source.open("rb"))
+        np.lib.format.read_magic(file)
+        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+        for start in range(0, rows, _MAX_BLOCK_ROWS):
+            count = min(_MAX_BLOCK_ROWS, rows - start)
+            ids_RF = np.fromfile(file, dtype, count * width).reshape(count, width).astype(np.int64)
+            if ids_RF.min() < 0:
+                row, column = np.argwhere(ids_RF < 0)[0]
+                raise DatasetError(
+                    f"{source}: id {ids_RF[row, column]} at row {start + row}, column {column}, expected 0 or more. "
+                    "Preprocess the logs anew."
+                )
+            for number, target in enumerate(targets):
+                np.ascontiguousarray(ids_RF[:, number]).tofile(target)
+    return columns
+
+
 def _write_day(
-    path: Path, ids: npt.NDArray[np.integer], features: Sequence[Feature], pool: ThreadPoolExecutor, progress: Progress
+    path: Path,
+    columns: Sequence[Path],
+    rows: int,
+    features: Sequence[Feature],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
 ) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for number, feature in enumerate(features):
+        for number, (column, feature) in enumerate(zip(columns, features, strict=True)):
             with open_member(archive, str(number)) as member:
-                header = {"descr": "<i4", "fortran_order": False, "shape": (len(ids), feature.hotness)}
+                header = {"descr": "<i4", "fortran_order": False, "shape": (rows, feature.hotness)}
                 np.lib.format.write_array_header_1_0(member, header)
-                starts = range(0, len(ids), feature.block_rows)
-                for _, ids_RH in in_order(pool, starts, partial(_expand, ids, number, feature), _BLOCKS_AHEAD):
+                starts = range(0, rows, feature.block_rows)
+                for _, ids_RH in in_order(pool, starts, partial(_expand, column, feature), feature.blocks_ahead):
                     member.write(memoryview(ids_RH).cast("B"))  # type: ignore[arg-type]
                     progress.advance(len(ids_RH))
     sync_file(path)
 
 
-def _expand(ids: npt.NDArray[np.integer], number: int, feature: Feature, start: int) -> npt.NDArray[np.int32]:
-    ids_R = np.array(ids[start : start + feature.block_rows, number], np.int64)
-    if ids_R.min() < 0:
-        row = start + int(np.argmax(ids_R < 0))
-        raise DatasetError(f"id {ids_R.min()} at row {row}, column {number}, expected 0 or more.")
-    return feature.expand(ids_R)
+def _expand(column: Path, feature: Feature, start: int) -> npt.NDArray[np.int32]:
+    return feature.expand(np.fromfile(column, np.int64, feature.block_rows, offset=8 * start))
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -273,35 +301,6 @@ def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     padding = -fixed % _ALIGNMENT
     info.extra = _ALIGNMENT_EXTRA_ID.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
     return archive.open(info, "w", force_zip64=True)
-
-
-def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
-    """The members "0", "1", ... of a multi-hot day, mapped: int32 [rows, hotness] of each feature.
-
-    Raises:
-        DatasetError: if it is not such a file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            for feature in range(NUM_CATEGORICAL_FEATURES):
-                info = archive.getinfo(f"{feature}.npy")
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise DatasetError(
-                        f"{path}: member {feature} is compressed. Expected np.savez, or dlrm materialize."
-                    )
-                file.seek(info.header_offset + 26)
-                name_size, extra_size = np.frombuffer(file.read(4), "<u2").tolist()
-                start = info.header_offset + _LOCAL_HEADER_BYTES + name_size + extra_size
-                file.seek(start)
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if dtype != np.int32 or len(shape) != 2:
-                    raise DatasetError(
-                        f"{path}: member {feature} is {dtype} {list(shape)}, expected int32 [rows, hotness]."
-                    )
-                yield np.memmap(path, np.int32, "r", offset=file.tell(), shape=shape)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: not a multi-hot day ({error}). Write it with dlrm materialize.") from None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ Shapes: R rows of a block, I integer features, F categorical features.
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,20 @@ def write_columns(path: Path, columns: Columns) -> None:
     with path.open("wb", buffering=0) as file:
         for part in (*columns.ids_FR, *columns.integers_IR, columns.labels_R):
             part.tofile(file)
+
+
+def write_rejected(path: Path, rejected: Sequence[RejectedLine]) -> None:
+    """Writes lines with their numbers."""
+    with path.open("wb") as file:
+        file.writelines(b"%d\t%s\n" % (line.line, line.text) for line in rejected)
+
+
+def read_rejected(path: Path) -> Iterator[RejectedLine]:
+    """What `write_rejected` wrote."""
+    with path.open("rb") as file:
+        for line in file:
+            number, text = line.removesuffix(b"\n").split(b"\t", 1)
+            yield RejectedLine(int(number), text)
 
 
 def read_ids(path: Path, column: int, rows: int) -> npt.NDArray[np.uint32]:

@@ -7,11 +7,10 @@ ones. Shapes: R rows, I integer features, F categorical features.
 import math
 from typing import Final
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.preprocess.kernels import mix
+from dlrm.preprocess.kernels import GOLDEN_GAMMA, compiled, mix, split_mix
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 # Of the Criteo Display Advertising Challenge's log, per column: shares of missing values, and mean and standard
@@ -20,36 +19,9 @@ INTEGER_MISSING: Final = np.array([0.45, 0.0, 0.21, 0.21, 0.03, 0.22, 0.04, 0.0,
 INTEGER_MEAN: Final = np.array([0.87, 2.10, 2.15, 1.70, 7.28, 3.40, 1.63, 2.04, 3.54, 0.40, 0.92, 0.29, 1.73])
 INTEGER_SPREAD: Final = np.array([0.98, 2.11, 1.19, 0.91, 2.93, 1.76, 1.38, 1.15, 1.63, 0.40, 0.77, 0.62, 0.96])
 NEGATIVE_COLUMN, NEGATIVE_SHARE = 1, 0.10
-ID_MISSING: Final = np.array(
-    [
-        0,
-        0,
-        0.035,
-        0.035,
-        0,
-        0.12,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0.035,
-        0,
-        0,
-        0,
-        0.035,
-        0,
-        0,
-        0.44,
-        0.44,
-        0.035,
-        0.76,
-        0,
-        0.035,
-        0.44,
-        0.44,
-    ]
-)
+ID_MISSING: Final = np.zeros(NUM_CATEGORICAL_FEATURES)
+ID_MISSING[[2, 3, 11, 15, 20, 23]], ID_MISSING[5] = 0.035, 0.12
+ID_MISSING[[18, 19, 24, 25]], ID_MISSING[21] = 0.44, 0.76
 MISSING_INTEGER: Final = -(2**31)
 ZIPF_EXPONENT = 1.1
 LATENT_DIM = 2
@@ -59,26 +31,21 @@ MAX_ROW_BYTES = 2 + NUM_INTEGER_FEATURES * 12 + NUM_CATEGORICAL_FEATURES * 9
 _ID_SHARE, _PAIR_SHARE, _INTEGER_SHARE = 0.60, 0.15, 0.25
 _NUM_PAIRS = NUM_CATEGORICAL_FEATURES // 2
 _DRAWS = 128  # random numbers that a row may use
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _TAB, _NEWLINE, _MINUS, _ZERO = 9, 10, 45, 48
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _hash(number: np.uint64) -> np.uint64:
-    """SplitMix64's output function (Steele et al., OOPSLA 2014)."""
-    z = np.uint64(number) * _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return split_mix(np.uint64(number) * GOLDEN_GAMMA)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _uniform(bits: np.uint64) -> float:
     return ((bits >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _normal(bits: np.uint64) -> float:
     """Nearly a standard normal number: four 16-bit uniform ones, summed."""
     low = np.uint64(0xFFFF)
@@ -86,7 +53,7 @@ def _normal(bits: np.uint64) -> float:
     return (np.float64(total) / 65536.0 - 2.0) * 1.7320508
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def draw_rows(
     seed: np.uint64,
     stream: np.uint64,
@@ -151,7 +118,7 @@ def draw_rows(
         luck_R[i] = _uniform(_hash(state + np.uint64(100)))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def write_text(
     labels_R: npt.NDArray[np.uint8],
     integers_IR: npt.NDArray[np.int32],

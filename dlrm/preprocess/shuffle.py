@@ -47,6 +47,17 @@ class RandomKeys:
 
 
 @dataclass(frozen=True)
+class KeysInOrder:
+    """Keys that leave the rows where they are."""
+
+    num_rows: int
+
+    def keys(self, first_row: int, rows: int) -> Keys:
+        """Keys of rows [first_row, first_row + rows)."""
+        return np.arange(first_row, first_row + rows, dtype=np.uint64) * _step(self.num_rows)
+
+
+@dataclass(frozen=True)
 class GivenKeys:
     """Keys that put each row at a given place."""
 
@@ -55,8 +66,12 @@ class GivenKeys:
 
     def keys(self, first_row: int, rows: int) -> Keys:
         """Keys of rows [first_row, first_row + rows)."""
-        step = np.uint64(2**64 // len(self.positions) if len(self.positions) > 1 else 1)
-        return self.positions[first_row : first_row + rows].astype(np.uint64) * step
+        return self.positions[first_row : first_row + rows].astype(np.uint64) * _step(len(self.positions))
+
+
+def _step(num_rows: int) -> np.uint64:
+    """Between the keys of consecutive places, so that they fill the range of keys evenly."""
+    return np.uint64(2**64 // num_rows if num_rows > 1 else 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dlrm.console import Progress
 from dlrm.errors import DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
+from dlrm.preprocess.threads import in_order
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 _CHUNK_BYTES = 4 << 20
@@ -99,8 +100,8 @@ def verify(folder: Path) -> dict[str, Any]:
             )
 
     with ThreadPoolExecutor(available_cores()) as pool:
-        for future in [pool.submit(check, name) for name in sorted(sizes)]:
-            future.result()
+        for _ in in_order(pool, sorted(sizes), check, available_cores()):
+            pass
     progress.close()
     return manifest
 

@@ -8,6 +8,7 @@ column don't fit into memory, those whose mixed values share the first bits are 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,8 @@ Order = Literal["frequency", "first_seen"]
 
 _SMALLEST_TABLE = 1 << 12
 _MOST_TAKEN = 0.6
-_CHUNK_ENTRIES = 1 << 22
+_CHUNK_ENTRIES = 1 << 20
+_BYTES_PER_KEPT_ID = 64
 _VALUE = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -45,21 +47,30 @@ class Counted:
     first_rows: Rows
 
 
-def count_column(blocks: IdBlocks, order: Order, memory_bytes: int) -> Iterator[Counted]:
+class TooManyIdsError(Exception):
+    """A column does not fit into the memory that it was given, and may not be split."""
+
+
+def count_column(blocks: IdBlocks, order: Order, memory_bytes: int, may_split: bool = True) -> Iterator[Counted]:
     """Counts every id but 0, in as few passes over the column as `memory_bytes` allow.
 
     Yields:
         Disjoint sets of ids, ascending by mixed value. `first_rows` is empty for the order "frequency".
+
+    Raises:
+        TooManyIdsError: if one pass is not enough and `may_split` is false.
     """
     bytes_per_slot = (
         16 if order == "frequency" else 32
     )  # a slot, and a copy of what is taken when it grows or is sorted
-    most_slots = max(_SMALLEST_TABLE, 1 << (memory_bytes // bytes_per_slot).bit_length() - 1)
+    most_slots = max(_SMALLEST_TABLE, 1 << max(1, memory_bytes // bytes_per_slot).bit_length() - 1)
     prefix_bits = prefix = 0
     while prefix < 1 << prefix_bits:
         table = _CountTable(order, prefix_bits, prefix, most_slots)
         for first_row, ids_R in blocks():
             table.add(first_row, ids_R)
+            if table.prefix_bits and not may_split:
+                raise TooManyIdsError
         yield table.counted()
         prefix_bits, prefix = table.prefix_bits, table.prefix + 1
         while prefix_bits and prefix % 2 == 0:  # the rest of the range may fit, and is split again where it does not
@@ -185,24 +196,42 @@ def choose_by_first_row(
         first_rows: the row in which each entry of `counts` came first, of `num_rows`.
     """
     distinct = counts.stat().st_size // 8
-    passes = max(1, -(-distinct * 48 // memory_bytes))
     index = FIRST_INDEX
-    for part in range(passes):
-        low, high = num_rows * part // passes, num_rows * (part + 1) // passes
+    for part, (low, high) in enumerate(_row_ranges(counts, first_rows, threshold, num_rows, memory_bytes)):
         chosen, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        for chunk, entries in enumerate(read_entries(counts)):
-            offset = 8 * chunk * _CHUNK_ENTRIES
-            rows_of_entries = np.fromfile(first_rows, np.int64, len(entries), offset=offset)
+        for entries, rows_of_entries in _read_pairs(counts, first_rows):
             here = (rows_of_entries >= low) & (rows_of_entries < high) & ((entries & _VALUE) >= threshold)
             chosen.append(entries[here])
             rows.append(rows_of_entries[here])
         order = np.argsort(np.concatenate(rows))
         entries = np.concatenate(chosen)[order]
-        if len(entries):
-            indices = np.arange(index, index + len(entries))
-            _write_vocabulary(folder / f"{column}.{part:04d}.parquet", entries, indices)
-            index += len(entries)
+        for start in range(0, len(entries), _CHUNK_ENTRIES):
+            some = entries[start : start + _CHUNK_ENTRIES]
+            path = folder / f"{column}.{part:04d}.{start // _CHUNK_ENTRIES:04d}.parquet"
+            _write_vocabulary(path, some, np.arange(index, index + len(some)))
+            index += len(some)
     return Choice(distinct, index - FIRST_INDEX)
+
+
+def _row_ranges(
+    counts: Path, first_rows: Path, threshold: int, num_rows: int, memory_bytes: int
+) -> list[tuple[int, int]]:
+    """Ranges of rows in which about as many kept ids come first as fit into `memory_bytes`."""
+    bins = min(num_rows, 1 << 16)
+    edges = num_rows * np.arange(bins + 1) // bins
+    sizes = np.zeros(bins, np.int64)
+    for entries, rows in _read_pairs(counts, first_rows):
+        kept = rows[(entries & _VALUE) >= threshold]
+        sizes += np.bincount(np.searchsorted(edges, kept, "right") - 1, minlength=bins)
+    group = np.cumsum(sizes) // max(1, memory_bytes // _BYTES_PER_KEPT_ID)
+    starts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), bins]
+    return [(int(edges[low]), int(edges[high])) for low, high in pairwise(starts)]
+
+
+def _read_pairs(counts: Path, first_rows: Path) -> Iterator[tuple[Entries, Rows]]:
+    with first_rows.open("rb") as file:
+        for entries in read_entries(counts):
+            yield entries, np.fromfile(file, np.int64, len(entries))
 
 
 def read_entries(path: Path) -> Iterator[Entries]:
@@ -298,10 +327,18 @@ class LookupTable:
         look_up_ids(ids_R, self._slots, self._prefix_bits, self._prefix, indices_R)
 
 
-def lookup_tables(files: Sequence[Path], max_embeddings: int | None, memory_bytes: int) -> Iterator[LookupTable]:
-    """Tables over disjoint ids that together hold the whole vocabulary, each within `memory_bytes`."""
+def lookup_tables(
+    files: Sequence[Path], max_embeddings: int | None, memory_bytes: int, may_split: bool = True
+) -> Iterator[LookupTable]:
+    """Tables over disjoint ids that together hold the whole vocabulary, each within `memory_bytes`.
+
+    Raises:
+        TooManyIdsError: if one table is not enough and `may_split` is false.
+    """
     kept = sum(count_rows(path) for path in files)
     # An entry and a copy of it, and up to 8 / 0.6 * 2 bytes of slots.
     prefix_bits = max(0, (kept * 48 // memory_bytes).bit_length())
+    if prefix_bits and not may_split:
+        raise TooManyIdsError
     for prefix in range(1 << prefix_bits):
         yield LookupTable(files, max_embeddings, prefix_bits, prefix)

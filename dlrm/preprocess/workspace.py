@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,7 @@ class Workspace:
         self._lock: IO[str] | None = None
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._tasks: list[Future[object]] = []
+        self._failure: OSError | None = None
 
     def open(self, plan: Mapping[str, Any], resume: bool) -> None:
         """Begins a run, or goes on with the unfinished one. For one rank only.
@@ -40,6 +40,8 @@ class Workspace:
         Raises:
             ConfigError: if there is an unfinished run and `resume` is false, its plan differs, or it is at work.
         """
+        if self.root.exists() and not (self.root / "lock").exists():
+            raise ConfigError(f"{self.root}: is needed for the work, and holds something else. Move it away.")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -47,7 +49,7 @@ class Workspace:
                 f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
             ) from None
         self._take_lock()
-        if not self._plan.exists():
+        if not (self._plan.exists() and self.days.exists()):
             self._clear()
             self.days.mkdir()
             write_json(self._plan, plan)
@@ -56,7 +58,10 @@ class Workspace:
             raise ConfigError(
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
             )
-        before = json.loads(self._plan.read_text())
+        try:
+            before = json.loads(self._plan.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self._plan}: not readable ({error}). Remove {self.root} to start again.") from None
         now = json.loads(json.dumps(plan))
         differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
         if differing:
@@ -132,9 +137,22 @@ class Workspace:
         self._later(lambda: path.unlink(missing_ok=True))
 
     def _later(self, task: Callable[[], object]) -> None:
-        # One thread, so that tasks keep their order.
-        self._tasks = [earlier for earlier in self._tasks if not _is_settled(earlier)]
-        self._tasks.append(self._syncer.submit(task))
+        """Queues a task for the one thread that does them in order; after one that failed, none is done any more.
+
+        Raises:
+            OSError: that an earlier task failed with.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+        def do() -> None:
+            if self._failure is None:
+                try:
+                    task()
+                except OSError as error:
+                    self._failure = error
+
+        self._syncer.submit(do)
 
     def flush(self) -> None:
         """Waits until all that was recorded is marked.
@@ -142,30 +160,21 @@ class Workspace:
         Raises:
             OSError: if something can't be written.
         """
-        for task in self._tasks:
-            task.result()
-        self._tasks = []
+        self._syncer.submit(lambda: None).result()
+        if self._failure is not None:
+            raise self._failure
 
     def publish(self) -> None:
         """Gives the finished days their name, and removes the rest."""
         self.flush()
-        # The plan goes first: without it the folder is no unfinished run, whatever else is left of it.
-        self._plan.unlink()
         self.days.rename(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.root)
 
     def discard_leftovers(self) -> None:
         """Removes what is left of a run that was killed after it had given the days their name."""
-        if self.root.exists() and not self._plan.exists():
+        if self.root.exists() and not self.days.exists():
             shutil.rmtree(self.root)
-
-
-def _is_settled(task: "Future[object]") -> bool:
-    if task.done():
-        task.result()  # a full disk ends the run here
-        return True
-    return False
 
 
 def sync_file(path: Path) -> None:

@@ -4,9 +4,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from dlrm.data.multi_hot import map_multi_hot
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess import materialize as materialize_module
-from dlrm.preprocess.materialize import MaterializeConfig, draw_companions, map_multi_hot, materialize
+from dlrm.preprocess.materialize import MaterializeConfig, draw_companions, materialize
 from dlrm.preprocess.verify import verify
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
@@ -144,7 +145,7 @@ def test_days_that_are_not_there_or_wrong(days):
     with pytest.raises(DatasetError, match=r"day_1_sparse.npy: int32 \[200, 25\]"):
         materialize(config_of(days))
     np.save(days / "day_1_sparse.npy", np.full((200, 26), -1, np.int32))
-    with pytest.raises(DatasetError, match="id -1 at row 0, column 0"):
+    with pytest.raises(DatasetError, match=r"day_1_sparse.npy: id -1 at row 0, column 0"):
         materialize(config_of(days))
     assert [path.name for path in days.parent.iterdir()] == ["days"]
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,13 +24,17 @@ from torchrec.datasets.criteo import BinaryCriteoUtils
 
 from dlrm.data.binary_days import open_splits
 from dlrm.errors import ConfigError, DatasetError
+from dlrm.preprocess import command as command_module
 from dlrm.preprocess import config as config_module
 from dlrm.preprocess import pipeline as pipeline_module
 from dlrm.preprocess import workspace as workspace_module
-from dlrm.preprocess.config import PreprocessConfig, preprocess
+from dlrm.preprocess.command import preprocess
+from dlrm.preprocess.compat import rounded_rows
+from dlrm.preprocess.config import PreprocessConfig
 from dlrm.preprocess.kernels import mix
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
+from dlrm.preprocess.stages import parsing, shuffling, verifying
 from dlrm.preprocess.verify import verify
 from tests.launching import BIN
 
@@ -76,6 +79,7 @@ def config_of(raw: Path, *names: str, output: str = "days", **fields) -> Preproc
 
 def write(raw: Path, *names: str, **fields) -> Path:
     config = config_of(raw, *names, **fields)
+    config.validate()
     preprocess(config, Ranks())
     return Path(config.output)
 
@@ -122,7 +126,7 @@ def rows_of(*arrays: np.ndarray) -> list[bytes]:
 
 
 def test_against_the_plain_twin(raw, lines, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "read_blocks", partial(read_blocks, block_bytes=70_000))
+    monkeypatch.setattr(parsing, "read_blocks", partial(read_blocks, block_bytes=70_000))
     folder = write(raw)
     expected = encode(lines)
     written = [load(folder, f"day_{day}") for day in range(3)]
@@ -172,8 +176,8 @@ def test_the_trainer_reads_what_is_written(raw):
 @pytest.mark.parametrize("fields", [{"workers": 1}, {"workers": 5}, {"memory_gib": 1.5}])
 def test_same_bytes_whatever_the_resources(fields, raw, monkeypatch):
     reference = digests(write(raw, seed=3))
-    monkeypatch.setattr(pipeline_module, "read_blocks", partial(read_blocks, block_bytes=90_000))
-    monkeypatch.setattr(pipeline_module, "_BUCKET_ROWS", 100)
+    monkeypatch.setattr(parsing, "read_blocks", partial(read_blocks, block_bytes=90_000))
+    monkeypatch.setattr(shuffling, "_BUCKET_ROWS", 100)
     assert digests(write(raw, seed=3, output="other", **fields)) == reference
 
 
@@ -273,8 +277,8 @@ def torchrec_days(raw: Path, target: Path, threshold: int, seed: int) -> Path:
 @pytest.mark.filterwarnings("ignore:Local function is not supported by pickle")
 @pytest.mark.parametrize(("threshold", "seed"), [(3, 0), (1, 11)])
 def test_compat_is_torchrec_byte_for_byte(threshold, seed, raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "read_blocks", partial(read_blocks, block_bytes=70_000))
-    monkeypatch.setattr(pipeline_module, "_BUCKET_ROWS", 100)
+    monkeypatch.setattr(parsing, "read_blocks", partial(read_blocks, block_bytes=70_000))
+    monkeypatch.setattr(shuffling, "_BUCKET_ROWS", 100)
     reference = torchrec_days(raw, tmp_path / "torchrec", threshold, seed)
     folder = write(raw, compat="torchrec", frequency_threshold=threshold, seed=seed)
     for day in range(3):
@@ -296,7 +300,7 @@ def test_compat_of_one_file(raw, tmp_path):
 
 
 def test_compat_says_which_ids_float32_merges(raw, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "merged_ids", lambda kept: 5 if kept > 20 else 0)
+    monkeypatch.setattr(verifying, "merged_ids", lambda kept: 5 if kept > 20 else 0)
     write(raw, compat="torchrec")
     said = capsys.readouterr().out
     assert "Warning: torchrec's shuffle holds ids as float32" in said
@@ -310,7 +314,7 @@ def test_compat_says_which_ids_float32_merges(raw, capsys, monkeypatch):
 def assert_refused(raw: Path, words: str, *names: str, error: type[Exception] = DatasetError, **fields) -> None:
     """One line that names what is wrong, and no output."""
     with pytest.raises(error, match=words) as caught:
-        preprocess(config_of(raw, *names, **fields), Ranks())
+        write(raw, *names, **fields)
     assert "\n" not in str(caught.value)
     assert not (raw.parent / "days").exists()
 
@@ -352,7 +356,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "words"), BAD)
 def test_a_bad_row_is_refused_with_its_line_and_column(change, words, raw, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "read_blocks", partial(read_blocks, block_bytes=70_000))
+    monkeypatch.setattr(parsing, "read_blocks", partial(read_blocks, block_bytes=70_000))
     change_row(raw, change)
     assert_refused(raw, f"day_1.tsv: line 407: {words}.*--bad_rows skip")
 
@@ -373,7 +377,7 @@ def test_a_bad_row_is_skipped_and_listed(change, words, raw, lines):
 
 
 def test_text_of_another_kind_is_refused_even_if_bad_rows_are_skipped(raw, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "MAX_REJECTED_PER_BLOCK", 50)
+    monkeypatch.setattr(parsing, "MAX_REJECTED_PER_BLOCK", 50)
     (raw / "day_1.tsv").write_text("a,b,c\n" * 1000)
     assert_refused(
         raw, "day_1.tsv: 50 bad lines among the 50 from line 1 on.*Expected raw Criteo text", bad_rows="skip"
@@ -416,12 +420,53 @@ def test_files_that_cannot_be(raw):
         ((), {"memory_gib": 2.0, "workers": 50}, "--memory_gib 2 is too little for 50 workers"),
         ((), {"compat": "torchrec", "max_embeddings": 9}, "--max_embeddings with --compat torchrec"),
         ((), {"compat": "torchrec", "vocabulary_days": "all"}, "--vocabulary_days with --compat torchrec"),
-        ((), {"vocabulary": "elsewhere", "frequency_threshold": 5}, "--vocabulary with"),
+        ((), {"vocabulary": "elsewhere", "frequency_threshold": 5}, "--frequency_threshold with --vocabulary"),
+        ((), {"vocabulary": "elsewhere", "max_embeddings": 5}, "--max_embeddings with --vocabulary"),
     ],
 )
 def test_flags_that_make_no_sense(names, fields, words, raw):
     assert_refused(raw, words, *names, error=ConfigError, **fields)
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+
+
+def test_an_applied_vocabulary_brings_its_limits(raw):
+    first = write(raw, max_embeddings=5, frequency_threshold=2)
+    again = write(raw, "day_2.tsv", vocabulary=str(first), output="later")
+    np.testing.assert_array_equal(load(again, "day_0")[1], load(first, "day_2")[1])
+    assert json.loads((again / "manifest.json").read_text())["ids"]["frequency_threshold"] == 2
+
+
+def test_compat_allows_for_an_index_that_is_rounded_up(raw, monkeypatch):
+    monkeypatch.setattr(shuffling, "round_to_float32", lambda indices: (indices + 1) // 2 * 2)
+    monkeypatch.setattr(verifying, "rounded_rows", lambda rows: rows // 2 * 2 + 1)
+    assert (rounded_rows(2**24), rounded_rows(2**24 + 4), rounded_rows(2**24 + 2)) == (2**24, 2**24 + 5, 2**24 + 1)
+    folder = write(raw, compat="torchrec", frequency_threshold=1)
+    assert verify(folder)["columns"]["cat_25"]["rows"] % 2 == 1
+
+
+def test_a_folder_of_anothers_is_left_alone(raw):
+    (raw.parent / "days.partial").mkdir()
+    (raw.parent / "days.partial" / "mine").write_text("precious")
+    assert_refused(raw, "days.partial: is needed for the work, and holds something else", error=ConfigError)
+    assert (raw.parent / "days.partial" / "mine").read_text() == "precious"
+
+
+def test_a_mark_that_cannot_be_written_ends_the_run_and_drops_nothing(raw, monkeypatch):
+    usual = workspace_module.write_json
+    failing = ["day_0.json"]
+
+    def write_mark(path: Path, content: object) -> None:
+        if path.parent.name == "scatter" and path.name in failing:
+            raise OSError(28, "No space left on device")
+        usual(path, content)
+
+    reference = digests(write(raw, output="undisturbed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace_module, "write_json", write_mark)
+        with pytest.raises(DatasetError, match=r"days.partial: the disk is full. .* --resume"):
+            write(raw)
+    assert list((raw.parent / "days.partial" / "parsed" / "day_0").iterdir())
+    assert digests(write(raw, resume=True)) == reference
 
 
 def test_a_folder_without_a_vocabulary(raw):
@@ -431,7 +476,7 @@ def test_a_folder_without_a_vocabulary(raw):
 
 
 def test_too_little_disk(raw, monkeypatch):
-    monkeypatch.setattr(config_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(command_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     assert_refused(raw, "GiB of disk needed, 0.0 GiB free")
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
 
@@ -452,13 +497,13 @@ def command(raw: Path, output: str, *flags: str) -> list[str]:
 
 def test_an_unfinished_run_is_gone_on_with(raw, monkeypatch):
     reference = digests(write(raw, output="undisturbed"))
-    for stage in ("_count", "_encode", "_scatter", "_gather", "_verify"):
+    for stage in ("count", "encode", "shuffle", "verify"):
 
         def fail(*_, stage: str = stage) -> None:
             raise KeyboardInterrupt(stage)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline_module.Pipeline, stage, fail)
+            patch.setattr(pipeline_module, stage, fail)
             with pytest.raises(KeyboardInterrupt):
                 preprocess(config_of(raw, resume=True), Ranks())
         assert not (raw.parent / "days").exists()
@@ -494,7 +539,7 @@ def test_killed_while_the_output_gets_its_name(moment, raw, monkeypatch):
 
 def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module.Pipeline, "_count", lambda *_: 1 / 0)
+        patch.setattr(pipeline_module, "count", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             preprocess(config_of(raw), Ranks())
     (raw / "day_0.tsv").write_text((raw / "day_1.tsv").read_text())
@@ -503,27 +548,26 @@ def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
 
 
 def test_kill_at_any_moment_and_resume(raw, lines):
-    """A short version of benchmarks/preprocess_kills.py."""
+    """A short version of `python -m benchmarks.preprocess kills`: killed once each stage has finished a part."""
     for day, text in enumerate(lines):
         (raw / f"day_{day}.tsv").write_text("".join(text) * 40)
     reference = digests(write(raw, output="undisturbed"))
-    chance = random.Random(5)
-    for attempt in range(4):
-        output = f"killed_{attempt}"
-        kills = 0
-        while not (raw.parent / output).exists():
-            process = subprocess.Popen(command(raw, output, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            if kills < 2:
-                time.sleep(1.2 + chance.random() * 1.2)
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            out, err = process.communicate(timeout=120)
-            assert process.returncode in (0, -signal.SIGKILL), (out, err)
-        assert digests(raw.parent / output) == reference
+    done = raw.parent / "killed.partial" / "done"
+    killed = 0
+    for stage in ("parse", "count", "encode", "scatter", "gather", "verify"):
+        process = subprocess.Popen(command(raw, "killed", "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not (done / stage).exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), (out, err)
+        killed += process.returncode != 0
+    assert killed >= 4
+    assert digests(write(raw, output="killed", resume=True)) == reference
 
 
 def test_two_runs_on_one_folder(raw):
-    with config_module.Workspace(raw.parent / "days") as workspace:
+    with workspace_module.Workspace(raw.parent / "days") as workspace:
         workspace.open({}, resume=False)
         with pytest.raises(ConfigError, match=r"days.partial: another process is at work there"):
             preprocess(config_of(raw, resume=True), Ranks())
@@ -545,8 +589,8 @@ def test_two_ranks_write_the_same(raw):
 
 
 def test_verify_finds_what_is_wrong(raw):
-    folder = write(raw)
-    assert verify(folder)["num_train_rows"] == 1200
+    folder = write(raw, rows=300)
+    assert verify(folder)["num_train_rows"] == 600
 
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -557,17 +601,17 @@ def test_verify_finds_what_is_wrong(raw):
         path.write_bytes(path.read_bytes()[:-4])
 
     def swap(path: Path) -> None:
-        other = path.with_name("day_0_dense.npy.swap")
-        path.rename(other)
-        (folder / "day_1_dense.npy").rename(path)
-        other.rename(folder / "day_1_dense.npy")
+        other = folder / "day_1_dense.npy"
+        content = path.read_bytes()
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
 
     faults = [
         (flip, "day_0_dense.npy", "day_0_dense.npy: sha256|day_0_dense.npy: .* expected a finite"),
         (flip, "vocabulary/cat_3.0000.parquet", "cat_3.0000.parquet: sha256"),
         (cut, "day_2_labels.npy", "day_2_labels.npy: 1,324 bytes, expected 1,328"),
         (Path.unlink, "day_1_sparse.npy", "day_1_sparse.npy: missing, though manifest.json lists it"),
-        (swap, "day_0_dense.npy", "day_0_dense.npy: .*bytes, expected|day_0_dense.npy: shape"),
+        (swap, "day_0_dense.npy", "day_[01]_dense.npy: sha256"),
     ]
     for fault, name, words in faults:
         saved = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -623,7 +667,7 @@ def test_no_row_is_lost_or_invented(rows, seed, buckets, threshold, tmp_path_fac
         (folder / f"{day}.tsv").write_text("\n".join(text))
         start += count
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(pipeline_module, "_BUCKET_ROWS", buckets)
+        patch.setattr(shuffling, "_BUCKET_ROWS", buckets)
         raw = tuple(str(folder / f"{day}.tsv") for day in range(len(rows)))
         config = PreprocessConfig(raw, str(folder / "days"), seed=seed, frequency_threshold=threshold, workers=2)
         preprocess(config, Ranks())

@@ -1,0 +1,152 @@
+"""`dlrm preprocess`: what it checks before it starts, and what it says."""
+
+import errno
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dlrm import __version__
+from dlrm.console import plural
+from dlrm.errors import ConfigError, DatasetError
+from dlrm.flags import parse_flags
+from dlrm.preprocess.config import PreprocessConfig, Resources
+from dlrm.preprocess.ranks import Ranks
+from dlrm.preprocess.raw import Sample, check_raw, sample
+from dlrm.preprocess.verify import read_manifest
+from dlrm.preprocess.workspace import Workspace
+from dlrm.schema import CATEGORICAL_NAMES
+
+KEPT_BYTES_PER_ROW = 160
+_COLUMN_BYTES_PER_ROW, _RECORD_BYTES_PER_ROW = 261, 168
+_STAGES_OVER_PARSE = 4.0
+"""Time of all stages over that of parsing, as benchmarks/preprocess.py measures it."""
+
+
+def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
+    """Writes arrays, vocabulary and manifest, whole or not at all.
+
+    Raises:
+        ConfigError: if the output is there already, or the flags don't fit each other or an unfinished run.
+        DatasetError: if a file is missing, damaged or not Criteo text, or the disk too small.
+    """
+    output = Path.cwd() / config.output
+    if output.exists() or output.is_symlink():
+        if config.resume and (output / "manifest.json").exists():
+            if ranks.is_main:
+                Workspace(output).discard_leftovers()
+                print(f"{config.output}: is finished already.", flush=True)
+            return
+        raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
+    raw = [Path(path) for path in config.raw[: config.days]]
+    for path in raw:
+        check_raw(path)
+    applied = config.applied
+    # Here and not above: numba takes a second to load, and --help should not.
+    from dlrm.preprocess.pipeline import run_stages
+    from dlrm.preprocess.run import Run
+
+    names = ("train",) if config.dataset_name == "criteo_kaggle" else tuple(f"day_{day}" for day in range(len(raw)))
+    with Workspace(output) as workspace:
+        lines = [sample(path, config.rows) for path in raw]
+        warm_up(lines[0])
+        resources = Resources.within(config.memory_gib, config.workers)
+        if ranks.is_main:
+            _announce(config, lines, workspace, ranks, resources)
+            workspace.open(_plan(config, raw, applied), config.resume)
+        ranks.barrier()
+        started = time.monotonic()
+        with ThreadPoolExecutor(resources.workers) as pool:
+            run = Run(config, raw, names, workspace, resources, ranks, pool)
+            try:
+                layout = run_stages(run, sum(one.total_lines for one in lines))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise DatasetError(
+                    f"{workspace.root}: the disk is full. Free some of it, and go on with --resume."
+                ) from None
+    if ranks.is_main:
+        _conclude(config, layout.num_rows, time.monotonic() - started, run.seconds)
+
+
+def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
+    """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
+    fields = (
+        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed", "bad_rows",
+        "rows", "compat",
+    )  # fmt: skip
+    return {
+        "software": f"dlrm {__version__}",
+        **{name: getattr(config, name) for name in fields},
+        "raw files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw],
+        "vocabulary's manifest": applied,
+    }
+
+
+def warm_up(head: Sample) -> float:
+    """Has the parser compiled; returns the seconds that it then takes for a row."""
+    from dlrm.preprocess.parse import parse_block
+
+    parse_block(head.block, 1)
+    started = time.perf_counter()
+    parse_block(head.block, 1)
+    return (time.perf_counter() - started) / head.num_lines
+
+
+def _announce(
+    config: PreprocessConfig, samples: Sequence[Sample], workspace: Workspace, ranks: Ranks, resources: Resources
+) -> None:
+    """Says what is to be done.
+
+    Raises:
+        DatasetError: if the disk is too small.
+    """
+    sizes = [one.total_lines for one in samples]
+    rows = sum(sizes)
+    # A rank drops a day's columns once all of it is scattered.
+    held_twice = sum(sorted(sizes)[-ranks.world_size :])
+    needed = rows * (_COLUMN_BYTES_PER_ROW + KEPT_BYTES_PER_ROW // 8) + held_twice * _RECORD_BYTES_PER_ROW
+    there = next(folder for folder in (workspace.root, *workspace.root.parents) if folder.exists())
+    used = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
+    free = shutil.disk_usage(there).free + used
+    minutes = rows * warm_up(samples[0]) * _STAGES_OVER_PARSE / resources.workers / ranks.world_size / 60
+    print(
+        f"About {rows:,} rows in {plural(len(samples), 'file')}; {needed / 2**30:,.1f} GiB of disk while at work, "
+        f"{rows * KEPT_BYTES_PER_ROW / 2**30:,.1f} GiB in the end, {free / 2**30:,.1f} GiB free; roughly "
+        f"{plural(max(1, round(minutes)), 'minute')} with {plural(resources.workers, 'worker')}.",
+        flush=True,
+    )
+    if needed > free:
+        raise DatasetError(
+            f"--output {config.output}: about {needed / 2**30:,.1f} GiB of disk needed, {free / 2**30:,.1f} GiB free. "
+            "Choose a folder on another disk, or take fewer --days or --rows."
+        )
+
+
+def _conclude(config: PreprocessConfig, rows: int, seconds: float, stages: dict[str, float]) -> None:
+    output = Path(config.output)
+    manifest = read_manifest(output)
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    rejected = sum(day["rejected"] for day in manifest["days"].values())
+    spent = ", ".join(f"{label.lower()} {spent:.2f}" for label, spent in stages.items())
+    print(f"{rows:,} rows in {seconds:.2f} s ({rows / seconds:,.0f} rows/s): {spent}")
+    if rejected:
+        print(f"{rejected:,} lines were no rows; they are in {output / 'rejected.tsv'}")
+    if manifest["integers"]["clamped"]:
+        print(f"{manifest['integers']['clamped']:,} integers were below the counted rows' smallest, and count as it")
+    kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
+    table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
+    print(f"{config.output}: {size / 2**20:,.1f} MiB, with manifest.json. Train on it:")
+    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
+    print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle} --num_embeddings_per_feature {table_rows}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """`dlrm preprocess`."""
+    config = parse_flags(PreprocessConfig, argv, "dlrm preprocess")
+    config.validate()
+    preprocess(config, Ranks.start())

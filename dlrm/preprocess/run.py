@@ -1,0 +1,117 @@
+"""What the stages of a preprocessing run share."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dlrm.console import Progress
+from dlrm.preprocess.config import PreprocessConfig, Resources
+from dlrm.preprocess.layout import Block
+from dlrm.preprocess.ranks import Ranks
+from dlrm.preprocess.threads import in_order
+from dlrm.preprocess.vocabulary import TooManyIdsError
+from dlrm.preprocess.workspace import Workspace
+from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Finished = tuple[dict[str, Any], list[Path]]
+"""What is to be recorded of a part, and the files that must reach the disk before."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A preprocessing run on this rank.
+
+    Attributes:
+        raw: raw files, one a day.
+        names: of the days' files.
+        seconds: that each finished stage took.
+    """
+
+    config: PreprocessConfig
+    raw: Sequence[Path]
+    names: tuple[str, ...]
+    workspace: Workspace
+    resources: Resources
+    ranks: Ranks
+    pool: ThreadPoolExecutor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, label: str, unit: str, total: int) -> Iterator[Progress]:
+        """Shows and times a stage, at whose end the ranks meet. Collective."""
+        started = time.monotonic()
+        progress = Progress(label, total // self.ranks.world_size, unit, shown=self.ranks.is_main)
+        yield progress
+        progress.close()
+        self.meet()
+        self.seconds[label] = time.monotonic() - started
+
+    def meet(self) -> None:
+        """Waits for the other ranks; what each has recorded is then seen by all. Collective."""
+        if self.ranks.world_size > 1:
+            self.workspace.flush()
+            self.ranks.barrier()
+
+    def in_order(
+        self, items: Iterable[T], function: Callable[[T], R], ahead: int | None = None
+    ) -> Iterator[tuple[T, R]]:
+        """Results of `function` on the run's threads, in the order of `items`."""
+        return in_order(self.pool, items, function, self.resources.workers if ahead is None else ahead)
+
+    def each_column(self, stage: str, do: Callable[[int, int, bool], Finished]) -> None:
+        """Runs a stage on this rank's columns, those that are not finished yet.
+
+        The columns that do not fit into a worker's share of the memory come last, one at a time, with all of it.
+
+        Args:
+            do: does a column in so many bytes of memory, which it may or may not do in several passes.
+        """
+
+        def one(column: int, memory: int, may_split: bool) -> bool:
+            if self.workspace.facts(stage, CATEGORICAL_NAMES[column]) is None:
+                try:
+                    facts, files = do(column, memory, may_split)
+                except TooManyIdsError:
+                    return False
+                self.workspace.finish(stage, CATEGORICAL_NAMES[column], facts, files)
+            return True
+
+        share = self.ranks.share(range(NUM_CATEGORICAL_FEATURES))
+        memory = self.resources.bytes_per_worker
+        large = [column for column, fits in self.in_order(share, lambda c: one(c, memory, False)) if not fits]
+        for column in large:
+            one(column, memory * self.resources.workers, True)
+
+    def recorded(self, stage: str, part: str) -> dict[str, Any]:
+        """What was recorded of a part that must be finished by now."""
+        facts = self.workspace.facts(stage, part)
+        assert facts is not None, (stage, part)
+        return facts
+
+    def parsed_blocks(self, day: int) -> Iterator[dict[str, Any]]:
+        """What was recorded of each block of a day."""
+        for number in range(self.recorded("parse", self.names[day])["blocks"]):
+            yield self.recorded("parse", f"{self.names[day]}.{number:06d}")
+
+    def parsed_path(self, block: Block) -> Path:
+        """Columns of a block."""
+        return self.workspace.root / "parsed" / self.names[block.day] / f"{block.number:06d}"
+
+    def encoded_path(self, day: int, column: str) -> Path:
+        """Indices of a column in a day, int32 [rows]."""
+        return self.workspace.root / "encoded" / self.names[day] / column
+
+    @property
+    def mimics_shuffle(self) -> bool:
+        """Whether training rows are to be those of torchrec's shuffle.
+
+        It takes days, and leaves the last one alone: with a single file there is nothing to shuffle.
+        """
+        return self.config.is_compat and self.config.dataset_name == "criteo_1t"

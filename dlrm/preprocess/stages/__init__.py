@@ -1,0 +1,1 @@
+"""The stages of a preprocessing run. Every rank calls each of them, in order."""

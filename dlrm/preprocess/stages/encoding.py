@@ -1,0 +1,120 @@
+"""Ids to indices, a column at a time: which ids have one of their own, and every row's."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dlrm.console import Progress
+from dlrm.preprocess.layout import Layout
+from dlrm.preprocess.parse import read_ids
+from dlrm.preprocess.run import Finished, Run
+from dlrm.preprocess.vocabulary import (
+    RARE_INDEX,
+    IdBlocks,
+    Ids,
+    Order,
+    choose_by_first_row,
+    choose_by_frequency,
+    count_column,
+    lookup_tables,
+    vocabulary_files,
+)
+from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+
+
+def count(run: Run, layout: Layout) -> None:
+    """Counts the ids of each column, and writes the vocabulary. Collective."""
+    if run.config.vocabulary is not None:
+        if run.ranks.is_main:
+            source, target = Path(run.config.vocabulary, "vocabulary"), run.workspace.days / "vocabulary"
+            shutil.copytree(source, target, dirs_exist_ok=True)
+            run.workspace.finish("count", "vocabulary", {}, [*target.iterdir(), target])
+        run.meet()
+        return
+    ids = (layout.num_rows if _counts_all(run) else layout.num_train_rows) * NUM_CATEGORICAL_FEATURES
+    with run.stage("Counting ids", "ids", ids) as progress:
+        run.each_column("count", partial(_count_column, run, layout, progress))
+
+
+def _counts_all(run: Run) -> bool:
+    return run.config.is_compat or run.config.vocabulary_days == "all"
+
+
+def _count_column(run: Run, layout: Layout, progress: Progress, column: int, memory: int, may_split: bool) -> Finished:
+    name = CATEGORICAL_NAMES[column]
+    folder, finished = run.workspace.folder("counts"), run.workspace.folder("days", "vocabulary")
+    counts, first_rows = folder / name, folder / f"{name}.first_rows"
+    for stale in (*finished.glob(f"{name}.*"), counts, first_rows):
+        stale.unlink(missing_ok=True)
+    counts_all = _counts_all(run)
+
+    def blocks() -> Iterator[tuple[int, Ids]]:
+        progress.begin_pass(name, layout.num_rows if counts_all else layout.num_train_rows)
+        for block in layout.blocks:
+            if rows := block.rows if counts_all else layout.train_rows_of(block):
+                yield block.first_row, read_ids(run.parsed_path(block), column, block.rows)[:rows]
+                progress.advance(rows)
+
+    order: Order = "first_seen" if run.config.is_compat else "frequency"
+    with counts.open("wb") as counts_file, first_rows.open("wb") as first_rows_file:
+        if run.config.is_compat and (zeros := _count_zeros(blocks)) is not None:
+            np.array([zeros[0]], np.uint64).tofile(counts_file)
+            np.array([zeros[1]], np.int64).tofile(first_rows_file)
+        for counted in count_column(blocks, order, memory, may_split):
+            counted.entries.tofile(counts_file)
+            counted.first_rows.tofile(first_rows_file)
+    threshold = run.config.frequency_threshold
+    if run.config.is_compat:
+        choice = choose_by_first_row(counts, first_rows, threshold, finished, name, layout.num_rows, memory)
+    else:
+        choice = choose_by_frequency(counts, threshold, finished, name)
+    counts.unlink()
+    first_rows.unlink()
+    return {"distinct": choice.distinct, "kept": choice.kept}, [finished]
+
+
+def _count_zeros(blocks: IdBlocks) -> tuple[int, int] | None:
+    """How often id 0 comes, and its first row."""
+    count, first = 0, None
+    for first_row, ids_R in blocks():
+        zeros = np.flatnonzero(ids_R == 0)
+        count += len(zeros)
+        if first is None and len(zeros):
+            first = first_row + int(zeros[0])
+    return None if first is None else (min(count, 2**32 - 1), first)
+
+
+def encode(run: Run, layout: Layout) -> None:
+    """Writes the indices of each column. Collective."""
+    with run.stage("Encoding", "ids", layout.num_rows * NUM_CATEGORICAL_FEATURES) as progress:
+        for name in run.names:
+            run.workspace.folder("encoded", name)
+        run.each_column("encode", partial(_encode_column, run, layout, progress))
+
+
+def _encode_column(run: Run, layout: Layout, progress: Progress, column: int, memory: int, may_split: bool) -> Finished:
+    name = CATEGORICAL_NAMES[column]
+    files = vocabulary_files(run.workspace.days / "vocabulary", name)
+    paths = [run.encoded_path(day, name) for day in range(len(run.names))]
+    for path in paths:
+        path.touch()
+    max_embeddings = run.config.most_embeddings
+    for turn, table in enumerate(lookup_tables(files, max_embeddings, memory, may_split)):
+        progress.begin_pass(name, layout.num_rows)
+        for path, blocks in zip(paths, layout.days, strict=True):
+            with path.open("r+b") as file:
+                for block in blocks:
+                    ids_R = read_ids(run.parsed_path(block), column, block.rows)
+                    if turn == 0:
+                        indices_R = np.where(ids_R == 0, np.int32(table.missing_index), np.int32(RARE_INDEX))
+                    else:
+                        indices_R = np.fromfile(path, np.int32, block.rows, offset=4 * block.day_row)
+                    table.look_up(ids_R, indices_R)
+                    file.seek(4 * block.day_row)
+                    file.write(memoryview(indices_R))  # type: ignore[arg-type]
+                    progress.advance(block.rows)
+                file.flush()
+    return {}, paths
