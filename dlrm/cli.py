@@ -1,11 +1,12 @@
 """The `dlrm` command. A command's module is loaded only when it is called."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from dlrm import __version__
-from dlrm.errors import EXIT_USER_ERROR, DlrmError
+from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 
 COMMANDS = {
     "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
@@ -48,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DlrmError as error:
         print(f"dlrm {name}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"dlrm {name}: interrupted. {getattr(module, 'IF_INTERRUPTED', '')}".rstrip(), file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `dlrm ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"dlrm {name}: error: {where}{error.strerror or error}. Nothing was written.", file=sys.stderr)
+        print(f"dlrm {name}: error: {where}{error.strerror or error}.", file=sys.stderr)
         return EXIT_USER_ERROR

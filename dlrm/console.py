@@ -90,3 +90,8 @@ def _clock(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """The number and its noun."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_bytes(size: float) -> str:
+    """A size in MiB or GiB."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"

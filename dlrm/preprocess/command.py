@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dlrm import __version__
-from dlrm.console import plural
+from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.preprocess.config import PreprocessConfig, Resources
+from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import Sample, check_raw, sample
 from dlrm.preprocess.verify import read_manifest
 from dlrm.preprocess.workspace import Workspace
 from dlrm.schema import CATEGORICAL_NAMES
 
+IF_INTERRUPTED = "Go on with --resume."
 KEPT_BYTES_PER_ROW = 160
 _COLUMN_BYTES_PER_ROW, _RECORD_BYTES_PER_ROW = 261, 168
 _STAGES_OVER_PARSE = 4.0
@@ -37,7 +39,8 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     if output.exists() or output.is_symlink():
         if config.resume and (output / "manifest.json").exists():
             if ranks.is_main:
-                Workspace(output).discard_leftovers()
+                with Workspace(output) as workspace:
+                    workspace.discard_leftovers()
                 print(f"{config.output}: is finished already.", flush=True)
             return
         raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
@@ -54,9 +57,12 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
         lines = [sample(path, config.rows) for path in raw]
         warm_up(lines[0])
         resources = Resources.within(config.memory_gib, config.workers)
+        resumed = False
         if ranks.is_main:
-            _announce(config, lines, workspace, ranks, resources)
-            workspace.open(_plan(config, raw, applied), config.resume)
+            estimate = _estimate(config, lines, workspace, ranks, resources)
+            if resumed := workspace.open(_plan(config, raw, applied), config.resume):
+                print(f"Going on in {workspace.root}; what is finished is kept.")
+            print(estimate, flush=True)
         ranks.barrier()
         started = time.monotonic()
         with ThreadPoolExecutor(resources.workers) as pool:
@@ -70,19 +76,19 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
                     f"{workspace.root}: the disk is full. Free some of it, and go on with --resume."
                 ) from None
     if ranks.is_main:
-        _conclude(config, layout.num_rows, time.monotonic() - started, run.seconds)
+        _conclude(config, layout, time.monotonic() - started, run.seconds, resumed)
 
 
 def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
     """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
     fields = (
-        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed", "bad_rows",
+        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed",
         "rows", "compat",
     )  # fmt: skip
     return {
         "software": f"dlrm {__version__}",
         **{name: getattr(config, name) for name in fields},
-        "raw files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in raw],
+        "raw files": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in raw},
         "vocabulary's manifest": applied,
     }
 
@@ -97,10 +103,10 @@ def warm_up(head: Sample) -> float:
     return (time.perf_counter() - started) / head.num_lines
 
 
-def _announce(
+def _estimate(
     config: PreprocessConfig, samples: Sequence[Sample], workspace: Workspace, ranks: Ranks, resources: Resources
-) -> None:
-    """Says what is to be done.
+) -> str:
+    """What is to be done, in words.
 
     Raises:
         DatasetError: if the disk is too small.
@@ -114,33 +120,41 @@ def _announce(
     used = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free + used
     minutes = rows * warm_up(samples[0]) * _STAGES_OVER_PARSE / resources.workers / ranks.world_size / 60
-    print(
-        f"About {rows:,} rows in {plural(len(samples), 'file')}; {needed / 2**30:,.1f} GiB of disk while at work, "
-        f"{rows * KEPT_BYTES_PER_ROW / 2**30:,.1f} GiB in the end, {free / 2**30:,.1f} GiB free; roughly "
-        f"{plural(max(1, round(minutes)), 'minute')} with {plural(resources.workers, 'worker')}.",
-        flush=True,
-    )
     if needed > free:
         raise DatasetError(
-            f"--output {config.output}: about {needed / 2**30:,.1f} GiB of disk needed, {free / 2**30:,.1f} GiB free. "
+            f"--output {config.output}: about {show_bytes(needed)} of disk needed, {show_bytes(free)} free. "
             "Choose a folder on another disk, or take fewer --days or --rows."
         )
+    time_needed = "less than a minute" if minutes < 1 else f"roughly {plural(round(minutes), 'minute')}"
+    return (
+        f"About {rows:,} rows in {plural(len(samples), 'file')}; {show_bytes(needed)} of disk while at work, "
+        f"{show_bytes(rows * KEPT_BYTES_PER_ROW)} in the end, {show_bytes(free)} free; {time_needed} with "
+        f"{plural(resources.workers, 'worker')}."
+    )
 
 
-def _conclude(config: PreprocessConfig, rows: int, seconds: float, stages: dict[str, float]) -> None:
+def _conclude(
+    config: PreprocessConfig, layout: Layout, seconds: float, stages: dict[str, float], resumed: bool
+) -> None:
+    rows = layout.num_rows
     output = Path(config.output)
     manifest = read_manifest(output)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     rejected = sum(day["rejected"] for day in manifest["days"].values())
     spent = ", ".join(f"{label.lower()} {spent:.2f}" for label, spent in stages.items())
-    print(f"{rows:,} rows in {seconds:.2f} s ({rows / seconds:,.0f} rows/s): {spent}")
+    rate = "after an interruption" if resumed else f"{rows / seconds:,.0f} rows/s"
+    print(f"{rows:,} rows in {seconds:.2f} s ({rate}): {spent}")
     if rejected:
-        print(f"{rejected:,} lines were no rows; they are in {output / 'rejected.tsv'}")
+        print(f"{plural(rejected, 'bad line')} left out, listed in {output / 'rejected.tsv'}")
     if manifest["integers"]["clamped"]:
         print(f"{manifest['integers']['clamped']:,} integers were below the counted rows' smallest, and count as it")
     kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
     table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
-    print(f"{config.output}: {size / 2**20:,.1f} MiB, with manifest.json. Train on it:")
+    print(f"{config.output}: {show_bytes(size)}, with manifest.json.", end="")
+    if layout.num_train_rows == 0:
+        print(" All rows are held out, encoded as the vocabulary's model expects.")
+        return
+    print(" Train on it:")
     path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
     print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle} --num_embeddings_per_feature {table_rows}")
 

@@ -43,6 +43,8 @@ def check_raw(path: Path) -> None:
     """
     if not path.exists():
         raise DatasetError(f"{path}: no such file. Expected raw Criteo text.")
+    if path.is_dir():
+        raise DatasetError(f"{path}: a folder. Give the raw files in it, in order of time.")
     if not path.is_file():
         raise DatasetError(f"{path}: not a regular file. Expected raw Criteo text.")
     if not os.access(path, os.R_OK):

@@ -40,13 +40,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         DatasetError: if there is none, or it can't be read by this version.
     """
     path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder. Expected one that `dlrm preprocess` wrote.")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["version"]
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: not a manifest ({error!r}). Preprocess the logs anew.") from None
+        raise DatasetError(f"{path}: not a manifest ({error!r}). Copy or write the folder anew.") from None
     if version != MANIFEST_VERSION:
         raise DatasetError(
             f"{path}: version {version}, this dlrm reads {MANIFEST_VERSION}. Use the dlrm that wrote it."

@@ -31,8 +31,11 @@ class Workspace:
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._failure: OSError | None = None
 
-    def open(self, plan: Mapping[str, Any], resume: bool) -> None:
+    def open(self, plan: Mapping[str, Any], resume: bool) -> bool:
         """Begins a run, or goes on with the unfinished one. For one rank only.
+
+        Returns:
+            Whether it goes on.
 
         Args:
             plan: all that the output depends on. An unfinished run goes on under the same plan only.
@@ -48,12 +51,15 @@ class Workspace:
             raise ConfigError(
                 f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
             ) from None
-        self._take_lock()
+        if not self._take_lock():
+            raise ConfigError(f"{self.root}: another process is at work there. Wait for it, or end it.")
+        if self.output.exists():
+            raise ConfigError(f"--output {self.output}: another process has just written it.")
         if not (self._plan.exists() and self.days.exists()):
             self._clear()
             self.days.mkdir()
             write_json(self._plan, plan)
-            return
+            return False
         if not resume:
             raise ConfigError(
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
@@ -64,6 +70,11 @@ class Workspace:
             raise ConfigError(f"{self._plan}: not readable ({error}). Remove {self.root} to start again.") from None
         now = json.loads(json.dumps(plan))
         differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if changed := [path for path, facts in now["raw files"].items() if before["raw files"].get(path) != facts]:
+            raise ConfigError(
+                f"--resume: {changed[0]} is not the file that the run began with. Remove {self.root} to start from the "
+                "beginning."
+            )
         if differing:
             name = differing[0]
             raise ConfigError(
@@ -72,6 +83,7 @@ class Workspace:
             )
         for half_written in self.root.rglob(".*"):
             half_written.unlink()
+        return True
 
     def _clear(self) -> None:
         """Removes what a run left that was killed while it began or ended; the lock stays."""
@@ -81,12 +93,16 @@ class Workspace:
             elif path.name != "lock":
                 path.unlink()
 
-    def _take_lock(self) -> None:
-        self._lock = (self.root / "lock").open("w")
+    def _take_lock(self) -> bool:
+        """Whether the folder is this process's alone from now on."""
+        path = self.root / "lock"
+        self._lock = path.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of a run that has just ended, the file may be gone by now.
+            return os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino
         except OSError:
-            raise ConfigError(f"{self.root}: another process is at work there. Wait for it, or end it.") from None
+            return False
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +189,7 @@ class Workspace:
 
     def discard_leftovers(self) -> None:
         """Removes what is left of a run that was killed after it had given the days their name."""
-        if self.root.exists() and not self.days.exists():
+        if (self.root / "lock").exists() and self._take_lock() and not self.days.exists():
             shutil.rmtree(self.root)
 
 

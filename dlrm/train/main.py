@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -93,6 +94,11 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def quieten_libraries() -> None:
-    """TorchRec and torch.fx log internals as warnings; errors still come through."""
+    """TorchRec and torch.fx log internals as warnings; errors still come through.
+
+    FBGEMM registers its dense CPU lookup in a way that torch warns of; its gradients are right, as
+    tests/distributed/test_parity.py holds (2026-11-23: fbgemm-gpu-cpu 1.8).
+    """
+    warnings.filterwarnings("ignore", "fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not")
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -376,6 +376,17 @@ def test_a_bad_row_is_skipped_and_listed(change, words, raw, lines):
     np.testing.assert_array_equal(load(folder, "day_2")[1], expected[2][1])
 
 
+def test_bad_rows_may_be_skipped_after_all(raw):
+    change_row(raw, with_field(0, "7"))
+    assert_refused(raw, "line 407: .*--bad_rows skip --resume")
+    assert digests(write(raw, bad_rows="skip", resume=True)) == digests(write(raw, bad_rows="skip", output="other"))
+
+
+def test_a_day_of_bad_rows(raw):
+    (raw / "day_1.tsv").write_text("a,b,c\n" * 9)
+    assert_refused(raw, "day_1.tsv: all 9 lines are bad", bad_rows="skip")
+
+
 def test_text_of_another_kind_is_refused_even_if_bad_rows_are_skipped(raw, monkeypatch):
     monkeypatch.setattr(parsing, "MAX_REJECTED_PER_BLOCK", 50)
     (raw / "day_1.tsv").write_text("a,b,c\n" * 1000)
@@ -398,7 +409,7 @@ def test_files_that_cannot_be(raw):
     (raw / "folder").mkdir()
     os.mkfifo(raw / "fifo")
     before = sorted(raw.parent.rglob("*"))
-    for name, words in (("gone", "no such file"), ("empty", "no rows"), ("folder", "not a regular"), ("fifo", "not a")):
+    for name, words in (("gone", "no such file"), ("empty", "no rows"), ("folder", "a folder"), ("fifo", "not a")):
         assert_refused(raw, f"{name}: {words}", "day_0.tsv", name)
     assert sorted(raw.parent.rglob("*")) == before
 
@@ -477,7 +488,7 @@ def test_a_folder_without_a_vocabulary(raw):
 
 def test_too_little_disk(raw, monkeypatch):
     monkeypatch.setattr(command_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    assert_refused(raw, "GiB of disk needed, 0.0 GiB free")
+    assert_refused(raw, "MiB of disk needed, 0.0 MiB free")
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
 
 
@@ -543,7 +554,7 @@ def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             preprocess(config_of(raw), Ranks())
     (raw / "day_0.tsv").write_text((raw / "day_1.tsv").read_text())
-    with pytest.raises(ConfigError, match="--resume: raw files was"):
+    with pytest.raises(ConfigError, match=r"--resume: .*day_0.tsv is not the file that the run began with"):
         preprocess(config_of(raw, resume=True), Ranks())
 
 

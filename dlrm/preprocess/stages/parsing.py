@@ -45,7 +45,7 @@ def _parse_day(run: Run, day: int, progress: Progress) -> None:
         num_blocks = number + 1
         progress.advance(facts["rows"])
     if rows == 0:
-        raise DatasetError(f"{raw}: no rows. Expected raw Criteo text.")
+        raise DatasetError(f"{raw}: all {lines:,} lines are bad. Expected raw Criteo text.")
     run.workspace.finish("parse", name, {"blocks": num_blocks}, [run.workspace.folder("parsed", name)])
 
 
@@ -90,8 +90,8 @@ def _check_rejected(run: Run, name: str, number: int, lines: int, facts: dict[st
     *_, last = read_rejected(rejected_path(run, f"{name}.{number:06d}"))
     if run.config.bad_rows == "refuse":
         raise DatasetError(
-            f"{raw}: line {lines + last.line + 1:,}: {explain(last.text)}. Mend the file, or leave such lines out with "
-            "--bad_rows skip."
+            f"{raw}: line {lines + last.line + 1:,}: {explain(last.text)}. Leave such lines out with --bad_rows skip "
+            f"--resume, or mend the file, remove {run.workspace.root}, and start again."
         )
     raise DatasetError(
         f"{raw}: {facts['rejected']:,} bad lines among the {facts['lines']:,} from line {lines + 1:,} on; the last: "

@@ -87,6 +87,7 @@ def _manifest(
         raise DatasetError(f"{run.workspace.root}: labels were lost on the way. Remove it and start again.")
     minima = run.recorded("plan", "minima")["minima"]
     source = config.applied["ids"] if config.applied else dataclasses.asdict(config)
+    days_counted = "all" if config.is_compat else source["vocabulary_days"]
     return {
         "version": MANIFEST_VERSION,
         "kind": "binary_days",
@@ -102,7 +103,7 @@ def _manifest(
             "compat": config.compat,
             "frequency_threshold": source["frequency_threshold"],
             "max_embeddings": config.most_embeddings,
-            "vocabulary_days": source["vocabulary_days"],
+            "vocabulary_days": days_counted,
             "vocabulary": None if config.vocabulary is None else Path(config.vocabulary).name,
             "seed": config.seed,
         },
