@@ -15,7 +15,7 @@ from dlrm.host import available_cores
 from dlrm.preprocess.verify import read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
 
-_MARGIN_BYTES = 128 << 20
+_MARGIN_BYTES = 192 << 20
 _LEAST_BYTES_PER_WORKER = 200 << 20
 
 
