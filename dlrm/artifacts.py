@@ -4,10 +4,17 @@ import hashlib
 import json
 import os
 import tempfile
+import tokenize
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
+# numpy parses a header as a Python literal.
+_HEADER_ERRORS = (
+    OSError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError, OverflowError, tokenize.TokenError,
+)  # fmt: skip
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 
@@ -45,6 +52,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, whether in column order, and dtype, from the header of a .npy file, whose data come next.
+
+    Raises:
+        ValueError: with one line, if there is no such header.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)
+    except _HEADER_ERRORS as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"dlrm: error: {name}: no such command. Expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return EXIT_USER_ERROR
-    module = importlib.import_module(COMMANDS[name][0])
+    module = None
     try:
+        module = importlib.import_module(COMMANDS[name][0])
         return module.main(rest) or 0
     except DlrmError as error:
         print(f"dlrm {name}: error: {error}", file=sys.stderr)

@@ -26,7 +26,7 @@ class Progress:
         self._passes: set[str] = set()
         self._lock = threading.Lock()
         self._started = self._printed = time.monotonic()
-        bar = shown and sys.stderr.isatty()
+        bar = shown and sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True) if bar else None
 
     def advance(self, count: int = 1, note: str = "") -> None:

@@ -8,7 +8,6 @@ For criteo_kaggle one "day" named `train`. Shapes: B rows, I integer features, F
 import json
 import os
 import re
-import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header
 from dlrm.data.batch import Rows
 from dlrm.errors import DatasetError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kaggle_training_rows
@@ -29,9 +28,6 @@ _PARTS = {
     "sparse": (NUM_CATEGORICAL_FEATURES, (np.dtype("<i4"), np.dtype("<i8"))),
     "labels": (1, (np.dtype("<i4"),)),
 }
-
-# numpy parses a header as a Python literal.
-_HEADER_ERRORS = (OSError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -180,17 +176,12 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
         raise DatasetError(f"{path}: not a regular file. Expected an array of {names} [rows, {columns}].")
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read_header(file)
+            shape, fortran_order, dtype = read_npy_header(file)
             offset, size = file.tell(), path.stat().st_size
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing. Expected an array of {names} [rows, {columns}].") from None
-    except _HEADER_ERRORS as error:
-        text = " ".join(str(error).split())
-        raise DatasetError(f"{path}: not a readable .npy file ({text}). Expected {names} [rows, {columns}].") from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: not a readable .npy file ({error}). Expected {names} [rows, {columns}].") from None
     if dtype not in dtypes:
         raise DatasetError(f"{path}: dtype {dtype}, expected {names}. Convert it, or preprocess the logs anew.")
     if len(shape) != 2 or shape[1] != columns or fortran_order:

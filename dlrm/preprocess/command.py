@@ -35,9 +35,9 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
         ConfigError: if the output is there already, or the flags don't fit each other or an unfinished run.
         DatasetError: if a file is missing, damaged or not Criteo text, or the disk too small.
     """
-    output = Path.cwd() / config.output
-    if output.exists() or output.is_symlink():
-        if config.resume and (output / "manifest.json").exists():
+    output = Path(config.output).resolve()
+    if output.exists() or Path(config.output).is_symlink():
+        if config.resume and output.is_dir() and read_manifest(output):
             if ranks.is_main:
                 with Workspace(output) as workspace:
                     workspace.discard_leftovers()

@@ -12,7 +12,7 @@ from dlrm.config import optional
 from dlrm.console import plural
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.host import available_cores
-from dlrm.preprocess.verify import read_manifest
+from dlrm.preprocess.verify import check_vocabulary, read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
 
 _MARGIN_BYTES = 192 << 20
@@ -99,13 +99,16 @@ class PreprocessConfig:
                 *(manifest["columns"][name]["kept"] for name in CATEGORICAL_NAMES),
             ]
             chosen = {"frequency_threshold", "vocabulary_days", "max_embeddings"} <= manifest["ids"].keys()
+            most = manifest["ids"].get("max_embeddings")
+            chosen = chosen and (most is None or (type(most) is int and 3 <= most < 2**31))
         except (KeyError, TypeError, AttributeError):
             numbers, chosen = [], False
-        if not numbers or not chosen or not all(isinstance(number, int) for number in numbers):
+        if not numbers or not chosen or not all(type(n) is int and -(2**31) <= n < 2**31 for n in numbers):
             raise DatasetError(
                 f"--vocabulary {self.vocabulary}: holds no vocabulary that can be applied. Expected an output of "
                 "`dlrm preprocess` without --compat."
             )
+        check_vocabulary(Path(self.vocabulary), manifest)
         return manifest
 
     @property
@@ -123,8 +126,10 @@ class PreprocessConfig:
         for name, low in least.items():
             if (value := getattr(self, name)) is not None and not low <= value < 2**63:
                 raise ConfigError(f"--{name} {value}: expected {low} or more")
-        if not self.memory_gib > 0:
+        if not 0 < self.memory_gib < 2**30:
             raise ConfigError(f"--memory_gib {self.memory_gib}: expected more than 0")
+        if self.vocabulary is not None and not self.vocabulary.strip():
+            raise ConfigError(f"--vocabulary {self.vocabulary!r}: expected a folder's name")
         if not self.output.strip():
             raise ConfigError(f"--output {self.output!r}: expected a folder's name")
         if self.is_compat:

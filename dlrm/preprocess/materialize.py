@@ -20,7 +20,7 @@ import numpy.typing as npt
 import tyro
 
 from dlrm import __version__
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, sha256_of, sync_folder, write_json
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of, sync_folder, write_json
 from dlrm.config import IntList, optional
 from dlrm.console import Progress
 from dlrm.errors import ConfigError, DatasetError
@@ -88,7 +88,7 @@ class MaterializeConfig:
             raise ConfigError(f"--multi_hot_sizes: got {max(self.multi_hot_sizes)}, expected {2**16} or less")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed}: expected 0 to 2**32 - 1, as numpy does")
-        if not self.memory_gib * 2**30 >= _BASE_BYTES * 2:
+        if not _BASE_BYTES * 2 <= self.memory_gib * 2**30 < 2**63:
             raise ConfigError(f"--memory_gib {self.memory_gib}: expected {_BASE_BYTES * 2 / 2**30:g} or more")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers {self.workers}: expected 1 or more")
@@ -170,7 +170,10 @@ def _rows_of_manifest(source: Path) -> tuple[int, ...]:
     if not (source / MANIFEST_NAME).exists():
         raise ConfigError(f"{source}: has no {MANIFEST_NAME}. Give the tables' rows by --num_embeddings_per_feature.")
     try:
-        return tuple(int(read_manifest(source)["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
+        rows = tuple(int(read_manifest(source)["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
+        if min(rows) < 1 or max(rows) >= 2**31:
+            raise ValueError
+        return rows
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             f"{source / MANIFEST_NAME}: says nothing of tables' rows. Give them by --num_embeddings_per_feature."
@@ -185,17 +188,22 @@ def _find_days(source: Path) -> dict[str, int]:
     days = {}
     for name in names:
         path = source / f"{name}_sparse.npy"
+        if not path.is_file():
+            raise DatasetError(f"{path}: missing. Expected binary days, without a gap from 0.")
         try:
-            ids = np.load(path, mmap_mode="r")
-        except FileNotFoundError:
-            raise DatasetError(f"{path}: missing. Expected binary days, without a gap from 0.") from None
+            with path.open("rb") as file:
+                shape, fortran_order, dtype = read_npy_header(file)
+                data = path.stat().st_size - file.tell()
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs anew.") from None
-        if ids.ndim != 2 or ids.shape[1] != NUM_CATEGORICAL_FEATURES or ids.dtype not in (np.int32, np.int64):
+        width = NUM_CATEGORICAL_FEATURES
+        fits = len(shape) == 2 and shape[1] == width and dtype in (np.int32, np.int64) and not fortran_order
+        if not fits or data != shape[0] * width * dtype.itemsize or shape[0] < 1:
             raise DatasetError(
-                f"{path}: {ids.dtype} {list(ids.shape)}, expected int32 [rows, {NUM_CATEGORICAL_FEATURES}]."
+                f"{path}: {dtype!s:.40} {list(shape)} in {data:,} bytes, expected int32 [rows, {width}]. Preprocess "
+                "the logs anew."
             )
-        days[name] = len(ids)
+        days[name] = shape[0]
     return days
 
 
@@ -253,8 +261,7 @@ def _split_columns(source: Path, scratch: Path) -> list[Path]:
     with ExitStack() as stack:
         targets = [stack.enter_context(path.open("wb")) for path in columns]
         file = stack.enter_context(source.open("rb"))
-        np.lib.format.read_magic(file)
-        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+        (rows, width), _, dtype = read_npy_header(file)
         for start in range(0, rows, _MAX_BLOCK_ROWS):
             count = min(_MAX_BLOCK_ROWS, rows - start)
             ids_RF = np.fromfile(file, dtype, count * width).reshape(count, width).astype(np.int64)

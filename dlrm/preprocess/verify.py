@@ -6,21 +6,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of
 from dlrm.console import Progress
 from dlrm.errors import DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
 from dlrm.preprocess.threads import in_order
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 _CHUNK_BYTES = 4 << 20
+_DTYPES = {
+    "dense": (np.dtype("<f4"),),
+    "sparse": (np.dtype("<i4"), np.dtype("<i8")),
+    "labels": (np.dtype("<i4"),),
+}
 _COLUMNS = {"dense": NUM_INTEGER_FEATURES, "sparse": NUM_CATEGORICAL_FEATURES, "labels": 1}
 
 
@@ -42,18 +47,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder. Expected one that `dlrm preprocess` wrote.")
+    if not path.is_file():
+        raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(), parse_constant=_refuse_constant)
         version = manifest["version"]
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Copy or write the folder anew.") from None
-    if version != MANIFEST_VERSION:
+    if type(version) is not int or version != MANIFEST_VERSION:
         raise DatasetError(
             f"{path}: version {version}, this dlrm reads {MANIFEST_VERSION}. Use the dlrm that wrote it."
         )
     return manifest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -64,14 +73,19 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     try:
-        files, days = manifest["files"], manifest["days"]
-        columns = manifest.get("columns", {})
-        table_rows = [columns[name]["rows"] for name in columns] or None
-        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-        digests = {str(name): str(entry["sha256"]) for name, entry in files.items()}
-        rows = {str(name): int(day["rows"]) for name, day in days.items()}
+        days = manifest["days"]
+        table_rows = _table_rows(manifest)
+        sizes = {name: _count(entry["bytes"]) for name, entry in manifest["files"].items()}
+        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        rows = {name: _count(day["rows"]) for name, day in days.items()}
+        positives = {name: _count(day["positives"]) for name, day in days.items() if "positives" in day}
+        outside = [name for name in sizes if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside or not rows:
+            raise ValueError(f"a file outside the folder: {outside[0]}" if outside else "no days")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DatasetError(f"{folder / MANIFEST_NAME}: not a manifest ({error!r}). Preprocess the logs anew.") from None
+        raise DatasetError(
+            f"{folder / MANIFEST_NAME}: not a manifest ({error!r}). Copy or write the folder anew."
+        ) from None
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
@@ -94,10 +108,10 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{path}: sha256 {facts['sha256'][:16]}..., expected {digests[name][:16]}...: its bytes have changed. "
                 "Copy or write the folder anew."
             )
-        positives = days.get(name.removesuffix("_labels.npy"), {}).get("positives")
-        if positives is not None and facts.get("positives") != positives:
+        expected = positives.get(name.removesuffix("_labels.npy"))
+        if name.endswith("_labels.npy") and facts.get("positives") != expected:
             raise DatasetError(
-                f"{path}: {facts.get('positives')} positives, expected {positives} as {MANIFEST_NAME} states. "
+                f"{path}: {facts.get('positives')} positives, expected {expected} as {MANIFEST_NAME} states. "
                 "Copy or write the folder anew."
             )
 
@@ -106,6 +120,33 @@ def verify(folder: Path) -> dict[str, Any]:
             pass
     progress.close()
     return manifest
+
+
+def check_vocabulary(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a vocabulary whose files are not those of its manifest.
+
+    Raises:
+        DatasetError: naming the file.
+    """
+    listed = {name: entry for name, entry in manifest["files"].items() if name.startswith("vocabulary/")}
+    found = {path.relative_to(folder).as_posix() for path in (folder / "vocabulary").glob("*.parquet")}
+    for name in sorted(listed.keys() | found):
+        path = folder / name
+        if name not in listed or not path.is_file() or sha256_of(path) != listed[name]["sha256"]:
+            raise DatasetError(f"{path}: not as {MANIFEST_NAME} states. Copy or write the folder anew.")
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def _table_rows(manifest: Mapping[str, Any]) -> list[int] | None:
+    """Rows of each column's table; None for multi-hot days."""
+    if manifest.get("kind") == "multi_hot_days":
+        return None
+    return [_count(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES]
 
 
 def rows_of(name: str, rows: Mapping[str, int]) -> int | None:
@@ -131,7 +172,7 @@ def measure_file(
         checker = None
         if rows is not None:
             part = path.stem.rsplit("_", 1)[1]
-            dtype = _read_header(path, file, (rows, _COLUMNS[part]))
+            dtype = _read_header(path, file, part, rows)
             header = file.tell()
             file.seek(0)
             digest.update(file.read(header))
@@ -148,14 +189,22 @@ def measure_file(
     return {**facts, "sha256": digest.hexdigest()}
 
 
-def _read_header(path: Path, file: Any, shape: tuple[int, int]) -> np.dtype[Any]:
+def _read_header(path: Path, file: BinaryIO, part: str, rows: int) -> np.dtype[Any]:
     try:
-        np.lib.format.read_magic(file)
-        found, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran_order, dtype = read_npy_header(file)
     except ValueError as error:
-        raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs anew.") from None
-    if found != shape or fortran_order or dtype.itemsize not in (4, 8):
-        raise DatasetError(f"{path}: shape {list(found)} of {dtype}, expected {list(shape)}. Preprocess the logs anew.")
+        raise DatasetError(f"{path}: not a readable .npy file ({error}). Copy or write the folder anew.") from None
+    expected = (rows, _COLUMNS[part])
+    if shape != expected or fortran_order or dtype not in _DTYPES[part]:
+        raise DatasetError(
+            f"{path}: {dtype!s:.40} {list(shape)}, expected {_DTYPES[part][0]} {list(expected)}. Copy or write the "
+            "folder anew."
+        )
+    size = file.tell() + rows * _COLUMNS[part] * dtype.itemsize
+    if path.stat().st_size != size:
+        raise DatasetError(
+            f"{path}: {path.stat().st_size:,} bytes, expected {size:,} by its header. Copy or write the folder anew."
+        )
     return dtype
 
 

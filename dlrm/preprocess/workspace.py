@@ -14,6 +14,8 @@ from typing_extensions import Self
 from dlrm.artifacts import sync_folder, write_json
 from dlrm.errors import ConfigError
 
+_LOCK_TEXT = "dlrm preprocess\n"
+
 
 class Workspace:
     """`OUTPUT.partial`, beside the output. A finished part of a stage is a small file with what is known of it.
@@ -43,8 +45,8 @@ class Workspace:
         Raises:
             ConfigError: if there is an unfinished run and `resume` is false, its plan differs, or it is at work.
         """
-        if self.root.exists() and not (self.root / "lock").exists():
-            raise ConfigError(f"{self.root}: is needed for the work, and holds something else. Move it away.")
+        if self.root.is_symlink() or (self.root.exists() and not self._is_ours()):
+            raise ConfigError(f"{self.root}: is needed for the work, and is something else. Move it away.")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -85,6 +87,13 @@ class Workspace:
             half_written.unlink()
         return True
 
+    def _is_ours(self) -> bool:
+        """Whether the folder is empty or was made by this class."""
+        if not self.root.is_dir():
+            return False
+        lock = self.root / "lock"
+        return lock.read_text() == _LOCK_TEXT if lock.is_file() else not any(self.root.iterdir())
+
     def _clear(self) -> None:
         """Removes what a run left that was killed while it began or ended; the lock stays."""
         for path in self.root.iterdir():
@@ -96,11 +105,16 @@ class Workspace:
     def _take_lock(self) -> bool:
         """Whether the folder is this process's alone from now on."""
         path = self.root / "lock"
-        self._lock = path.open("w")
+        self._lock = path.open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Of a run that has just ended, the file may be gone by now.
-            return os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino
+            if os.fstat(self._lock.fileno()).st_ino != path.stat().st_ino:
+                return False
+            self._lock.truncate(0)
+            self._lock.write(_LOCK_TEXT)
+            self._lock.flush()
+            return True
         except OSError:
             return False
 
@@ -125,7 +139,10 @@ class Workspace:
             path = self._mark(stage, part)
             if not path.exists():
                 return None
-            self._facts[stage, part] = json.loads(path.read_text())
+            try:
+                self._facts[stage, part] = json.loads(path.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{path}: not readable ({error}). Remove {self.root} to start again.") from None
         return self._facts[stage, part]
 
     def finish(self, stage: str, part: str, facts: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
@@ -185,12 +202,17 @@ class Workspace:
         self.flush()
         self.days.rename(self.output)
         sync_folder(self.output.parent)
-        shutil.rmtree(self.root)
+        self._remove()
 
     def discard_leftovers(self) -> None:
         """Removes what is left of a run that was killed after it had given the days their name."""
-        if (self.root / "lock").exists() and self._take_lock() and not self.days.exists():
-            shutil.rmtree(self.root)
+        if self.root.exists() and self._is_ours() and self._take_lock() and not self.days.exists():
+            self._remove()
+
+    def _remove(self) -> None:
+        self._clear()
+        (self.root / "lock").unlink()  # last, as the sign that what is left is ours
+        self.root.rmdir()
 
 
 def sync_file(path: Path) -> None:

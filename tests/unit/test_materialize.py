@@ -144,6 +144,11 @@ def test_days_that_are_not_there_or_wrong(days):
     np.save(days / "day_1_sparse.npy", np.zeros((200, 25), np.int32))
     with pytest.raises(DatasetError, match=r"day_1_sparse.npy: int32 \[200, 25\]"):
         materialize(config_of(days))
+    np.save(days / "day_1_sparse.npy", np.zeros((200, 26), np.int32))
+    with (days / "day_1_sparse.npy").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DatasetError, match=r"day_1_sparse.npy: int32 \[200, 26\] in 20,804 bytes"):
+        materialize(config_of(days))
     np.save(days / "day_1_sparse.npy", np.full((200, 26), -1, np.int32))
     with pytest.raises(DatasetError, match=r"day_1_sparse.npy: id -1 at row 0, column 0"):
         materialize(config_of(days))

@@ -427,6 +427,8 @@ def test_files_that_cannot_be(raw):
         ((), {"seed": -1}, "--seed -1"),
         ((), {"workers": 0}, "--workers 0"),
         ((), {"memory_gib": float("nan")}, "--memory_gib nan"),
+        ((), {"memory_gib": float("inf")}, "--memory_gib inf"),
+        ((), {"vocabulary": ""}, "--vocabulary ''"),
         ((), {"memory_gib": 0.1}, "--memory_gib 0.1 is too little"),
         ((), {"memory_gib": 2.0, "workers": 50}, "--memory_gib 2 is too little for 50 workers"),
         ((), {"compat": "torchrec", "max_embeddings": 9}, "--max_embeddings with --compat torchrec"),
@@ -458,7 +460,8 @@ def test_compat_allows_for_an_index_that_is_rounded_up(raw, monkeypatch):
 def test_a_folder_of_anothers_is_left_alone(raw):
     (raw.parent / "days.partial").mkdir()
     (raw.parent / "days.partial" / "mine").write_text("precious")
-    assert_refused(raw, "days.partial: is needed for the work, and holds something else", error=ConfigError)
+    (raw.parent / "days.partial" / "lock").write_text("of something else")
+    assert_refused(raw, "days.partial: is needed for the work, and is something else", error=ConfigError)
     assert (raw.parent / "days.partial" / "mine").read_text() == "precious"
 
 
@@ -632,6 +635,79 @@ def test_verify_finds_what_is_wrong(raw):
         for path, content in saved.items():
             path.write_bytes(content)
     verify(folder)
+
+
+def change_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["files"].update({"/etc/hostname": {"bytes": 1, "sha256": ""}}),
+        lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),
+        lambda m: m["files"]["day_0_dense.npy"].update(bytes="many"),
+        lambda m: m["files"]["day_0_dense.npy"].update(bytes=float("inf")),
+        lambda m: m["days"]["day_0"].update(rows=-1),
+        lambda m: m["days"]["day_0"].update(rows="700"),
+        lambda m: m["days"]["day_0"].update(positives=None),
+        lambda m: m.update(days={}),
+        lambda m: m.update(columns=[]),
+        lambda m: m["columns"].pop("cat_3"),
+        lambda m: m["columns"]["cat_3"].update(rows=1.5),
+    ],
+)
+def test_verify_takes_no_manifest_that_makes_no_sense(change, raw):
+    folder = write(raw)
+    change_manifest(folder, change)
+    with pytest.raises(DatasetError, match=r"manifest.json: not a manifest") as caught:
+        verify(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "<u4", ">i4", "S4"])
+def test_verify_takes_no_array_of_another_kind(dtype, raw):
+    folder = write(raw)
+    np.save(folder / "day_1_sparse.npy", np.load(folder / "day_1_sparse.npy").astype(dtype))
+    content = (folder / "day_1_sparse.npy").read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(folder, lambda manifest: manifest["files"].update({"day_1_sparse.npy": entry}))
+    with pytest.raises(DatasetError, match=r"day_1_sparse.npy: .*, expected int32 \[500, 26\]"):
+        verify(folder)
+
+
+def test_verify_of_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DatasetError, match=r"manifest.json: missing"):
+        verify(tmp_path)
+    with pytest.raises(DatasetError, match="no such folder"):
+        verify(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(b"PAR1"),
+        lambda path: path.rename(path.with_name("cat_0.0001.parquet")),
+    ],
+)
+def test_a_vocabulary_that_is_not_as_its_manifest_says(damage, raw):
+    folder = write(raw, output="first")
+    damage(folder / "vocabulary" / "cat_0.0000.parquet")
+    assert_refused(raw, r"vocabulary/cat_0.000[01].parquet: not as manifest.json states", vocabulary=str(folder))
+
+
+def test_a_raw_file_that_grows_while_it_is_read(raw, monkeypatch):
+    def grow(path: Path, *arguments):
+        yield from read_blocks(path, *arguments)
+        with path.open("a") as file:
+            file.write("\n")
+
+    monkeypatch.setattr(parsing, "read_blocks", grow)
+    assert_refused(raw, "day_0.tsv: changed while it was read")
 
 
 def test_verify_knows_ranges_even_where_the_checksum_fits(raw):

@@ -351,7 +351,7 @@ def test_a_sample_of_a_file_that_is_cut_short(small_text, tmp_path):
 def test_what_can_not_be_raw_text(tmp_path):
     with pytest.raises(DatasetError, match="day_0: no such file"):
         check_raw(tmp_path / "day_0")
-    with pytest.raises(DatasetError, match=f"{tmp_path.name}: not a regular file"):
+    with pytest.raises(DatasetError, match=f"{tmp_path.name}: a folder"):
         check_raw(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DatasetError, match="pipe: not a regular file"):

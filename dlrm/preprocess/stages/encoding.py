@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dlrm.console import Progress
+from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import read_ids
 from dlrm.preprocess.run import Finished, Run
@@ -19,6 +20,7 @@ from dlrm.preprocess.vocabulary import (
     choose_by_first_row,
     choose_by_frequency,
     count_column,
+    count_rows,
     lookup_tables,
     vocabulary_files,
 )
@@ -87,6 +89,11 @@ def _count_zeros(blocks: IdBlocks) -> tuple[int, int] | None:
     return None if first is None else (min(count, 2**32 - 1), first)
 
 
+def describe_column(run: Run, name: str) -> dict[str, int]:
+    """Distinct ids of a column, and how many of them have an index."""
+    return run.config.applied["columns"][name] if run.config.applied else run.recorded("count", name)
+
+
 def encode(run: Run, layout: Layout) -> None:
     """Writes the indices of each column. Collective."""
     with run.stage("Encoding", "ids", layout.num_rows * NUM_CATEGORICAL_FEATURES) as progress:
@@ -98,6 +105,12 @@ def encode(run: Run, layout: Layout) -> None:
 def _encode_column(run: Run, layout: Layout, progress: Progress, column: int, memory: int, may_split: bool) -> Finished:
     name = CATEGORICAL_NAMES[column]
     files = vocabulary_files(run.workspace.days / "vocabulary", name)
+    kept = describe_column(run, name)["kept"]
+    if sum(count_rows(path) for path in files) != kept:
+        raise DatasetError(
+            f"{run.workspace.days / 'vocabulary'}: {name} has not {kept:,} ids. Remove {run.workspace.root} to start "
+            "again."
+        )
     paths = [run.encoded_path(day, name) for day in range(len(run.names))]
     for path in paths:
         path.touch()

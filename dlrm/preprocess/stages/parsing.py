@@ -37,6 +37,7 @@ def parse(run: Run, estimated_rows: int) -> Layout:
 def _parse_day(run: Run, day: int, progress: Progress) -> None:
     raw, name = run.raw[day], run.names[day]
     lines = rows = num_blocks = 0
+    before = raw.stat()
     blocks = enumerate(read_blocks(raw, run.config.rows))
     for (number, _), facts in run.in_order(blocks, partial(_parse_block, run, name), run.resources.blocks_ahead):
         _check_rejected(run, name, number, lines, facts)
@@ -44,6 +45,10 @@ def _parse_day(run: Run, day: int, progress: Progress) -> None:
         rows += facts["rows"]
         num_blocks = number + 1
         progress.advance(facts["rows"])
+    if (raw.stat().st_size, raw.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise DatasetError(
+            f"{raw}: changed while it was read. Remove {run.workspace.root}, and start again once it is complete."
+        )
     if rows == 0:
         raise DatasetError(f"{raw}: all {lines:,} lines are bad. Expected raw Criteo text.")
     run.workspace.finish("parse", name, {"blocks": num_blocks}, [run.workspace.folder("parsed", name)])

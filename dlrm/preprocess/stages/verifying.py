@@ -13,6 +13,7 @@ from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import explain, read_rejected
 from dlrm.preprocess.run import Run
 from dlrm.preprocess.shuffle import ArrayFiles
+from dlrm.preprocess.stages.encoding import describe_column
 from dlrm.preprocess.stages.parsing import rejected_path
 from dlrm.preprocess.verify import measure_file, rows_of
 from dlrm.preprocess.vocabulary import FIRST_INDEX
@@ -48,6 +49,11 @@ def verify(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:
             pass
     if run.ranks.is_main:
         measured = {name: run.recorded("verify", _part(name)) for name in files}
+        expected = {path.name for day in days for path in day.paths}
+        for name in sorted(expected - files.keys()) + [
+            n for n in files if files[n].stat().st_size != measured[n]["bytes"]
+        ]:
+            raise DatasetError(f"{folder / name}: has changed since it was checked. Remove {run.workspace.root}.")
         run.workspace.flush()
         write_json(folder / MANIFEST_NAME, _manifest(run, layout, columns, measured))
         _warn_of_merged_ids(run, columns)
@@ -61,7 +67,7 @@ def describe_columns(run: Run) -> dict[str, dict[str, int]]:
     """Distinct ids of each column, those kept, and the rows that its table needs."""
     columns = {}
     for name in CATEGORICAL_NAMES:
-        facts = run.config.applied["columns"][name] if run.config.applied else run.recorded("count", name)
+        facts = describe_column(run, name)
         rows = FIRST_INDEX + facts["kept"]
         if run.mimics_shuffle:
             rows = rounded_rows(rows)
