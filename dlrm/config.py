@@ -148,6 +148,16 @@ class OptimizerConfig:
     eps: Annotated[float, Gt(0.0), Lt(1e38)] = 1e-8
     """Adagrad only: added to the root of the accumulated squares."""
 
+    lr_warmup_steps: Annotated[int, Ge(0), Lt(2**53)] = 0
+    """Training steps in which the learning rate grows linearly to its full size."""
+
+    lr_decay_start: Annotated[int, Ge(0), Lt(2**53)] = 0
+    """Training step after which the learning rate decays; lr_warmup_steps or more."""
+
+    lr_decay_steps: Annotated[int, Ge(0), Lt(2**53)] = 0
+    """Training steps in which the learning rate falls, as the square of what is left of them, to 1e-7, where it stays.
+    0 is no decay."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -232,6 +242,7 @@ class Config:
         if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
             raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
         _check_layers(self.model)
+        _check_schedule(self.optimizer)
         for owner, name in ((self.data, "in_memory_binary_criteo_path"), (self.output, "run_dir")):
             if (path := getattr(owner, name)) is not None and not path.strip():
                 raise ConfigError(f"--{name} {path!r}: expected a folder's name")
@@ -341,6 +352,12 @@ def _check_layers(model: ModelConfig) -> None:
                 raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
 
 
+def _check_schedule(optimizer: OptimizerConfig) -> None:
+    warmup, start = optimizer.lr_warmup_steps, optimizer.lr_decay_start
+    if optimizer.lr_decay_steps and start < warmup:
+        raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
+
+
 def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
     """Fields that differ from their defaults and would change nothing: section, field, and why."""
     for section, name, is_idle, why in _idle_fields(config):
@@ -382,6 +399,7 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
         ("model", "interaction_branch1_layer_sizes", kind != "projection", "needs --interaction_type projection"),
         ("model", "interaction_branch2_layer_sizes", kind != "projection", "needs --interaction_type projection"),
         ("optimizer", "eps", not config.optimizer.adagrad, "needs --adagrad"),
+        ("optimizer", "lr_decay_start", config.optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
         ("evaluation", "validation_auroc", not validates, validates_not),
     ]
 

@@ -17,9 +17,6 @@ T = TypeVar("T")
 PROG = "dlrm_main.py"
 # Flags of the public example that this program does not have yet.
 NOT_YET = (
-    "lr_warmup_steps",
-    "lr_decay_start",
-    "lr_decay_steps",
     "shuffle_training_set",
     "undersampling_rate",
     "synthetic_multi_hot_criteo_path",

@@ -21,6 +21,7 @@ from dlrm.data.splits import Split
 from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
+from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
 REPORTS_PER_EPOCH = 50
@@ -53,6 +54,7 @@ class Trainer:
         self.optimizer = optimizer
         self.sink = sink
         self.pipeline = TrainPipelineSparseDist(model, optimizer, runtime.device, execute_all_batches=True)
+        self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
         self.num_samples = 0
         self.val_results: list[EvaluationResult] = []
@@ -101,6 +103,7 @@ class Trainer:
         self.model.train()
         self.meter.resume_clock()
         for position in steps:
+            self.schedule.begin_step(self.step + 1)
             if self.config.output.print_lr and self.runtime.is_main:
                 self._print_learning_rates(progress)
             loss, _, _ = self.pipeline.progress(batches)
@@ -112,7 +115,7 @@ class Trainer:
     def _report(self, report: TrainingReport, epoch: int) -> str:
         """Writes a report to the sink; returns it in words."""
         self.num_samples = report.num_train_samples
-        rate = self.config.optimizer.learning_rate
+        rate = self.schedule.learning_rate
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
         )

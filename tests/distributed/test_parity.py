@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchrec.distributed.planner import ParameterConstraints
 
-from dlrm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dlrm.config import Config, DataConfig, ModelConfig, OptimizerConfig, OutputConfig, TrainingConfig
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import start_runtime
 from dlrm.schema import TABLE_NAMES
@@ -97,3 +97,32 @@ def test_two_ranks_agree_with_one_on_every_loss(losses: dict[int, list[list[floa
     assert len(one) == STEPS + 2  # and a validation, and a test
     assert two == pytest.approx(one, abs=1e-5)
     assert one[0] != one[-1]
+
+
+def scheduled_losses(sharding: str, **optimizer: float) -> list[float]:
+    """Losses of steps on one batch that comes again and again."""
+    config = Config(
+        data=DataConfig(batch_size=16, limit_train_batches=6, num_generated_batches=1),
+        model=ModelConfig(
+            num_embeddings=40, embedding_dim=8, dense_arch_layer_sizes=(16, 8), over_arch_layer_sizes=(16, 1)
+        ),
+        optimizer=OptimizerConfig(**optimizer),
+        training=TrainingConfig(seed=3),
+        output=OutputConfig(log_every=1, print_progress=False),
+    )
+    return train_losses(config, sharding)[:6]
+
+
+# FBGEMM's dense lookup on a CPU (2026-11-23: fbgemm-gpu-cpu 1.8); dlrm.train.main says why.
+@pytest.mark.filterwarnings("ignore:fbgemm..dense_embedding_codegen_lookup_function:UserWarning")
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_the_schedule_sets_the_rate_of_tables_and_dense_parameters(sharding):
+    full = scheduled_losses(sharding, learning_rate=0.4)
+    half = scheduled_losses(sharding, learning_rate=0.2)
+    warm = scheduled_losses(sharding, learning_rate=0.4, lr_warmup_steps=2)
+    assert warm[1] == half[1] != full[1]
+    assert warm[2] != half[2]
+    stopped = scheduled_losses(sharding, learning_rate=0.4, lr_decay_start=1, lr_decay_steps=1)
+    assert stopped[:2] == full[:2]
+    assert stopped[2:] == pytest.approx([stopped[1]] * 4, abs=1e-6)
+    assert abs(full[2] - full[1]) > 1e-4

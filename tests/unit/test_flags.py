@@ -90,7 +90,10 @@ def test_bare_boolean_flags(section, field, argv):
         (["--batch_size=1.5"], "--batch_size: .*'1.5'"),
         (["--batch_size", "0"], "--batch_size 0: expected more than 0"),
         (["--seed", "x"], r"--seed: expected INT \(invalid literal for int\(\) with base 10: 'x'\)"),
-        (["--lr_warmup_steps", "5"], "--lr_warmup_steps: a flag of the public example that is not supported yet"),
+        (
+            ["--undersampling_rate", "0.5"],
+            "--undersampling_rate: a flag of the public example that is not supported yet",
+        ),
         (["--learning_rate", "fast"], "--learning_rate: .*'fast'"),
         (["--dense_arch_layer_sizes", "512,x"], "--dense_arch_layer_sizes: .*'x'"),
         (["--dense_arch_layer_sizes", ""], "--dense_arch_layer_sizes: "),
