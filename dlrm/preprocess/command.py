@@ -82,12 +82,13 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
 def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
     """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
     fields = (
-        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed",
-        "rows", "compat",
+        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed", "rows",
+        "compat",
     )  # fmt: skip
     return {
         "software": f"dlrm {__version__}",
         **{name: getattr(config, name) for name in fields},
+        "order of raw files": [str(path) for path in raw],
         "raw files": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in raw},
         "vocabulary's manifest": applied,
     }

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import tyro
 
 from dlrm import __version__
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of, sync_folder, write_json
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of, sync, write_json
 from dlrm.config import IntList, optional
 from dlrm.console import Progress
 from dlrm.errors import ConfigError, DatasetError
@@ -28,7 +28,6 @@ from dlrm.flags import parse_flags
 from dlrm.host import available_cores
 from dlrm.preprocess.threads import in_order
 from dlrm.preprocess.verify import read_manifest
-from dlrm.preprocess.workspace import sync_file
 from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
 from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
 
@@ -162,7 +161,7 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
         }
         write_json(finished / MANIFEST_NAME, manifest)
         finished.rename(output)
-        sync_folder(output.parent)
+        sync(output.parent)
     return manifest
 
 
@@ -293,7 +292,7 @@ def _write_day(
                 for _, ids_RH in in_order(pool, starts, partial(_expand, column, feature), feature.blocks_ahead):
                     member.write(memoryview(ids_RH).cast("B"))  # type: ignore[arg-type]
                     progress.advance(len(ids_RH))
-    sync_file(path)
+    sync(path)
 
 
 def _expand(column: Path, feature: Feature, start: int) -> npt.NDArray[np.int32]:

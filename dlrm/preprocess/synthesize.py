@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.artifacts import sync_folder, write_atomically, write_json
+from dlrm.artifacts import sync, write_atomically, write_json
 from dlrm.config import optional
 from dlrm.console import Progress
 from dlrm.errors import ConfigError, DatasetError
@@ -139,7 +139,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
         truth = measure(*held_out)
         write_json(finished / "truth.json", truth)
         finished.replace(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     progress.close()
     return truth
 

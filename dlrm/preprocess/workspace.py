@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from typing_extensions import Self
 
-from dlrm.artifacts import sync_folder, write_json
+from dlrm.artifacts import sync, write_json
 from dlrm.errors import ConfigError
 
 _LOCK_TEXT = "dlrm preprocess\n"
@@ -151,7 +151,7 @@ class Workspace:
 
         def mark() -> None:
             for file in files:
-                sync_file(file)
+                sync(file)
             path = self._mark(stage, part)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, facts)
@@ -201,7 +201,7 @@ class Workspace:
         """Gives the finished days their name, and removes the rest."""
         self.flush()
         self.days.rename(self.output)
-        sync_folder(self.output.parent)
+        sync(self.output.parent)
         self._remove()
 
     def discard_leftovers(self) -> None:
@@ -213,12 +213,3 @@ class Workspace:
         self._clear()
         (self.root / "lock").unlink()  # last, as the sign that what is left is ours
         self.root.rmdir()
-
-
-def sync_file(path: Path) -> None:
-    """Has what was written to a file reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

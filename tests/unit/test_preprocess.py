@@ -556,6 +556,8 @@ def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
         patch.setattr(pipeline_module, "count", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             preprocess(config_of(raw), Ranks())
+    with pytest.raises(ConfigError, match="--resume: order of raw files was"):
+        write(raw, "day_1.tsv", "day_0.tsv", "day_2.tsv", resume=True)
     (raw / "day_0.tsv").write_text((raw / "day_1.tsv").read_text())
     with pytest.raises(ConfigError, match=r"--resume: .*day_0.tsv is not the file that the run began with"):
         preprocess(config_of(raw, resume=True), Ranks())
