@@ -38,11 +38,11 @@ from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, Optim
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
-from dlrm.sharding.plan import DeviceMemory, plan_sharding
+from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer
-from dlrm.train.run import build_model
+from dlrm.train.run import build_model, make_sharder, plan_run
 from dlrm.train.trainer import Trainer
 
 WARM_UP_STEPS = 5
@@ -81,9 +81,8 @@ def make_config(batch_size: int, steps: int, num_embeddings: int) -> Config:
 def build_ours(config: Config, runtime: Runtime) -> Callable[[], list[float]]:
     """A function that trains one epoch and gives the seconds of each step."""
     model = build_model(config, runtime)
-    memory = DeviceMemory.detect(runtime)
-    plan = plan_sharding(model, memory, runtime.world_size, runtime.local_world_size, config.data.batch_size)
-    sharded = shard_model(model, plan, runtime.device, 0)
+    plan = plan_run(config, Cluster.detect(runtime, config.sharding), model)
+    sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, 0)
     sink = StepTimes(config.data.batch_size * runtime.world_size)
     splits = open_run_splits(config, runtime)
     trainer = Trainer(config, runtime, splits, sharded, build_optimizer(sharded, config.optimizer), sink)

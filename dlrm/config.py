@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from dlrm.errors import ConfigError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.table_constraints import parse_rules, read_rules
 
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
@@ -44,6 +45,22 @@ IntList = Annotated[
         str_from_instance=lambda sizes: [",".join(map(str, sizes))],
     ),
 ]
+
+
+Rules = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="RULES|FILE",
+        instance_from_str=lambda tokens: read_rules(tokens[0]),
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda rules: [str(rules)],
+    ),
+]
+
+CommPrecision = Literal["fp32", "fp16", "bf16"]
+OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -136,17 +153,62 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ShardingConfig:
+    """Which rank holds which embedding table, and how embeddings travel."""
+
+    table_constraints: Annotated[Rules, optional("as the planner sees fit", "RULES|FILE")] = None
+    """Where tables may go: "large = row_wise; t_cat_0 t_cat_9 = table_wise ranks=0,1; t_cat_2 = fused_uvm_caching
+    cache=0.2", or a file of such rules. Left of = names of tables, large or all; the most specific rule counts. Right
+    of it a sharding type (table_wise, row_wise, column_wise, table_row_wise, table_column_wise, grid_shard,
+    data_parallel), a kernel (dense, fused, fused_uvm, fused_uvm_caching), the share of rows in a cache, ranks."""
+
+    large_table_gib: Annotated[float, Ge(0.0), Lt(1e9)] = 1.0
+    """Tables of at least this many GiB of weights are `large` in --table_constraints."""
+
+    device_memory_gib: Annotated[float | None, Gt(0.0), Lt(1e9), optional("what there is", "FLOAT")] = None
+    """Memory that a plan counts on, in GiB: of each GPU, or on a CPU of each rank's share of the host."""
+
+    reserved_memory_share: Annotated[float, Ge(0.0), Lt(1.0)] = 0.15
+    """Share of that memory that tables leave free for dense layers, activations and batches."""
+
+    intra_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 600.0
+    """Bandwidth between two devices of a host, in GiB/s, that a plan reckons with."""
+
+    inter_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 12.5
+    """Bandwidth between two hosts, in GiB/s, that a plan reckons with."""
+
+    forward_comm_precision: CommPrecision = "fp32"
+    """Precision in which pooled embeddings travel between ranks."""
+
+    backward_comm_precision: CommPrecision = "fp32"
+    """Precision in which their gradients travel back."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become updates, of tables (fused into the backward pass) and MLPs alike."""
+
+    optimizer: Annotated[OptimizerName | None, optional("sgd", "{sgd,adagrad,rowwise_adagrad,adam}")] = None
+    """sgd. adagrad: a rate of its own for each weight. rowwise_adagrad: for each row of a table (dense parts: each
+    weight), with next to no optimizer state. adam: of a batch's rows (Adam's lazy form); on a CPU needs data-parallel
+    tables, all of whose rows it updates."""
+
+    adagrad: bool = False
+    """The same as --optimizer adagrad."""
 
     learning_rate: Annotated[float, Gt(0.0), Lt(1e38)] = 15.0
     """Step size of the embedding tables and the dense parts."""
 
-    adagrad: bool = False
-    """Adagrad instead of SGD."""
+    dense_learning_rate: Annotated[float | None, Gt(0.0), Lt(1e38), optional("learning_rate", "FLOAT")] = None
+    """Step size of the dense parts (all but the embedding tables)."""
 
     eps: Annotated[float, Gt(0.0), Lt(1e38)] = 1e-8
-    """Adagrad only: added to the root of the accumulated squares."""
+    """All but sgd: added to the root of the accumulated squares."""
+
+    weight_decay: Annotated[float, Ge(0.0), Lt(1e38)] = 0.0
+    """rowwise_adagrad and adam only, whose fused kernels have it: pulls the rows of a batch, and dense parameters,
+    towards 0. rowwise_adagrad adds weight_decay * weight to the gradient, adam takes learning_rate * weight_decay *
+    weight off the weight."""
 
     lr_warmup_steps: Annotated[int, Ge(0), Lt(2**53)] = 0
     """Training steps in which the learning rate grows linearly to its full size."""
@@ -157,6 +219,11 @@ class OptimizerConfig:
     lr_decay_steps: Annotated[int, Ge(0), Lt(2**53)] = 0
     """Training steps in which the learning rate falls, as the square of what is left of them, to 1e-7, where it stays.
     0 is no decay."""
+
+    @property
+    def algorithm(self) -> OptimizerName:
+        """What --optimizer and --adagrad say together."""
+        return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
 
 @dataclass(frozen=True)
@@ -170,8 +237,17 @@ class TrainingConfig:
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
     CPU; not tried on a GPU). It is recorded in config.json."""
 
+    precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16}")] = None
+    """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
+    and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32."""
+
     allow_tf32: bool = False
-    """TensorFloat-32 for matrix products on A100 or newer GPUs. No effect without one."""
+    """The same as --precision tf32. No effect without a GPU."""
+
+    @property
+    def arithmetic(self) -> Precision:
+        """What --precision and --allow_tf32 say together."""
+        return "tf32" if self.allow_tf32 else self.precision or "fp32"
 
 
 @dataclass(frozen=True)
@@ -217,6 +293,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -237,12 +314,17 @@ class Config:
         Raises:
             ConfigError: naming the flag, what it got, what was expected, and what to do.
         """
-        for section in (self.data, self.model, self.optimizer, self.training, self.evaluation, self.output):
-            _check_ranges(section)
+        for section in dataclasses.fields(self):
+            if dataclasses.is_dataclass(owner := getattr(self, section.name)):
+                _check_ranges(owner)
+        if self.sharding.table_constraints is not None:
+            parse_rules(self.sharding.table_constraints)
         if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
             raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
         _check_layers(self.model)
-        _check_schedule(self.optimizer)
+        _check_optimizer(self.optimizer)
+        if self.training.allow_tf32 and self.training.precision not in (None, "tf32"):
+            raise ConfigError(f"--allow_tf32 with --precision {self.training.precision}: give one of the two")
         for owner, name in ((self.data, "in_memory_binary_criteo_path"), (self.output, "run_dir")):
             if (path := getattr(owner, name)) is not None and not path.strip():
                 raise ConfigError(f"--{name} {path!r}: expected a folder's name")
@@ -352,7 +434,9 @@ def _check_layers(model: ModelConfig) -> None:
                 raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
 
 
-def _check_schedule(optimizer: OptimizerConfig) -> None:
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.adagrad and optimizer.optimizer not in (None, "adagrad"):
+        raise ConfigError(f"--adagrad with --optimizer {optimizer.optimizer}: give one of the two")
     warmup, start = optimizer.lr_warmup_steps, optimizer.lr_decay_start
     if optimizer.lr_decay_steps and start < warmup:
         raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
@@ -378,6 +462,8 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
     )
     tests_not = "with --no_evaluate_on_training_end: nothing tests. Drop one of them"
     has_sizes = config.model.num_embeddings_per_feature is not None
+    rules = parse_rules(config.sharding.table_constraints) if config.sharding.table_constraints else {}
+    algorithm = config.optimizer.algorithm
     return [
         ("data", "mmap_mode", config.is_random, needs_folder),
         ("data", "shuffle_batches", config.is_random, needs_folder),
@@ -398,7 +484,14 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
         ("model", "dcn_low_rank_dim", kind != "dcn", "needs --interaction_type dcn"),
         ("model", "interaction_branch1_layer_sizes", kind != "projection", "needs --interaction_type projection"),
         ("model", "interaction_branch2_layer_sizes", kind != "projection", "needs --interaction_type projection"),
-        ("optimizer", "eps", not config.optimizer.adagrad, "needs --adagrad"),
+        ("sharding", "large_table_gib", "large" not in rules, "needs a rule of `large` in --table_constraints"),
+        ("optimizer", "eps", algorithm == "sgd", "needs --optimizer adagrad, rowwise_adagrad or adam"),
+        (
+            "optimizer",
+            "weight_decay",
+            algorithm in ("sgd", "adagrad"),
+            "needs --optimizer rowwise_adagrad or adam: no other fused kernel has weight decay",
+        ),
         ("optimizer", "lr_decay_start", config.optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
         ("evaluation", "validation_auroc", not validates, validates_not),
     ]

@@ -39,6 +39,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     base = _recipe_of(argv)
     if _names(argv, "num_embeddings") and not _names(argv, "num_embeddings_per_feature"):
         base = _reset(base, "model", "num_embeddings_per_feature")
+    if _names(argv, "adagrad") and not _names(argv, "optimizer"):
+        base = _reset(base, "optimizer", "optimizer")
     if (
         _names(argv, "in_memory_binary_criteo_path")
         and not _names(argv, "multi_hot_sizes")

@@ -36,7 +36,7 @@ def debug_cpu() -> Config:
             dense_arch_layer_sizes=(64, 16),
             over_arch_layer_sizes=(128, 64, 1),
         ),
-        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.01),
+        optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.01),
         training=TrainingConfig(seed=0),
     )
 
@@ -54,7 +54,7 @@ def kaggle() -> Config:
             interaction_type="dcn",
             dcn_low_rank_dim=64,
         ),
-        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.01),
+        optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.01),
         evaluation=EvaluationConfig(validation_freq_within_epoch=500),
     )
 
@@ -70,7 +70,7 @@ def kaggle_sample() -> Config:
             dense_arch_layer_sizes=(64, 64),
             over_arch_layer_sizes=(512, 1),
         ),
-        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.02),
+        optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.02),
     )
 
 
@@ -105,7 +105,7 @@ def mlperf_v2() -> Config:
             batch_size=8192, test_batch_size=16_384, pin_memory=True, multi_hot_sizes=MLPERF_MULTI_HOT_SIZES
         ),
         model=_criteo_1t_model(MLPERF_ROWS, dcn=True),
-        optimizer=OptimizerConfig(adagrad=True, learning_rate=0.004),
+        optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.004),
         evaluation=EvaluationConfig(
             validation_auroc=0.80275, validation_freq_within_epoch=CRITEO_1T_TRAINING_ROWS // (65_536 * 20)
         ),

@@ -29,7 +29,7 @@ class DLRM(nn.Module):
         self.dense_arch = MLP(NUM_INTEGER_FEATURES, list(config.dense_arch_layer_sizes))
         self.interaction = build_interaction(config)
         *hidden, last = config.over_arch_layer_sizes
-        self.over_arch = nn.Sequential(MLP(self.interaction.out_features, hidden), nn.Linear(hidden[-1], last))
+        self.over_arch = nn.Sequential(MLP(self.interaction.out_features, hidden), Fp32Linear(hidden[-1], last))
 
     def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Returns logits_B."""
@@ -40,13 +40,27 @@ class DLRM(nn.Module):
         return self.over_arch(self.interaction(dense_BD, features_BG)).squeeze(1)
 
 
-class DLRMTrain(nn.Module):
-    """A DLRM with its loss, as a TorchRec pipeline calls it."""
+class Fp32Linear(nn.Linear):
+    """A linear layer in fp32 also under autocast: scores of bfloat16's 8 bits would tie."""
 
-    def __init__(self, model: DLRM, world_size: int) -> None:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """See nn.Linear."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+class DLRMTrain(nn.Module):
+    """A DLRM with its loss, as a TorchRec pipeline calls it.
+
+    Attributes:
+        autocast: device type whose matrix products are in bfloat16; None for fp32 (or tf32).
+    """
+
+    def __init__(self, model: DLRM, world_size: int, autocast: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.world_size = world_size
+        self.autocast = autocast
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Returns the loss to differentiate, and (loss, logits, labels) of this rank's real samples, detached.
@@ -55,7 +69,8 @@ class DLRMTrain(nn.Module):
         is the sum over this rank's samples times world size over the samples of all ranks; its mean over ranks is the
         mean over samples.
         """
-        logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
+        with torch.autocast(self.autocast or "cpu", torch.bfloat16, enabled=self.autocast is not None):
+            logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
         labels_B = batch.labels_B[: batch.num_rows]
         loss = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
         loss = loss * (self.world_size / batch.global_rows)

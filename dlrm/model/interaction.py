@@ -34,6 +34,9 @@ class DotInteraction(nn.Module):
 
     def forward(self, dense_BD: torch.Tensor, features_BG: torch.Tensor) -> torch.Tensor:
         """Returns [B, D + P]."""
+        device = features_BG.device.type
+        if torch.is_autocast_enabled(device):  # which knows nothing of what follows
+            features_BG = features_BG.to(torch.get_autocast_dtype(device))
         vectors = features_BG.unflatten(1, (-1, self.embedding_dim))
         products_BP = _PairwiseDots.apply(vectors, self.cell_of_pair, self.pair_of_cell)
         return torch.cat((dense_BD, products_BP), dim=1)

@@ -1,63 +1,31 @@
-"""Where each embedding table lives: TorchRec's planner over the machine's topology, to be printed and saved."""
+"""Where each embedding table lives: TorchRec's planner over a cluster, to be printed and saved."""
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from dlrm.config import ModelConfig, ShardingConfig
 from dlrm.errors import PlanError
-from dlrm.runtime import Runtime, count
+from dlrm.runtime import count
+from dlrm.schema import TABLE_NAMES
+from dlrm.sharding.cluster import GIB, Cluster
+from dlrm.sharding.constraints import Enumerator, PinnedPartitioner, to_parameter_constraints
+from dlrm.sharding.sharder import TableSharder
+from dlrm.table_constraints import ROW_SPLITS, SHARDING_TYPES, TableConstraint, constraints_of_tables, parse_rules
 
-RESERVED_SHARE = 0.15
-"""Share of each device's memory kept for dense parts, activations and batches."""
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """What tables may take, in bytes a rank.
-
-    Attributes:
-        device: `cuda` or `cpu`.
-        table_bytes: of the GPU's memory, or on a CPU of the host's.
-        host_bytes: beside a GPU, of the host's memory, for tables that do not fit the GPU.
-    """
-
-    device: str
-    table_bytes: int
-    host_bytes: int = 0
-
-    @staticmethod
-    def detect(runtime: Runtime) -> "DeviceMemory":
-        """This rank's GPU, or its share of the host's memory, less the reserve."""
-        host_bytes = int(runtime.host_memory_bytes // runtime.local_world_size * (1 - RESERVED_SHARE))
-        if runtime.device.type != "cuda":
-            return DeviceMemory("cpu", host_bytes)
-        total = torch.cuda.get_device_properties(runtime.device).total_memory
-        return DeviceMemory("cuda", int(total * (1 - RESERVED_SHARE)), host_bytes)
-
-    def topology(self, world_size: int, local_world_size: int) -> Topology:
-        """As TorchRec's planner takes it."""
-        on_gpu = self.device == "cuda"
-        return Topology(
-            world_size=world_size,
-            local_world_size=local_world_size,
-            compute_device=self.device,
-            hbm_cap=self.table_bytes if on_gpu else 0,
-            ddr_cap=self.host_bytes if on_gpu else self.table_bytes,
-        )
+_BYTES_PER_WEIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -131,44 +99,97 @@ class Placement:
         return f"{len(self.tables)} tables, {self.gib:.2f} GiB, {', '.join(kinds)}, at most {most:.2f} GiB a rank"
 
 
+def constraints_of(sharding: ShardingConfig, model: ModelConfig) -> dict[str, TableConstraint]:
+    """The rule of each table that has one."""
+    if sharding.table_constraints is None:
+        return {}
+    large = [
+        name
+        for name, rows in zip(TABLE_NAMES, model.table_rows, strict=True)
+        if rows * model.embedding_dim * _BYTES_PER_WEIGHT >= sharding.large_table_gib * GIB
+    ]
+    return constraints_of_tables(parse_rules(sharding.table_constraints), large)
+
+
 def plan_sharding(
     model: nn.Module,
-    memory: DeviceMemory,
-    world_size: int,
-    local_world_size: int,
+    cluster: Cluster,
+    sharder: TableSharder,
     batch_size: int,
-    constraints: Mapping[str, ParameterConstraints] | None = None,
+    hotness: Sequence[int] = (1,) * len(TABLE_NAMES),
+    constraints: Mapping[str, TableConstraint] = MappingProxyType({}),
+    sharding_types: Sequence[str] = SHARDING_TYPES,
 ) -> ShardingPlan:
     """Chooses a place for each table of `model`, whose parameters carry their fused optimizers.
 
     Not collective: rank 0 plans, and broadcasts (see `runtime.on_main_rank`).
 
+    Args:
+        batch_size: samples of a rank in a step.
+        hotness: ids per sample of each table's feature.
+        constraints: of the tables that have one.
+        sharding_types: to choose from.
+
     Raises:
-        PlanError: if the tables need more memory than there is, with the shortfall in GiB per rank.
+        PlanError: if the tables need more memory than there is, with the shortfall in GiB per rank; if a constraint
+            can't be met.
     """
+    tables = {name.split(".")[-2]: p for name, p in model.named_parameters() if ".embedding_bags." in name}
+    hotness_of_table = dict(zip(TABLE_NAMES, hotness, strict=True))
+    parameter_constraints = {
+        name: to_parameter_constraints(
+            name, constraints.get(name, TableConstraint()), tuple(table.shape), hotness_of_table[name], cluster
+        )
+        for name, table in tables.items()
+    }
+    pinned = {name: constraint.ranks for name, constraint in constraints.items() if constraint.ranks is not None}
+
+    named = {constraint.sharding_type for constraint in constraints.values()}
 
     def attempt(table_bytes: int) -> ShardingPlan | None:
+        if cluster.device == "cpu":  # where a split by rows is the slower way, for tables that need it
+            unsplit = [kind for kind in sharding_types if kind in named or kind not in ROW_SPLITS]
+            if (plan := attempt_with(unsplit, table_bytes)) is not None:
+                return plan
+        return attempt_with(sharding_types, table_bytes)
+
+    def attempt_with(sharding_types: Sequence[str], table_bytes: int) -> ShardingPlan | None:
+        topology = replace(cluster, table_bytes=table_bytes).topology()
         planner = EmbeddingShardingPlanner(
-            topology=replace(memory, table_bytes=table_bytes).topology(world_size, local_world_size),
+            topology=topology,
             batch_size=batch_size,
+            enumerator=Enumerator(topology, batch_size, parameter_constraints, sharding_types),
             storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
-            constraints=dict(constraints) if constraints else None,
+            constraints=parameter_constraints,
+            partitioner=PinnedPartitioner(pinned),
         )
         try:
-            return planner.plan(model, [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
+            return planner.plan(model, [sharder])  # type: ignore[list-item]
         except PlannerError:
             return None
 
     with _quiet_planner():
-        if (plan := attempt(memory.table_bytes)) is not None:
+        if (plan := attempt(cluster.table_bytes)) is not None:
             return plan
-        needed = _smallest_that_fits(lambda table_bytes: attempt(table_bytes) is not None, memory.table_bytes)
-    missing = "far more" if needed is None else f"{(needed - memory.table_bytes) / GIB:.2f} GiB a rank more"
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embedding_bags" in n)
-    raise PlanError(
-        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(world_size, 'rank')} of "
-        f"{memory.table_bytes / GIB:.2f} GiB (after {RESERVED_SHARE:.0%} reserve), {missing} needed with optimizer "
-        "state and buffers. Use more ranks or hosts, smaller --num_embeddings or --embedding_dim, or SGD."
+        needed = _smallest_that_fits(lambda table_bytes: attempt(table_bytes) is not None, cluster.table_bytes)
+    weights = sum(p.numel() * p.element_size() for p in tables.values())
+    raise PlanError(_describe_shortfall(weights, cluster, needed, is_constrained=bool(constraints)))
+
+
+def _describe_shortfall(weights: int, cluster: Cluster, needed: int | None, *, is_constrained: bool) -> str:
+    missing = "far more" if needed is None else f"{(needed - cluster.table_bytes) / GIB:.2f} GiB a rank more"
+    remedies = ["more ranks or hosts", "smaller --num_embeddings or --embedding_dim"]
+    if is_constrained:
+        remedies.append("other --table_constraints, or none")
+    elif cluster.device == "cuda":
+        remedies.append("--table_constraints 'large = fused_uvm_caching' (rows in host memory)")
+    remedies.append("--optimizer rowwise_adagrad or sgd (less state than adagrad or adam)")
+    if cluster.reserved_share > 0:
+        remedies.append("a smaller --reserved_memory_share")
+    return (
+        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(cluster.world_size, 'rank')} of "
+        f"{cluster.table_bytes / GIB:.2f} GiB (after {cluster.reserved_share:.0%} reserve), {missing} needed with "
+        f"optimizer state and buffers. What would help: {'; '.join(remedies)}."
     )
 
 
@@ -204,37 +225,44 @@ def _quiet_planner() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def describe_plan(plan: ShardingPlan, model: nn.Module, world_size: int, state_floats_per_weight: int) -> Placement:
+def describe_plan(
+    plan: ShardingPlan, model: nn.Module, world_size: int, state_floats: Callable[[int], float]
+) -> Placement:
     """The plan as a `Placement`.
 
     Args:
-        state_floats_per_weight: optimizer state of a table's element: 0 for SGD, 1 for Adagrad.
+        state_floats: optimizer state of a row of so many weights, in floats.
     """
     tables = []
     for path, module_plan in plan.plan.items():
         bags = cast(EmbeddingBagCollection, model.get_submodule(path)).embedding_bags
         for name, placed in cast(EmbeddingModuleShardingPlan, module_plan).items():
             weight = cast(torch.Tensor, bags.get_submodule(name).weight)
-            tables.append(_describe_table(name, weight, placed, world_size, state_floats_per_weight))
+            tables.append(_describe_table(name, weight, placed, world_size, state_floats))
     return Placement(world_size, tuple(tables))
 
 
 def _describe_table(
-    name: str, weight: torch.Tensor, placed: ParameterSharding, world_size: int, states: int
+    name: str, weight: torch.Tensor, placed: ParameterSharding, world_size: int, state_floats: Callable[[int], float]
 ) -> TablePlacement:
     rows, dim = weight.shape
-    size = weight.element_size() / GIB
     if placed.sharding_spec is None:  # data parallel: whole on every rank
         ranks = tuple(range(world_size))
-        shards = [(rank, rows * dim) for rank in ranks]
+        shards = [(rank, rows, dim) for rank in ranks]
     else:
         pieces = placed.sharding_spec.shards  # type: ignore[attr-defined]
-        shards = [(piece.placement.rank(), piece.shard_sizes[0] * piece.shard_sizes[1]) for piece in pieces]
-        ranks = tuple(sorted({rank for rank, _ in shards}))
-    by_rank = tuple(sum(n for owner, n in shards if owner == rank) * size * (1 + states) for rank in ranks)
-    gib = rows * dim * size
+        shards = [(piece.placement.rank(), *piece.shard_sizes) for piece in pieces]
+        ranks = tuple(sorted({rank for rank, *_ in shards}))
+    weight_bytes = weight.element_size()
+
+    def gib(shard_rows: int, shard_dim: int) -> float:
+        return shard_rows * (shard_dim * weight_bytes + state_floats(shard_dim) * _BYTES_PER_WEIGHT) / GIB
+
+    by_rank = tuple(sum(gib(*size) for owner, *size in shards if owner == rank) for rank in ranks)
+    weights_gib = rows * dim * weight_bytes / GIB
+    optimizer_gib = rows * state_floats(dim) * _BYTES_PER_WEIGHT / GIB
     return TablePlacement(
-        name, rows, dim, gib, gib * states, placed.sharding_type, placed.compute_kernel, ranks, by_rank
+        name, rows, dim, weights_gib, optimizer_gib, placed.sharding_type, placed.compute_kernel, ranks, by_rank
     )
 
 

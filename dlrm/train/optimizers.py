@@ -1,40 +1,108 @@
-"""One optimizer over fused table updates and dense parameters."""
+"""One optimizer over fused table updates, data-parallel tables and dense parameters."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from dlrm.config import OptimizerConfig
+from dlrm.config import OptimizerConfig, OptimizerName
+from dlrm.errors import PlanError
+from dlrm.schema import TABLE_NAMES
+from dlrm.table_constraints import SHARDING_TYPES, TableConstraint
+
+_TABLE_CLASSES: dict[OptimizerName, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adam": torch.optim.Adam,
+}
+_DENSE_CLASSES = {**_TABLE_CLASSES, "rowwise_adagrad": torch.optim.Adagrad, "adam": torch.optim.AdamW}
 
 
 def fuse_table_optimizer(tables: nn.Module, config: OptimizerConfig) -> None:
     """Has each table updated inside the backward pass. Call before sharding: the planner counts the state."""
-    kwargs = {"lr": config.learning_rate}
-    if config.adagrad:
-        kwargs["eps"] = config.eps
-    apply_optimizer_in_backward(_optimizer_class(config), tables.parameters(), kwargs)
+    options = _options(config, config.learning_rate)
+    if config.weight_decay and config.algorithm == "rowwise_adagrad":
+        options["weight_decay_mode"] = WeightDecayMode.L2  # FBGEMM ignores the rate without it; Adam's is decoupled
+    apply_optimizer_in_backward(_TABLE_CLASSES[config.algorithm], tables.parameters(), options)
 
 
-def table_state_floats_per_weight(config: OptimizerConfig) -> int:
-    """Optimizer state of one element of a table."""
-    return 1 if config.adagrad else 0
+def sharding_types(config: OptimizerConfig, constraints: Mapping[str, TableConstraint], device: str) -> list[str]:
+    """The ways of sharding in which an update is the same whatever the plan, and those that a rule names.
+
+    Row-wise Adagrad keeps one state for a row, or for each slice of it where columns are split. Adam's fused kernel
+    and weight decay touch a batch's rows, a data-parallel table's optimizer all of them.
+
+    Raises:
+        PlanError: if a rule asks for what the optimizer can't do, or the optimizer for what the device can't.
+    """
+    named = {name: rule.sharding_type for name, rule in constraints.items()}
+    excluded: tuple[str, ...] = ()
+    if config.algorithm == "rowwise_adagrad":
+        excluded = ("column_wise", "table_column_wise", "grid_shard")
+        if split := [name for name, kind in named.items() if kind in excluded]:
+            raise PlanError(
+                f"--table_constraints: {named[split[0]]} of {split[0]} with --optimizer rowwise_adagrad. Each slice of "
+                "a row would have a state of its own, and results depend on the plan. Use row_wise, or adagrad."
+            )
+    if config.algorithm == "adam" and device != "cuda" and any(named.get(n) != "data_parallel" for n in TABLE_NAMES):
+        raise PlanError(
+            "--optimizer adam: FBGEMM has no fused Adam on a CPU. Add --table_constraints 'all = data_parallel' (every "
+            "rank holds every table, and updates all of its rows), or choose adagrad or rowwise_adagrad."
+        )
+    if config.algorithm == "adam" or config.weight_decay:
+        excluded += ("data_parallel",)
+    return [kind for kind in SHARDING_TYPES if kind not in excluded or kind in named.values()]
+
+
+def table_state_floats(config: OptimizerConfig, dim: int) -> float:
+    """Optimizer state of a row of `dim` weights, in floats."""
+    return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[config.algorithm]
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
-    """The tables' fused optimizer and one for everything else."""
-    dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    """The tables' fused optimizer, one of the same kind for data-parallel tables, and one for everything else."""
+    tables, dense = {}, {}
+    for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        (tables if ".embedding_bags." in name else dense)[name] = parameter
+    dense_rate = config.dense_learning_rate or config.learning_rate
+    parts = [
+        (tables, _TABLE_CLASSES | {"adam": torch.optim.AdamW}, config.learning_rate),
+        (dense, _DENSE_CLASSES, dense_rate),
+    ]
+    return CombinedOptimizer(
+        [
+            model.fused_optimizer,
+            *(
+                KeyedOptimizerWrapper(parameters, _builder(classes[config.algorithm], _options(config, rate)))
+                for parameters, classes, rate in parts
+                if parameters
+            ),
+        ]
+    )
 
-    def build_dense(parameters: list[torch.Tensor | ShardedTensor]) -> torch.optim.Optimizer:
-        if config.adagrad:
-            return torch.optim.Adagrad(parameters, lr=config.learning_rate, eps=config.eps)
-        return torch.optim.SGD(parameters, lr=config.learning_rate)
 
-    return CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(dense_parameters, build_dense)])
+def _builder(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> Callable[[list[torch.Tensor | ShardedTensor]], torch.optim.Optimizer]:
+    def build(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        return optimizer(parameters, **options)
+
+    return build
 
 
-def _optimizer_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
-    return torch.optim.Adagrad if config.adagrad else torch.optim.SGD
+def _options(config: OptimizerConfig, learning_rate: float) -> dict[str, Any]:
+    options: dict[str, Any] = {"lr": learning_rate}
+    if config.algorithm != "sgd":
+        options["eps"] = config.eps
+    if config.algorithm in ("rowwise_adagrad", "adam"):
+        options["weight_decay"] = config.weight_decay
+    return options

@@ -3,19 +3,24 @@
 import dataclasses
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed.types import ShardingPlan
 
-from dlrm.config import Config
+from dlrm.config import Config, ShardingConfig
 from dlrm.data.splits import open_run_splits
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak_memory_gib
-from dlrm.sharding.plan import DeviceMemory, Placement, describe_plan, plan_sharding
+from dlrm.schema import TABLE_NAMES
+from dlrm.sharding.cluster import Cluster
+from dlrm.sharding.plan import Placement, constraints_of, describe_plan, plan_sharding
 from dlrm.sharding.shard import shard_model
-from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, table_state_floats_per_weight
+from dlrm.sharding.sharder import TableSharder
+from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, sharding_types, table_state_floats
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -32,23 +37,14 @@ def run(config: Config, runtime: Runtime) -> None:
     if runtime.is_main:
         print(runtime.describe(), flush=True)
         _note_flags_without_gpu(config, runtime)
-    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
 
     model = build_model(config, runtime)
-    memory = DeviceMemory.detect(runtime)
-    plan = on_main_rank(
-        runtime,
-        lambda: plan_sharding(
-            model,
-            memory,
-            runtime.world_size,
-            runtime.local_world_size,
-            max(config.data.batch_size, config.data.test_batch_size or 0),
-        ),
-    )
-    placement = describe_plan(plan, model, runtime.world_size, table_state_floats_per_weight(config.optimizer))
+    cluster = Cluster.detect(runtime, config.sharding)
+    plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
+    placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
-    sharded = shard_model(model, plan, runtime.device, config.training.seed)
+    sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, config.training.seed)
     optimizer = build_optimizer(sharded, config.optimizer)
 
     directory = on_main_rank(
@@ -81,7 +77,31 @@ def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
         if name != "embedding_bag_collection":
             part.to(runtime.device)
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
-    return DLRMTrain(model, runtime.world_size)
+    autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
+    return DLRMTrain(model, runtime.world_size, autocast)
+
+
+def make_sharder(config: ShardingConfig) -> TableSharder:
+    """In which precision embeddings travel."""
+    return TableSharder(config.forward_comm_precision, config.backward_comm_precision)
+
+
+def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
+    """Where the run's tables go.
+
+    Raises:
+        PlanError: if they do not fit, or a rule or the optimizer asks for what can't be had.
+    """
+    constraints = constraints_of(config.sharding, config.model)
+    return plan_sharding(
+        model,
+        cluster,
+        make_sharder(config.sharding),
+        max(config.data.batch_size, config.data.test_batch_size or 0),
+        config.data.multi_hot_sizes or (1,) * len(TABLE_NAMES),
+        constraints,
+        sharding_types(config.optimizer, constraints, cluster.device),
+    )
 
 
 def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:
@@ -106,11 +126,17 @@ def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: Evaluati
         "target_reached": trainer.reached_target if target is not None else None,
         "world_size": runtime.world_size,
         "device": device_name(runtime.device),
-        "precision": "tf32" if config.training.allow_tf32 and runtime.device.type == "cuda" else "fp32",
+        "precision": _precision(config, runtime),
         "seed": config.training.seed,
         "peak_memory_gib": peak.item(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _precision(config: Config, runtime: Runtime) -> str:
+    """What matrix products were computed in: a CPU has no tf32."""
+    asked = config.training.arithmetic
+    return "fp32" if asked == "tf32" and runtime.device.type != "cuda" else asked
 
 
 def _with_seed(config: Config) -> Config:
@@ -123,7 +149,7 @@ def _note_flags_without_gpu(config: Config, runtime: Runtime) -> None:
     """A script written for GPUs runs unchanged on a CPU, and is told what that leaves out."""
     idle = [
         flag
-        for flag, given in (("--pin_memory", config.data.pin_memory), ("--allow_tf32", config.training.allow_tf32))
+        for flag, given in (("--pin_memory", config.data.pin_memory), ("tf32", config.training.arithmetic == "tf32"))
         if given and runtime.device.type != "cuda"
     ]
     if idle:

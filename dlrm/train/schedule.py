@@ -11,14 +11,13 @@ FLOOR = 1e-7
 """Smallest learning rate of a decay."""
 
 
-def learning_rate_at(step: int, config: OptimizerConfig) -> float:
-    """The rate of training step `step`, counted from 1.
+def learning_rate_at(step: int, base: float, config: OptimizerConfig) -> float:
+    """The rate of training step `step`, counted from 1, of parameters whose full rate is `base`.
 
     With W, S, D for lr_warmup_steps, lr_decay_start, lr_decay_steps: base * step / W up to step W; the base rate up to
     step S; base * ((S + D - step) / D)^2 after it, 1e-7 at the least. Without a warm-up it begins at the base rate,
     without a decay it stays there.
     """
-    base = config.learning_rate
     if step <= config.lr_warmup_steps:
         return base * step / config.lr_warmup_steps
     if config.lr_decay_steps and step > config.lr_decay_start:
@@ -28,15 +27,18 @@ def learning_rate_at(step: int, config: OptimizerConfig) -> float:
 
 
 class LearningRateSchedule:
-    """Sets the rate of all of a model's optimizers: tables, fused or not, and dense parameters."""
+    """Sets the rates of all of a model's optimizers: tables, fused or not, and dense parameters.
+
+    The rates that they are built with are their full ones. `learning_rate` is that of the tables.
+    """
 
     def __init__(self, optimizer: CombinedOptimizer, config: OptimizerConfig) -> None:
-        self._optimizer = optimizer
+        self._bases = [(group, group["lr"]) for group in optimizer.param_groups]
         self._config = config
         self.learning_rate = config.learning_rate
 
     def begin_step(self, step: int) -> None:
-        """Sets the rate of training step `step`, counted from 1, before it is taken."""
-        self.learning_rate = learning_rate_at(step, self._config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate  # type: ignore[index] # torchrec says Mapping, and gives dicts
+        """Sets the rates of training step `step`, counted from 1, before it is taken."""
+        self.learning_rate = learning_rate_at(step, self._config.learning_rate, self._config)
+        for group, base in self._bases:
+            group["lr"] = learning_rate_at(step, base, self._config)  # type: ignore[index] # torchrec says Mapping

@@ -60,7 +60,7 @@ def test_recipes_are_the_rows_of_the_published_table():
 def test_mlperf_v1():
     config = RECIPES["mlperf_v1"]()
     assert config.model.interaction_type == "original"
-    assert (config.optimizer.adagrad, config.optimizer.learning_rate) == (False, 1.0)
+    assert (config.optimizer.algorithm, config.optimizer.learning_rate) == ("sgd", 1.0)
     assert config.data.batch_size * 8 == 16_384
     assert config.data.multi_hot_sizes is None
     assert config.evaluation.validation_auroc == 0.8025
@@ -70,7 +70,7 @@ def test_mlperf_v2():
     config = RECIPES["mlperf_v2"]()
     assert config.model.interaction_type == "dcn"
     assert (config.model.dcn_num_layers, config.model.dcn_low_rank_dim) == (3, 512)
-    assert (config.optimizer.adagrad, config.optimizer.learning_rate) == (True, 0.004)
+    assert (config.optimizer.algorithm, config.optimizer.learning_rate) == ("adagrad", 0.004)
     assert config.data.batch_size * 8 == 65_536
     assert len(config.data.multi_hot_sizes) == 26
     assert sum(config.data.multi_hot_sizes) == 214

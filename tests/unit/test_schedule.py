@@ -9,7 +9,7 @@ from dlrm.train.schedule import FLOOR, learning_rate_at
 
 def rates(steps: int, **fields: float) -> list[float]:
     config = OptimizerConfig(**fields)
-    return [learning_rate_at(step, config) for step in range(1, steps + 1)]
+    return [learning_rate_at(step, config.learning_rate, config) for step in range(1, steps + 1)]
 
 
 def test_no_schedule_is_a_constant_rate():

@@ -1,0 +1,154 @@
+"""A user's rules as TorchRec's planner takes them."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.types import (
+    DeviceHardware,
+    Perf,
+    PlannerError,
+    PlannerErrorType,
+    ShardingOption,
+    Storage,
+)
+from torchrec.distributed.types import CacheParams, ModuleSharder
+
+from dlrm.errors import PlanError
+from dlrm.schema import TABLE_NAMES
+from dlrm.sharding.cluster import Cluster
+from dlrm.table_constraints import SHARDING_TYPES, TableConstraint
+
+_MULTIPLE_OF_COLUMNS = 4
+
+
+def to_parameter_constraints(
+    table: str, rule: TableConstraint, shape: tuple[int, ...], hotness: int, cluster: Cluster
+) -> ParameterConstraints:
+    """What the planner must keep to.
+
+    Args:
+        shape: rows and columns of the table.
+        hotness: ids per sample of its feature.
+
+    Raises:
+        PlanError: if the rule can't be met on these ranks.
+    """
+    rows, dim = shape
+    sharding, kernel = rule.sharding_type, rule.compute_kernel
+    if kernel is not None and "uvm" in kernel and cluster.device != "cuda":
+        raise PlanError(f"--table_constraints: {kernel} of {table} needs a GPU, beside which its rows would lie.")
+    if rule.ranks is not None and rule.ranks[-1] >= cluster.world_size:
+        raise PlanError(
+            f"--table_constraints: rank {rule.ranks[-1]} of {table}, expected 0 to {cluster.world_size - 1}."
+        )
+    if (splits := _row_splits(sharding, cluster)) > 1 and -(-rows // splits) * (splits - 1) >= rows:
+        raise PlanError(
+            f"--table_constraints: {sharding} of {table}, whose {rows:,} rows leave one of {splits} ranks without any. "
+            "Use table_wise."
+        )
+    parts = {
+        "column_wise": len(rule.ranks) if rule.ranks else cluster.world_size,
+        "table_column_wise": cluster.local_world_size,
+        "grid_shard": cluster.world_size // cluster.local_world_size,
+    }.get(sharding or "")
+    columns = None if parts is None else _columns_of_slice(dim, parts)
+    if rule.ranks is not None and columns is not None and columns * len(rule.ranks) != dim:
+        raise PlanError(
+            f"--table_constraints: {len(rule.ranks)} ranks of {table} can't share its {dim} columns in slices of a "
+            f"multiple of {_MULTIPLE_OF_COLUMNS}."
+        )
+    return ParameterConstraints(
+        sharding_types=[sharding] if sharding else ["data_parallel"] if kernel == "dense" else None,
+        compute_kernels=[kernel] if kernel else None,
+        min_partition=columns,
+        pooling_factors=[float(hotness)],
+        cache_params=None if rule.cache_ratio is None else CacheParams(load_factor=rule.cache_ratio),
+    )
+
+
+def _row_splits(sharding: str | None, cluster: Cluster) -> int:
+    """Ranks that share a table's rows."""
+    if sharding == "row_wise":
+        return cluster.world_size
+    return cluster.local_world_size if sharding in ("table_row_wise", "grid_shard") else 1
+
+
+def _columns_of_slice(dim: int, parts: int) -> int:
+    """Columns of each of at most `parts` equal slices, as narrow as can be: a multiple of 4, as FBGEMM needs."""
+    fitting = (n for n in range(parts, 0, -1) if dim % n == 0 and dim // n % _MULTIPLE_OF_COLUMNS == 0)
+    return dim // next(fitting)
+
+
+class Enumerator(EmbeddingEnumerator):
+    """Offers the planner each table's possible places, in an order that is the same in every process.
+
+    TorchRec's own order comes from sets of strings where there are rules, and ties in its cost model follow it.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints],
+        sharding_types: Sequence[str],
+    ) -> None:
+        super().__init__(topology, batch_size, constraints)
+        self._sharding_types = sharding_types
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """See TorchRec's EmbeddingEnumerator. No split leaves a rank without rows: FBGEMM's kernels err there."""
+        options = [
+            option
+            for option in super().enumerate(module, sharders)
+            if option.sharding_type in self._sharding_types and all(shard.size[0] > 0 for shard in option.shards)
+        ]
+        return sorted(options, key=_order)
+
+
+def _order(option: ShardingOption) -> tuple[int, int, str]:
+    return TABLE_NAMES.index(option.name), SHARDING_TYPES.index(option.sharding_type), option.compute_kernel
+
+
+class PinnedPartitioner(GreedyPerfPartitioner):
+    """Puts tables with a choice of ranks there first, the rest where TorchRec's greedy partitioner sees room."""
+
+    def __init__(self, ranks: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def partition(
+        self, proposal: list[ShardingOption], storage_constraint: Topology, hbm_per_device: int | None = None
+    ) -> list[ShardingOption]:
+        """See TorchRec's Partitioner.
+
+        Raises:
+            PlannerError: if a table fits none of its ranks, or the rest does not fit.
+        """
+        topology = copy.deepcopy(storage_constraint)
+        for option in proposal:
+            if option.name in self._ranks:
+                _place(option, [device for device in topology.devices if device.rank in self._ranks[option.name]])
+        rest = [option for option in proposal if option.name not in self._ranks]
+        super().partition(rest, topology, hbm_per_device)
+        return proposal
+
+
+def _place(option: ShardingOption, devices: list[DeviceHardware]) -> None:
+    """Each shard on the least busy device that is left and has room."""
+    for shard in option.shards:
+        assert isinstance(shard.storage, Storage)
+        assert isinstance(shard.perf, Perf)
+        fitting = [device for device in devices if shard.storage.fits_in(device.storage)]
+        if not fitting:
+            raise PlannerError(
+                f"{option.name} does not fit its ranks", error_type=PlannerErrorType.INSUFFICIENT_STORAGE
+            )
+        device = min(fitting, key=lambda device: (device.perf.total, device.rank))
+        shard.rank = device.rank
+        device.storage -= shard.storage
+        device.perf += shard.perf
+        devices.remove(device)
