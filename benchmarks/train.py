@@ -58,7 +58,8 @@ class StepTimes:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Every step reports, so its rate is that of one step."""
-        self.seconds.append(self.global_batch_size / line["samples_per_second"])
+        if line["kind"] == "train":
+            self.seconds.append(self.global_batch_size / line["samples_per_second"])
 
 
 def make_config(batch_size: int, steps: int, num_embeddings: int) -> Config:

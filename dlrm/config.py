@@ -274,6 +274,13 @@ class OutputConfig:
     run_dir: Annotated[str | None, optional("runs/<time>-<recipe or dataset>", "FOLDER")] = None
     """Folder for config, plan, metrics and summary."""
 
+    tensorboard: bool = False
+    """Write what metrics.jsonl says as TensorBoard's event files too, in the run directory's folder tensorboard."""
+
+    mlperf_log: bool = False
+    """Print the lines that MLPerf training's rules ask of DLRM v2 (:::MLLOG ...), and write them to the run directory's
+    mlperf_log.txt. Needs --validation_auroc, the target of the timed run."""
+
     log_every: Annotated[int | None, Gt(0), optional("a fiftieth of the epoch, at most 100", "INT")] = None
     """Steps between lines in metrics.jsonl and on the screen."""
 
@@ -494,6 +501,12 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
         ),
         ("optimizer", "lr_decay_start", config.optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
         ("evaluation", "validation_auroc", not validates, validates_not),
+        (
+            "output",
+            "mlperf_log",
+            evaluation.validation_auroc is None,
+            "needs --validation_auroc: MLPerf times a run to its target",
+        ),
     ]
 
 

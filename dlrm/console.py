@@ -81,6 +81,12 @@ class Progress:
             print(text, flush=True)
 
 
+def print_line(text: str) -> None:
+    """Prints a line without spoiling any bar that is up."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

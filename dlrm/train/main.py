@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
     """
+    started = time.time()
     with _errors_as_one_line():
         config = _parse(argv)
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
         quieten_libraries()
         with start_runtime() as runtime:
-            run(config, runtime)
+            run(config, runtime, started)
 
 
 def _parse(argv: Sequence[str]) -> Config:

@@ -1,9 +1,13 @@
 """Data, plan, model, training, summary: a run's steps, in order. Nothing is written before all of it is checked."""
 
 import dataclasses
+import importlib.util
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +15,12 @@ import torch.distributed as dist
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config, ShardingConfig
+from dlrm.data.binary_days import Stage
 from dlrm.data.splits import open_run_splits
+from dlrm.errors import ConfigError
 from dlrm.metrics.evaluation import EvaluationResult
+from dlrm.metrics.mlperf import MlperfLog, describe_run
+from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak_memory_gib
 from dlrm.schema import TABLE_NAMES
@@ -25,14 +33,14 @@ from dlrm.train.run_directory import RunDirectory, describe_environment, device_
 from dlrm.train.trainer import Trainer
 
 
-def run(config: Config, runtime: Runtime) -> None:
-    """Trains, validates and tests. Collective.
+def run(config: Config, runtime: Runtime, started: float) -> None:
+    """Trains, validates and tests. Collective. `started` is when, in seconds since the epoch, the process began.
 
     Raises:
         DlrmError: for what the user can mend.
     """
     config = on_main_rank(runtime, lambda: _with_seed(config))
-    path = on_main_rank(runtime, lambda: RunDirectory.check(config))
+    path = on_main_rank(runtime, lambda: _check_output(config))
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
@@ -43,6 +51,7 @@ def run(config: Config, runtime: Runtime) -> None:
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
+    data_opened = time.time()
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
     sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, config.training.seed)
     optimizer = build_optimizer(sharded, config.optimizer)
@@ -51,11 +60,13 @@ def run(config: Config, runtime: Runtime) -> None:
         runtime,
         lambda: RunDirectory.create(path, config, describe_environment(runtime, config), placement.to_json()),
     )
+    rows = {stage: split.partition.num_used_rows for stage, split in splits.items()}
     if runtime.is_main:
-        _announce(config, placement, {stage: split.partition.num_used_rows for stage, split in splits.items()})
-    trainer = Trainer(config, runtime, splits, sharded, optimizer, directory if runtime.is_main else None)
-    trainer.train()
-    test = trainer.test() if config.evaluation.evaluate_on_training_end else None
+        _announce(config, placement, rows)
+    with _open_sinks(config, runtime, directory, rows, started, data_opened) as sink:
+        trainer = Trainer(config, runtime, splits, sharded, optimizer, sink)
+        trainer.train()
+        test = trainer.test() if config.evaluation.evaluate_on_training_end else None
     summary = summarize(config, runtime, trainer, test)
     if runtime.is_main:
         directory.write_summary(summary)
@@ -139,6 +150,30 @@ def _precision(config: Config, runtime: Runtime) -> str:
     return "fp32" if asked == "tf32" and runtime.device.type != "cuda" else asked
 
 
+@contextmanager
+def _open_sinks(
+    config: Config, runtime: Runtime, directory: RunDirectory, rows: dict[Stage, int], started: float, opened: float
+) -> Iterator[Sink]:
+    """What the run's lines go to: on rank 0 metrics.jsonl and the views of it that the flags ask for."""
+    sinks: list[Sink] = [directory] if runtime.is_main else []
+    with ExitStack() as stack:
+        if runtime.is_main and config.output.tensorboard:
+            from dlrm.metrics.tensorboard import TensorBoardSink
+
+            sinks.append(TensorBoardSink(directory.path / "tensorboard"))
+        if runtime.is_main and config.output.mlperf_log:
+            facts = describe_run(config, device_name(runtime.device), runtime.world_size, rows["train"], rows["val"])
+            log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
+            sinks.append(stack.enter_context(closing(log)))
+        yield Sinks(sinks)
+
+
+def _check_output(config: Config) -> Path:
+    if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard: the package tensorboard is not installed. Install it, or leave the flag out.")
+    return RunDirectory.check(config)
+
+
 def _with_seed(config: Config) -> Config:
     if config.training.seed is not None:
         return config
@@ -156,7 +191,7 @@ def _note_flags_without_gpu(config: Config, runtime: Runtime) -> None:
         print(f"No CUDA device: {' and '.join(idle)} without effect.", flush=True)
 
 
-def _announce(config: Config, placement: Placement, rows: dict[Any, int]) -> None:
+def _announce(config: Config, placement: Placement, rows: dict[Stage, int]) -> None:
     print(
         f"Seed {config.training.seed}. " + ", ".join(f"{count:,} {stage}" for stage, count in rows.items()) + " rows."
     )

@@ -8,20 +8,19 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from dlrm.artifacts import MANIFEST_NAME, write_json
 from dlrm.config import Config
 from dlrm.errors import RunDirectoryError
+from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime
-
-T = TypeVar("T")
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "summary.json")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
@@ -45,7 +44,7 @@ class RunDirectory:
         else:
             name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
             path = _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
-        taken = _reported(path, lambda: [name for name in _FILES if os.path.lexists(path / name)])
+        taken = reported(path, lambda: [name for name in _FILES if os.path.lexists(path / name)])
         if taken:
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, or move this one away."
@@ -78,7 +77,7 @@ class RunDirectory:
             return RunDirectory(path)
 
         try:
-            return _reported(path, write)
+            return reported(path, write)
         except RunDirectoryError:
             with suppress(OSError):
                 for name in _FILES:  # `check` saw none of them: what is there is ours, and half a run
@@ -96,7 +95,7 @@ class RunDirectory:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
-        _reported(self.path, write)
+        reported(self.path, write)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a finished run.
@@ -104,20 +103,13 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
-        _reported(self.path, lambda: write_json(self.path / "summary.json", summary))
+        reported(self.path, lambda: write_json(self.path / "summary.json", summary))
 
 
 def _unused(path: Path) -> Path:
     """`path`, or with -2, -3, ... where another run has begun in the same second."""
     candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _reported(path: Path, write: Callable[[], T]) -> T:
-    try:
-        return write()
-    except OSError as error:
-        raise RunDirectoryError(f"{path}: can't be written ({error.strerror}). Choose another --run_dir.") from None
 
 
 def describe_environment(runtime: Runtime, config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
@@ -19,20 +19,13 @@ from dlrm.data.batch import Batch
 from dlrm.data.binary_days import Stage
 from dlrm.data.splits import Split
 from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
+from dlrm.metrics.sinks import Sink
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
 from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
 REPORTS_PER_EPOCH = 50
-
-
-class Sink(Protocol):
-    """Takes in lines of metrics."""
-
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """One line."""
-        ...
 
 
 class Trainer:
@@ -45,7 +38,7 @@ class Trainer:
         splits: dict[Stage, Split],
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
-        sink: Sink | None,
+        sink: Sink,
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -77,10 +70,12 @@ class Trainer:
         for epoch in range(self.config.training.epochs):
             self._train_epoch(epoch)
             if self.reached_target:
-                return
+                break
+        self._write("train_stop", reached_target=self.reached_target)
 
     def _train_epoch(self, epoch: int) -> None:
         """The pipeline runs dry before each validation and is filled again after it."""
+        self._write("epoch_start", epoch=epoch)
         split, evaluation = self.splits["train"], self.config.evaluation
         steps = split.partition.num_steps
         batches = split.batches(epoch)
@@ -97,6 +92,7 @@ class Trainer:
             if self.reached_target:
                 break
         progress.close()
+        self._write("epoch_stop", epoch=epoch)
 
     def _train_steps(self, batches: Iterator[Batch], epoch: int, steps: range, progress: Progress) -> None:
         partition = self.splits["train"].partition
@@ -119,7 +115,7 @@ class Trainer:
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
         )
-        self._write({"kind": "train", "epoch": epoch, **asdict(report), "learning_rate": rate})
+        self._write("train", epoch=epoch, **asdict(report), learning_rate=rate)
         return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
 
     def _validate(self, progress: Progress) -> None:
@@ -150,6 +146,7 @@ class Trainer:
         Raises:
             DivergedError: if a score is not finite.
         """
+        self._write(f"{stage}_start")
         split = self.splits[stage]
         self.model.eval()
         meter = EvaluationMeter(self.runtime.device)
@@ -161,7 +158,7 @@ class Trainer:
             progress.advance(span.global_rows)
         progress.close()
         result = meter.compute(stage)
-        self._write({"kind": stage, "step": self.step, "num_train_samples": self.num_samples, **asdict(result)})
+        self._write(stage, **asdict(result))
         return result
 
     @property
@@ -169,9 +166,9 @@ class Trainer:
         """Since training began, validations included."""
         return time.perf_counter() - self._started
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.sink is not None:
-            self.sink.append_metrics({**line, "elapsed_seconds": round(self.seconds, 3)})
+    def _write(self, kind: str, **fields: Any) -> None:
+        where = {"kind": kind, "step": self.step, "num_train_samples": self.num_samples}
+        self.sink.append_metrics({**where, **fields, "elapsed_seconds": round(self.seconds, 3)})
 
     def _print_learning_rates(self, progress: Progress) -> None:
         for group, parameters in enumerate(self.optimizer.param_groups):

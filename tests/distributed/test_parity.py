@@ -56,7 +56,7 @@ def train_losses(config: Config) -> list[float]:
         trainer = Trainer(config, runtime, open_run_splits(config, runtime), sharded, optimizer, sink)
         trainer.train()
         trainer.test()
-    return [line.get("loss", line.get("logloss")) for line in sink.lines]
+    return [line.get("loss", line.get("logloss")) for line in sink.lines if line["kind"] in ("train", "val", "test")]
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,7 @@ PATH = {"in_memory_binary_criteo_path": "days"}
             "--interaction_branch2_layer_sizes 64 needs --interaction_type projection",
         ),
         ({"eps": 1e-6}, "--eps 1e-06 needs --optimizer adagrad, rowwise_adagrad or adam"),
+        ({"mlperf_log": True}, "--mlperf_log needs --validation_auroc"),
         (
             {"validation_auroc": 0.8, "evaluate_on_epoch_end": False},
             "--validation_auroc 0.8 with --no_evaluate_on_epoch_end",
