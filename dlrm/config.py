@@ -17,7 +17,7 @@ import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from dlrm.errors import ConfigError
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 from dlrm.table_constraints import parse_rules, read_rules
 
 CONFIG_VERSION = 1
@@ -128,6 +128,14 @@ class ModelConfig:
     dense_arch_layer_sizes: IntList = (512, 256, 64)
     """Layers of the MLP over the 13 integers; the last is embedding_dim."""
 
+    standardize_dense: bool = False
+    """Give the MLP each integer less its mean over its deviation, both taken from the training rows, and beside it
+    whether it is missing (where the days tell: dlrm preprocess --missing_integers apart)."""
+
+    dense_buckets: Annotated[int, Ge(0), Lt(2**16)] = 0
+    """Each integer also falls into one of so many buckets, cut at quantiles of the training rows, or into one for
+    missing; each bucket has an embedding, which joins the interaction like a categorical feature's. 0: none."""
+
     over_arch_layer_sizes: IntList = (512, 512, 256, 1)
     """Layers of the MLP over the interaction; the last is 1, the logit."""
 
@@ -145,6 +153,16 @@ class ModelConfig:
 
     dcn_low_rank_dim: Annotated[int, Gt(0), Lt(2**20)] = 512
     """dcn only: rank of each cross layer's weight."""
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors that meet in the interaction: the MLP's, the tables', and the integers' where they have buckets."""
+        return 1 + NUM_CATEGORICAL_FEATURES + (NUM_INTEGER_FEATURES if self.dense_buckets else 0)
+
+    @property
+    def needs_dense_statistics(self) -> bool:
+        """Whether the model is built with statistics of the integers."""
+        return self.standardize_dense or self.dense_buckets > 0
 
     @property
     def table_rows(self) -> tuple[int, ...]:

@@ -67,6 +67,8 @@ def kaggle_sample() -> Config:
         model=ModelConfig(
             num_embeddings=100_000,
             embedding_dim=64,
+            standardize_dense=True,
+            dense_buckets=32,
             dense_arch_layer_sizes=(64, 64),
             over_arch_layer_sizes=(512, 1),
         ),

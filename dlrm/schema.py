@@ -11,6 +11,9 @@ INTEGER_NAMES: Final = tuple(f"int_{i}" for i in range(NUM_INTEGER_FEATURES))
 CATEGORICAL_NAMES: Final = tuple(f"cat_{i}" for i in range(NUM_CATEGORICAL_FEATURES))
 TABLE_NAMES: Final = tuple(f"t_{name}" for name in CATEGORICAL_NAMES)
 
+MISSING_DENSE: Final = 0.0
+"""A missing integer in days that tell it from others, all of which are log(2) or more there."""
+
 
 def num_kaggle_training_rows(num_rows: int) -> int:
     """Rows of the single criteo_kaggle file, from its start, that train: six of its seven days."""

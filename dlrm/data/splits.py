@@ -14,6 +14,7 @@ import numpy as np
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.data.batch import Batch, build_batch
 from dlrm.data.binary_days import DayRows, Stage, open_splits
+from dlrm.data.dense_statistics import DenseStatistics, sample_rows
 from dlrm.data.partition import Partition, Span
 from dlrm.data.random_source import RandomSource
 from dlrm.data.source import BYTES_PER_ROW, MappedSplit, RandomSplit, Source, load_split
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
 _BATCHES_AHEAD = 4
+_RANDOM_SAMPLE_ROWS = 1 << 12
 _ONE_HOT = (1,) * NUM_CATEGORICAL_FEATURES
 
 
@@ -82,6 +84,21 @@ def open_run_splits(config: Config, runtime: Runtime) -> dict[Stage, Split]:
     return {stage: _binary_split(config, stage, rows, partitions[stage], runtime) for stage, rows in days.items()}
 
 
+def measure_dense(config: Config) -> DenseStatistics:
+    """Statistics of the training rows' integers, the same whatever the world size.
+
+    Raises:
+        DatasetError: if the data is missing or wrong.
+    """
+    if config.is_random:
+        sample_SI = _random_source(config, "train").read(0, _RANDOM_SAMPLE_ROWS).dense_BI
+    else:
+        assert config.data.in_memory_binary_criteo_path is not None
+        days = open_splits(Path(config.data.in_memory_binary_criteo_path), config.data.dataset_name)["train"]
+        sample_SI = sample_rows(days.num_rows, lambda start, stop: days.read(start, stop).dense_BI)
+    return DenseStatistics.of(sample_SI, config.model.dense_buckets)
+
+
 def _check_sizes(config: Config, partitions: Mapping[Stage, Partition], runtime: Runtime) -> None:
     training = partitions["train"]
     if training.num_steps == 0:
@@ -112,20 +129,23 @@ def _partition(config: Config, stage: Stage, num_rows: int | None, world_size: i
 
 
 def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
-    assert config.training.seed is not None
     partition = _partition(config, stage, None, runtime.world_size)
     hotness = config.data.multi_hot_sizes or _ONE_HOT
-    source = RandomSource(
-        config.model.table_rows, hotness, config.data.zipf_exponent, derive_seed(config.training.seed, "random", stage)
-    )
     return Split(
-        RandomSplit(source, partition.num_rows),
+        RandomSplit(_random_source(config, stage), partition.num_rows),
         partition,
         runtime.rank,
         hotness,
         pin_memory=_pins(config, runtime),
         num_cached_batches=config.data.num_generated_batches,
     )
+
+
+def _random_source(config: Config, stage: Stage) -> RandomSource:
+    assert config.training.seed is not None
+    seed = derive_seed(config.training.seed, "random", stage)
+    hotness = config.data.multi_hot_sizes or _ONE_HOT
+    return RandomSource(config.model.table_rows, hotness, config.data.zipf_exponent, seed)
 
 
 def _binary_split(config: Config, stage: Stage, rows: DayRows, partition: Partition, runtime: Runtime) -> Split:

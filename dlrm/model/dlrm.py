@@ -1,6 +1,7 @@
 """Deep Learning Recommendation Model (arXiv:1906.00091), and its loss.
 
-Shapes: B samples of this rank, I integer features, F categorical features, D embedding dimension, G = (F + 1) * D.
+Shapes: B samples of this rank, I integer features, V vectors that interact (the MLP's, one for each of F
+categorical features and, where they have buckets, each integer), D embedding dimension, G = V * D.
 """
 
 import torch
@@ -13,8 +14,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm.config import ModelConfig
 from dlrm.data.batch import Batch
+from dlrm.data.dense_statistics import DenseStatistics
+from dlrm.model.dense import BucketEmbeddings, StandardizedDense
 from dlrm.model.interaction import DCNInteraction, DotInteraction, ProjectionInteraction
-from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, TABLE_NAMES
+from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
 
 class DLRM(nn.Module):
@@ -23,20 +26,30 @@ class DLRM(nn.Module):
     Given the same weights and batch it computes what torchrec.models.dlrm (DLRM, DLRM_DCN, DLRM_Projection) does.
     """
 
-    def __init__(self, config: ModelConfig, tables_device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, tables_device: torch.device, statistics: DenseStatistics | None = None
+    ) -> None:
         super().__init__()
         self.embedding_bag_collection = build_tables(config, tables_device)
-        self.dense_arch = MLP(NUM_INTEGER_FEATURES, list(config.dense_arch_layer_sizes))
+        if config.needs_dense_statistics and statistics is None:
+            raise ValueError("a model of standardized or bucketed integers needs their statistics")
+        self.standardize = StandardizedDense(statistics) if config.standardize_dense and statistics else None
+        self.buckets = (
+            BucketEmbeddings(statistics, config.embedding_dim) if config.dense_buckets and statistics else None
+        )
+        in_features = self.standardize.out_features if self.standardize else NUM_INTEGER_FEATURES
+        self.dense_arch = MLP(in_features, list(config.dense_arch_layer_sizes))
         self.interaction = build_interaction(config)
         *hidden, last = config.over_arch_layer_sizes
         self.over_arch = nn.Sequential(MLP(self.interaction.out_features, hidden), Fp32Linear(hidden[-1], last))
 
     def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Returns logits_B."""
-        dense_BD = self.dense_arch(dense_BI)
+        dense_BD = self.dense_arch(dense_BI if self.standardize is None else self.standardize(dense_BI))
+        bucketed = () if self.buckets is None else (self.buckets(dense_BI),)
         # A sharded collection gives features in the order of the ranks that hold them: take each by its name.
         pooled = self.embedding_bag_collection(sparse_features).to_dict()
-        features_BG = torch.cat([dense_BD, *(pooled[name] for name in CATEGORICAL_NAMES)], dim=1)
+        features_BG = torch.cat([dense_BD, *(pooled[name] for name in CATEGORICAL_NAMES), *bucketed], dim=1)
         return self.over_arch(self.interaction(dense_BD, features_BG)).squeeze(1)
 
 
@@ -100,7 +113,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 def build_interaction(config: ModelConfig) -> DotInteraction | DCNInteraction | ProjectionInteraction:
     """The interaction that `config` names."""
-    features, dim = NUM_CATEGORICAL_FEATURES, config.embedding_dim
+    features, dim = config.num_vectors - 1, config.embedding_dim
     match config.interaction_type:
         case "original":
             return DotInteraction(features, dim)

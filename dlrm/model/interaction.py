@@ -1,8 +1,8 @@
 """How embedded features meet: pairwise dot products, low-rank DCN v2, or projection.
 
-Shapes: B samples, F categorical features, D embedding dimension, P = (F + 1) * F / 2 pairs, G = (F + 1) * D.
-Each takes the embedded integers dense_BD, and features_BG: them and the F pooled embeddings end to end. Each says its
-`out_features`.
+Shapes: B samples, F sparse features (categorical ones, and integers that have buckets), D embedding dimension,
+P = (F + 1) * F / 2 pairs, G = (F + 1) * D. Each takes the embedded integers dense_BD, and features_BG: them and the F
+embeddings end to end. Each says its `out_features`.
 """
 
 from collections.abc import Sequence

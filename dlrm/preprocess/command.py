@@ -82,8 +82,8 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
 def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
     """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
     fields = (
-        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "seed", "rows",
-        "compat",
+        "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "missing_integers",
+        "seed", "rows", "compat",
     )  # fmt: skip
     return {
         "software": f"dlrm {__version__}",

@@ -55,6 +55,10 @@ class PreprocessConfig:
     """Take ids' indices and the integers' minimum from this folder, an earlier output, for a model trained on it. A
     single file is then held-out."""
 
+    missing_integers: Literal["zero", "apart"] = "zero"
+    """What a missing integer becomes. zero: what 0 becomes. apart: 0.0, which no other value becomes, so that a model
+    can tell it (dlrm_main.py --standardize_dense, --dense_buckets)."""
+
     seed: int = 0
     """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers."""
 
@@ -116,6 +120,12 @@ class PreprocessConfig:
         """Most table rows of a column: those of the applied vocabulary, where there is one."""
         return self.max_embeddings if self.applied is None else self.applied["ids"]["max_embeddings"]
 
+    @property
+    def tells_missing_integers(self) -> bool:
+        """Whether missing integers are told apart: as in the days of the applied vocabulary, where there is one."""
+        chosen = self.missing_integers if self.applied is None else self.applied["integers"].get("missing", "zero")
+        return chosen == "apart"
+
     def validate(self) -> None:
         """Refuses values out of range and combinations that make no sense.
 
@@ -133,7 +143,12 @@ class PreprocessConfig:
         if not self.output.strip():
             raise ConfigError(f"--output {self.output!r}: expected a folder's name")
         if self.is_compat:
-            idle = {"max_embeddings": None, "vocabulary_days": "train", "vocabulary": None}
+            idle = {
+                "max_embeddings": None,
+                "vocabulary_days": "train",
+                "vocabulary": None,
+                "missing_integers": "zero",
+            }
             for name, default in idle.items():
                 if getattr(self, name) != default:
                     raise ConfigError(
@@ -142,7 +157,13 @@ class PreprocessConfig:
             if self.seed >= 2**32:
                 raise ConfigError(f"--seed {self.seed} with --compat torchrec: expected less than 2**32, as numpy does")
         if self.vocabulary is not None:
-            for name, default in {"max_embeddings": None, "vocabulary_days": "train", "frequency_threshold": 3}.items():
+            chosen = {
+                "max_embeddings": None,
+                "vocabulary_days": "train",
+                "frequency_threshold": 3,
+                "missing_integers": "zero",
+            }
+            for name, default in chosen.items():
                 if getattr(self, name) != default:
                     raise ConfigError(f"--{name} with --vocabulary: the vocabulary has it already. Drop one of them.")
         count = len(self.raw) if self.days is None else min(self.days, len(self.raw))

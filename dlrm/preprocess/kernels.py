@@ -38,17 +38,19 @@ def parse_rows(
     labels_R: npt.NDArray[np.uint8],
     integers_IR: npt.NDArray[np.int32],
     ids_FR: npt.NDArray[np.uint32],
+    missing_R: npt.NDArray[np.uint16],
     rejected: npt.NDArray[np.int64],
 ) -> tuple[int, int]:
     """Parses whole lines of Criteo text. A missing integer or id is 0.
 
     Args:
         text: `size` bytes that end with a newline, and `raw.PADDING` bytes more.
+        missing_R: takes a bit for each integer that is missing, the first column's the lowest.
         rejected: takes (line, start, stop) of each line that is not a row: bytes [start, stop) without the newline.
             Parsing ends where it is full.
 
     Returns:
-        Numbers of rows and of rejected lines. The rows' values are in front in `labels_R`, `integers_IR`, `ids_FR`.
+        Numbers of rows and of rejected lines. The rows' values are in front in the arrays.
     """
     row = line = num_rejected = at = 0
     while at < size:
@@ -57,6 +59,7 @@ def parse_rows(
         if good:
             labels_R[row] = text[at] - _ZERO
             at += 2
+            missing = np.uint16(0)
             for column in range(NUM_INTEGER_FEATURES):
                 negative = text[at] == _MINUS
                 if negative:
@@ -75,7 +78,10 @@ def parse_rows(
                     good = False
                     break
                 integers_IR[column, row] = value
+                if at == first:
+                    missing |= np.uint16(1 << column)
                 at += 1
+            missing_R[row] = missing
         if good:
             for column in range(NUM_CATEGORICAL_FEATURES):
                 number = np.uint32(0)

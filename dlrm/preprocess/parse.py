@@ -23,9 +23,10 @@ from dlrm.schema import (
 )
 
 MIN_ROW_BYTES = NUM_COLUMNS + 1  # a label, 39 tabs, a newline, and nothing between
-PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 1
+PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 2 + 1
 _INTEGERS_OFFSET = 4 * NUM_CATEGORICAL_FEATURES
-_LABELS_OFFSET = _INTEGERS_OFFSET + 4 * NUM_INTEGER_FEATURES
+_MISSING_OFFSET = _INTEGERS_OFFSET + 4 * NUM_INTEGER_FEATURES
+_LABELS_OFFSET = _MISSING_OFFSET + 2
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -39,11 +40,12 @@ class RejectedLine:
 
 @dataclass(frozen=True)
 class Columns:
-    """Parsed rows, by column. A missing integer or id is 0."""
+    """Parsed rows, by column. A missing integer or id is 0; bit i of `missing_R` says that integer i is missing."""
 
     labels_R: npt.NDArray[np.uint8]
     integers_IR: npt.NDArray[np.int32]
     ids_FR: npt.NDArray[np.uint32]
+    missing_R: npt.NDArray[np.uint16]
     rejected: Sequence[RejectedLine]
 
     @property
@@ -64,6 +66,7 @@ class _Buffers(threading.local):
             self.labels = np.empty(rows, np.uint8)
             self.integers = np.empty((NUM_INTEGER_FEATURES, rows), np.int32)
             self.ids = np.empty((NUM_CATEGORICAL_FEATURES, rows), np.uint32)
+            self.missing = np.empty(rows, np.uint16)
 
 
 _buffers = _Buffers()
@@ -82,18 +85,25 @@ def parse_block(block: TextBlock, max_rejected: int) -> Columns:
         _buffers.labels,
         _buffers.integers,
         _buffers.ids,
+        _buffers.missing,
         spans,
     )
     rejected = [
         RejectedLine(line, block.text[start:stop].tobytes()) for line, start, stop in spans[:num_rejected].tolist()
     ]
-    return Columns(_buffers.labels[:rows], _buffers.integers[:, :rows], _buffers.ids[:, :rows], rejected)
+    return Columns(
+        _buffers.labels[:rows],
+        _buffers.integers[:, :rows],
+        _buffers.ids[:, :rows],
+        _buffers.missing[:rows],
+        rejected,
+    )
 
 
 def write_columns(path: Path, columns: Columns) -> None:
-    """Writes ids, integers and labels, column after column."""
+    """Writes ids, integers, which of these are missing, and labels, column after column."""
     with path.open("wb", buffering=0) as file:
-        for part in (*columns.ids_FR, *columns.integers_IR, columns.labels_R):
+        for part in (*columns.ids_FR, *columns.integers_IR, columns.missing_R, columns.labels_R):
             part.tofile(file)
 
 
@@ -120,6 +130,12 @@ def read_integers(path: Path, rows: int) -> npt.NDArray[np.int32]:
     """The integers [I, R] of a block of `rows` rows."""
     flat = np.fromfile(path, np.int32, NUM_INTEGER_FEATURES * rows, offset=_INTEGERS_OFFSET * rows)
     return flat.reshape(NUM_INTEGER_FEATURES, rows)
+
+
+def read_missing(path: Path, rows: int) -> npt.NDArray[np.bool_]:
+    """Which integers [I, R] of a block of `rows` rows are missing."""
+    missing_R = np.fromfile(path, np.uint16, rows, offset=_MISSING_OFFSET * rows)
+    return (missing_R >> np.arange(NUM_INTEGER_FEATURES, dtype=np.uint16)[:, None]) & 1 == 1
 
 
 def read_labels(path: Path, rows: int) -> npt.NDArray[np.uint8]:

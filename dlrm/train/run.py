@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config, ShardingConfig
 from dlrm.data.binary_days import Stage
-from dlrm.data.splits import open_run_splits
+from dlrm.data.splits import measure_dense, open_run_splits
 from dlrm.errors import ConfigError
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
@@ -79,11 +79,15 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
 
 
 def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
-    """The model before sharding: dense parts on the device, tables without memory, their optimizer attached."""
+    """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
+
+    Collective.
+    """
     assert config.training.seed is not None
+    statistics = on_main_rank(runtime, lambda: measure_dense(config)) if config.model.needs_dense_statistics else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.training.seed, "dense"))
-        model = DLRM(config.model, tables_device=torch.device("meta"))
+        model = DLRM(config.model, torch.device("meta"), statistics)
     for name, part in model.named_children():
         if name != "embedding_bag_collection":
             part.to(runtime.device)

@@ -70,10 +70,11 @@ class Case:
     precision: str = "fp32"
     forward: str = "fp32"
     backward: str = "fp32"
+    buckets: int = 0
     tolerance: float = 1e-5
 
     def __str__(self) -> str:
-        return "-".join(str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0.0, None, 1e-5))
+        return "-".join(str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0, None, 1e-5))
 
     def config(self, ranks: int) -> Config:
         rules = f"all = {self.sharding}" if self.sharding and ranks > 1 else None
@@ -89,6 +90,8 @@ class Case:
                 dense_arch_layer_sizes=(16, 8),
                 over_arch_layer_sizes=(16, 1),
                 interaction_type=self.interaction,
+                standardize_dense=self.buckets > 0,
+                dense_buckets=self.buckets,
                 interaction_branch1_layer_sizes=(16, 16),
                 interaction_branch2_layer_sizes=(16, 16),
             ),
@@ -120,6 +123,8 @@ CASES = [
     Case("row_wise", "rowwise_adagrad", weight_decay=0.1),
     Case(None, "adagrad", "dcn"),
     Case(None, "sgd", "projection"),
+    Case(None, "adagrad", buckets=5),
+    Case(None, "adagrad", "dcn", buckets=5),
     Case(None, "adagrad", precision="bf16", tolerance=2e-3),
     *(
         Case(sharding, "adagrad", forward=forward, backward=backward, tolerance=2e-3)

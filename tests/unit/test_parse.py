@@ -16,6 +16,7 @@ from dlrm.preprocess.parse import (
     read_ids,
     read_integers,
     read_labels,
+    read_missing,
     write_columns,
 )
 from dlrm.preprocess.raw import PADDING, TextBlock
@@ -119,6 +120,9 @@ def assert_parsed(columns: Columns, lines: list[bytes]) -> int:
     ids = np.array([row for _, _, row in values], np.int64).reshape(-1, NUM_CATEGORICAL_FEATURES)
     np.testing.assert_array_equal(columns.labels_R, labels)
     np.testing.assert_array_equal(columns.integers_IR, integers.T)
+    fields = [lines[i].split(b"\t")[1 : 1 + NUM_INTEGER_FEATURES] for i in good]
+    missing = [sum(1 << column for column, field in enumerate(row) if not field) for row in fields]
+    np.testing.assert_array_equal(columns.missing_R, np.array(missing, np.uint16))
     np.testing.assert_array_equal(columns.ids_FR, ids.T)
     return len(values)
 
@@ -258,6 +262,8 @@ def test_columns_are_read_as_they_were_written(rows, criteo_lines, tmp_path):
     np.testing.assert_array_equal(ids, columns.ids_FR)
     np.testing.assert_array_equal(read_integers(tmp_path / "block", rows), columns.integers_IR)
     np.testing.assert_array_equal(read_labels(tmp_path / "block", rows), columns.labels_R)
+    bits = sum(read_missing(tmp_path / "block", rows)[i].astype(int) << i for i in range(13))
+    np.testing.assert_array_equal(bits, columns.missing_R)
     assert len(columns.labels_R) == rows
 
 

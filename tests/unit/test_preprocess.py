@@ -142,6 +142,22 @@ def test_against_the_plain_twin(raw, lines, monkeypatch):
     assert 150 < len(moved) < 400  # of 700 rows, 500/1200 came from the other day
 
 
+def test_missing_integers_apart(raw, lines):
+    plain, apart = write(raw, output="plain"), write(raw, missing_integers="apart")
+    assert json.loads((apart / "manifest.json").read_text())["integers"]["missing"] == "apart"
+    assert json.loads((plain / "manifest.json").read_text())["integers"]["missing"] == "zero"
+    missing = np.array([[not value for value in line.split("\t")[1:14]] for line in lines[2]])
+    assert 0 < missing.sum() < missing.size
+    dense, told = load(plain, "day_2")[0], load(apart, "day_2")[0]
+    assert dense.min() > 0.69
+    np.testing.assert_array_equal(told, np.where(missing, np.float32(0), dense))
+    for day in (0, 1):
+        differs = load(plain, f"day_{day}")[0] != load(apart, f"day_{day}")[0]
+        np.testing.assert_array_equal(differs, load(apart, f"day_{day}")[0] == 0)
+    applied = write(raw, "day_2.tsv", output="later", vocabulary=str(apart))
+    np.testing.assert_array_equal(load(applied, "day_0")[0], told)
+
+
 def test_manifest_and_vocabulary(raw, lines):
     folder = write(raw, frequency_threshold=4)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -434,6 +450,8 @@ def test_files_that_cannot_be(raw):
         ((), {"compat": "torchrec", "max_embeddings": 9}, "--max_embeddings with --compat torchrec"),
         ((), {"compat": "torchrec", "vocabulary_days": "all"}, "--vocabulary_days with --compat torchrec"),
         ((), {"vocabulary": "elsewhere", "frequency_threshold": 5}, "--frequency_threshold with --vocabulary"),
+        ((), {"vocabulary": "elsewhere", "missing_integers": "apart"}, "--missing_integers with --vocabulary"),
+        ((), {"compat": "torchrec", "missing_integers": "apart"}, "--missing_integers with --compat torchrec"),
         ((), {"vocabulary": "elsewhere", "max_embeddings": 5}, "--max_embeddings with --vocabulary"),
     ],
 )

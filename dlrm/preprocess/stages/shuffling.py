@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dlrm.preprocess.compat import numpy_shuffle_positions, round_to_float32
 from dlrm.preprocess.kernels import bucket_sizes
 from dlrm.preprocess.layout import Block, Layout
-from dlrm.preprocess.parse import read_integers, read_labels
+from dlrm.preprocess.parse import read_integers, read_labels, read_missing
 from dlrm.preprocess.run import Run
 from dlrm.preprocess.shuffle import (
     GATHER_BYTES_PER_ROW,
@@ -25,7 +25,7 @@ from dlrm.preprocess.shuffle import (
     count_buckets,
     write_rows,
 )
-from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+from dlrm.schema import CATEGORICAL_NAMES, MISSING_DENSE, NUM_CATEGORICAL_FEATURES
 
 _BUCKET_ROWS, _MAX_BUCKETS = 1 << 17, 1 << 10
 _SHUFFLE_PURPOSE = 0x53485546464C45  # "SHUFFLE"
@@ -147,6 +147,8 @@ def _scatter_block(run: Run, days: list[ArrayFiles], buckets: Buckets, minima: l
     path, rows, train = run.parsed_path(block), block.rows, len(keys_R)
     integers_IR = read_integers(path, rows)
     dense_IR = log_dense(integers_IR, minima[block.day])
+    if run.config.tells_missing_integers:
+        dense_IR[read_missing(path, rows)] = MISSING_DENSE
     indices_FR = np.empty((NUM_CATEGORICAL_FEATURES, rows), np.int32)
     for column, name in enumerate(CATEGORICAL_NAMES):
         encoded = run.encoded_path(block.day, name)

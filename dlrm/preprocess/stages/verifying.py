@@ -102,6 +102,7 @@ def _manifest(
         "num_train_rows": layout.num_train_rows,
         "integers": {
             "transform": "log(x - minimum + 2)",
+            "missing": "apart" if config.tells_missing_integers else "zero",
             "minimum": minima if config.is_compat else minima[0],
             "clamped": clamped,
         },
