@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm.config import Config
-from dlrm.data.splits import open_run_splits
+from dlrm.data.splits import draw_run_companions, open_run_splits
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak_memory_gib
@@ -47,7 +47,8 @@ def run(config: Config, runtime: Runtime) -> None:
         ),
     )
     placement = describe_plan(plan, model, runtime.world_size, table_state_floats_per_weight(config.optimizer))
-    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
+    companions = draw_run_companions(config, runtime)
+    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
     sharded = shard_model(model, plan, runtime.device, config.training.seed)
     optimizer = build_optimizer(sharded, config.optimizer)
 
@@ -59,6 +60,9 @@ def run(config: Config, runtime: Runtime) -> None:
         _announce(config, placement, {stage: split.partition.num_used_rows for stage, split in splits.items()})
     trainer = Trainer(config, runtime, splits, sharded, optimizer, directory if runtime.is_main else None)
     trainer.train()
+    if (frequencies := splits["train"].frequencies) is not None:
+        counts = frequencies.total(runtime)
+        on_main_rank(runtime, lambda: directory.write_frequencies(counts))
     test = trainer.test() if config.evaluation.evaluate_on_training_end else None
     summary = summarize(config, runtime, trainer, test)
     if runtime.is_main:
@@ -136,6 +140,11 @@ def _announce(config: Config, placement: Placement, rows: dict[Any, int]) -> Non
     )
     if config.is_random:
         print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
+    if (rate := config.data.undersampling_rate) is not None:
+        print(
+            f"Of the training rows with label 0 a share of {rate:.4g} is kept. Validation and test predictions are "
+            f"corrected for it: log({rate:.4g}) = {config.data.logit_correction:.4f} is added to each logit."
+        )
     if config.output.print_sharding_plan:
         print(placement.to_text())
     print(placement.summary(), flush=True)
