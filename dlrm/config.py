@@ -114,8 +114,8 @@ class DataConfig:
     """How the companions of multi_hot_sizes are drawn: uniform, or pareto of shape 0.25, modulo the table's rows."""
 
     collect_multi_hot_freqs_stats: bool = False
-    """Count how often each id of each feature is trained on, without companions and with them, and write the counts to
-    multi_hot_freqs.npz. Needs several ids per feature, and 16 bytes a table row on each rank."""
+    """Count how often each id of each feature is trained on, as a sample's first id of the feature and as any of them,
+    and write the counts to multi_hot_freqs.npz in the run directory. Takes 16 bytes a table row on each rank."""
 
     @property
     def folder(self) -> str | None:
@@ -415,7 +415,7 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
     is_for_random = "is for random data; leave out --in_memory_binary_criteo_path"
     is_binary = not config.is_random
     is_multi_hot_folder = config.data.synthetic_multi_hot_criteo_path is not None
-    is_expanded = config.data.multi_hot_sizes is not None and not is_multi_hot_folder
+    is_expanded = max(config.data.multi_hot_sizes or (1,)) > 1 and not is_multi_hot_folder
     drawn_already = "with --synthetic_multi_hot_criteo_path: its ids are drawn already. Drop one of them"
     kind, evaluation = config.model.interaction_type, config.evaluation
     validates = evaluation.evaluate_on_epoch_end or evaluation.validation_freq_within_epoch is not None
@@ -434,11 +434,11 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
         ("data", "shuffle_training_set", config.is_random, needs_folder),
         ("data", "undersampling_rate", config.is_random, needs_folder),
         ("data", "multi_hot_distribution_type", is_multi_hot_folder, drawn_already),
-        ("data", "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes"),
+        ("data", "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes of more than one id"),
         (
             "data",
             "collect_multi_hot_freqs_stats",
-            not is_expanded and not is_multi_hot_folder,
+            config.data.multi_hot_sizes is None and not is_multi_hot_folder,
             "needs --multi_hot_sizes or --synthetic_multi_hot_criteo_path",
         ),
         ("data", "limit_val_batches", not validates, validates_not),

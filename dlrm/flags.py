@@ -99,8 +99,9 @@ def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
             near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(kind), n=1)
             return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}" if near else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            allowed = ", ".join(choice for choice in choices if choice != "None")
-            return f"--{argument.field.intern_name} {value}: expected one of {allowed}"
+            # Of a flag that may be left out tyro gives the choices as a set, with None among them.
+            allowed = sorted(set(choices) - {"None"}) if "None" in choices else choices
+            return f"--{argument.field.intern_name} {value}: expected one of {', '.join(allowed)}"
         case tyro_errors.BadValue(argument=argument):
             return f"--{argument.field.intern_name}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:

@@ -1,13 +1,10 @@
 """The three splits of a run, each an iterable of this rank's batches, built ahead of need."""
 
-import queue
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +16,7 @@ from dlrm.data.expansion import Companions, Expansion, share_companions
 from dlrm.data.frequencies import BYTES_PER_TABLE_ROW, IdFrequencies
 from dlrm.data.multi_hot import check_hotness, check_multi_hot_folder
 from dlrm.data.partition import Partition, Span
+from dlrm.data.prefetch import prefetch
 from dlrm.data.random_source import RandomSource
 from dlrm.data.source import (
     ExpandedSplit,
@@ -34,8 +32,6 @@ from dlrm.data.undersampling import BITS_PER_ROW, undersample
 from dlrm.errors import DatasetError
 from dlrm.runtime import Runtime, derive_seed, on_every_rank
 from dlrm.schema import ONE_HOT
-
-T = TypeVar("T")
 
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
 _BATCHES_AHEAD = 4
@@ -129,6 +125,8 @@ def open_run_splits(config: Config, runtime: Runtime, companions: Companions | N
         available -= expansion.num_bytes
     elif expansion is not None:
         available -= expansion.num_bytes // runtime.local_world_size
+    if data.collect_multi_hot_freqs_stats:
+        available -= _check_counts(table_rows, available)
     if days is None:
         hotness = data.multi_hot_sizes or ONE_HOT
         splits = {stage: _random_split(config, stage, runtime, companions) for stage in STAGES}
@@ -136,7 +134,6 @@ def open_run_splits(config: Config, runtime: Runtime, companions: Companions | N
         hotness = _hotness(days["train"], companions)
         splits = _binary_splits(config, days, runtime, companions, available)
     if data.collect_multi_hot_freqs_stats:
-        _check_counts(table_rows, available)
         splits["train"] = replace(splits["train"], frequencies=IdFrequencies(table_rows, hotness))
     return splits
 
@@ -216,13 +213,15 @@ def _check_sizes(
         )
 
 
-def _check_counts(table_rows: tuple[int, ...], available: int) -> None:
+def _check_counts(table_rows: tuple[int, ...], available: int) -> int:
+    """Bytes that counting ids takes."""
     needed = BYTES_PER_TABLE_ROW * sum(table_rows)
     if needed > available:
         raise DatasetError(
             f"--collect_multi_hot_freqs_stats: {show_bytes(needed)} of counts a rank, "
             f"{show_bytes(max(0, available))} free. Leave it out, or use smaller tables."
         )
+    return needed
 
 
 def _partition(data: DataConfig, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
@@ -262,45 +261,3 @@ def _label(config: Config, runtime: Runtime, text: str) -> str:
 
 def _pins(config: Config, runtime: Runtime) -> bool:
     return config.data.pin_memory and runtime.device.type == "cuda"
-
-
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Runs `items` on a thread, `depth` ready and one in the making at most; its exceptions come out here.
-
-    The thread ends when the consumer stops early.
-    """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not _put(ready, (item, None), stopped):
-                    return
-            _put(ready, (None, None), stopped)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
-            _put(ready, (None, error), stopped)
-
-    thread = threading.Thread(target=produce, name="batch-builder", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

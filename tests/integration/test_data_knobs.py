@@ -112,3 +112,13 @@ def test_materialized_days_train_like_ids_made_on_the_fly(days: Path, tmp_path: 
     assert done.returncode == 2
     assert "ids per feature, expected 2,2,2" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_companions_beyond_the_hosts_memory_are_one_line(tmp_path: Path) -> None:
+    flags = ["--multi_hot_distribution_type", "pareto", "--multi_hot_sizes", ",".join(["1000000"] * 26)]
+    done = run_main(*TINY, *flags, "--num_embeddings", "100000", "--run_dir", str(tmp_path / "run"), ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("dlrm: error") == 1
+    assert "--multi_hot_sizes: 9,685.7 GiB of companions a host" in done.stderr
+    assert "--synthetic_multi_hot_criteo_path" in done.stderr
+    assert not (tmp_path / "run").exists()

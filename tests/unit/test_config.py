@@ -169,6 +169,10 @@ PATH = {"in_memory_binary_criteo_path": "days"}
         ({"shuffle_training_set": True}, "--shuffle_training_set needs --in_memory_binary_criteo_path"),
         ({"undersampling_rate": 0.5}, "--undersampling_rate 0.5 needs --in_memory_binary_criteo_path"),
         ({"multi_hot_distribution_type": "pareto"}, "--multi_hot_distribution_type pareto needs --multi_hot_sizes"),
+        (
+            {**PATH, "multi_hot_sizes": (1,) * 26, "multi_hot_distribution_type": "uniform"},
+            "--multi_hot_distribution_type uniform needs --multi_hot_sizes of more than one id",
+        ),
         ({**PATH, "multi_hot_distribution_type": "uniform"}, "--multi_hot_distribution_type uniform needs --multi_hot"),
         (
             {"synthetic_multi_hot_criteo_path": "d", "multi_hot_distribution_type": "uniform"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlrm.config import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
-from dlrm.data.splits import STAGES, open_run_splits
+from dlrm.data.splits import STAGES, draw_run_companions, open_run_splits
 from dlrm.errors import DatasetError
 from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.runtime import Runtime
@@ -324,6 +324,26 @@ def test_memory_is_counted_before_it_is_taken(days):
     with pytest.raises(DatasetError, match="GiB of rows a rank"):
         open_with(tables + rows - 160, mmap_mode=False)
     open_with(tables + 160 * ROWS_PER_DAY[-1], mmap_mode=False, shuffle_training_set=True)
+
+
+def test_headers_are_checked_before_companions_are_drawn(days, monkeypatch):
+    config = config_of(days[0], multi_hot_sizes=SIZES)
+    companions = draw_run_companions(config, runtime_of(0, 1))
+    assert [table.shape for table in companions.tables] == list(
+        zip(TABLE_ROWS, [size - 1 for size in SIZES], strict=True)
+    )
+    splits = open_run_splits(config, runtime_of(0, 1), companions)
+    assert all(splits[stage].source.companions is companions for stage in STAGES)
+    (days[0] / "day_1_dense.npy").unlink()
+    monkeypatch.setattr("dlrm.data.expansion.draw_table", None)
+    with pytest.raises(DatasetError, match=r"day_1_dense.npy: missing"):
+        draw_run_companions(config, runtime_of(0, 1))
+
+
+@pytest.mark.parametrize("data", [{}, {"multi_hot_sizes": (1,) * 26}, {"synthetic_multi_hot_criteo_path": "d"}])
+def test_no_companions_where_none_are_needed(data, days):
+    assert draw_run_companions(config_of(days[0], **data), runtime_of(0, 1)) is None
+    assert draw_run_companions(config_of(None, multi_hot_sizes=SIZES), runtime_of(0, 1)) is None
 
 
 def test_counts_are_those_of_what_was_taken(days):
