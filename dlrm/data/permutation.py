@@ -63,5 +63,6 @@ def _add(values_B: npt.NDArray[np.int64], words_B: npt.NDArray[np.uint64], modul
     words_B >>= np.uint64(32)
     words_B *= np.uint64(modulus)  # both below 2**32
     words_B >>= np.uint64(32)
-    values_B += words_B.view(np.int64)
-    np.subtract(values_B, modulus, out=values_B, where=values_B >= modulus)
+    words_B += values_B.view(np.uint64)
+    # Below the modulus the difference wraps round to a huge number, so that the sum itself is the smaller one.
+    np.minimum(words_B, words_B - np.uint64(modulus), out=values_B.view(np.uint64))
