@@ -71,6 +71,10 @@ class DataConfig:
     """Folder of binary Criteo days (day_{i}_dense.npy, day_{i}_sparse.npy, day_{i}_labels.npy). The last day is held
     out: its first half validates, its second half tests. Each rank loads only its own rows into memory."""
 
+    synthetic_multi_hot_criteo_path: Annotated[str | None, optional("one id per feature", "FOLDER")] = None
+    """Folder of day_{i}_sparse_multi_hot.npz as `dlrm materialize` writes them, several ids per feature. Dense values
+    and labels come from in_memory_binary_criteo_path, or from this folder where that is not given."""
+
     dataset_name: Literal["criteo_1t", "criteo_kaggle"] = "criteo_1t"
     """Layout of the folder. criteo_kaggle: train_{dense,sparse,labels}.npy in time order; the first 6/7 of the rows
     train, of the rest the first half validates and the second tests."""
@@ -99,6 +103,16 @@ class DataConfig:
     shuffle_batches: bool = False
     """Permute the rows inside each rank's training batch. Needs binary days."""
 
+    shuffle_training_set: bool = False
+    """Train on the rows of all training days in another uniformly random order every epoch, the same for a seed and any
+    number of ranks. Training rows are then read from disk as they are needed, as with mmap_mode: fast where they stay
+    in the page cache. Needs binary days."""
+
+    undersampling_rate: Annotated[float | None, Gt(0.0), Le(1.0), optional("all stay", "FLOAT")] = None
+    """Share of the training rows with label 0 that is trained on; all rows with label 1 are. Validation and test sets
+    stay whole, and for them log(undersampling_rate) is added to each logit: reported log loss, NE and calibration are
+    those of the original click rate. Needs binary days."""
+
     pin_memory: bool = False
     """Build batches in page-locked memory, which speeds up copies to a GPU. No effect without one."""
 
@@ -109,7 +123,32 @@ class DataConfig:
     """Random data only: id k of a table is drawn with probability falling as (k + 1)^-exponent. 0 is uniform."""
 
     multi_hot_sizes: Annotated[IntList | None, optional("one each", "INT,INT,...")] = None
-    """Random data only: ids per sample of each of the 26 features."""
+    """Ids per sample of each of the 26 features. On binary days each id brings the same random companions wherever it
+    comes, as MLPerf's DLRM v2 defines and `dlrm materialize` writes them. Random data has independent ids instead, or
+    the same companions where multi_hot_distribution_type is given."""
+
+    multi_hot_distribution_type: Annotated[Literal["uniform", "pareto"] | None, optional("uniform", "KIND")] = None
+    """How the companions of multi_hot_sizes are drawn: uniform, or pareto of shape 0.25, modulo the table's rows."""
+
+    collect_multi_hot_freqs_stats: bool = False
+    """Count how often each id of each feature is trained on, as a sample's first id of the feature and as any of them,
+    and write the counts to multi_hot_freqs.npz in the run directory. Takes 16 bytes a table row on each rank."""
+
+    @property
+    def folder(self) -> str | None:
+        """Folder of dense values and labels; None for random data."""
+        if self.in_memory_binary_criteo_path is not None:
+            return self.in_memory_binary_criteo_path
+        return self.synthetic_multi_hot_criteo_path
+
+    @property
+    def logit_correction(self) -> float:
+        """What to add to the logits of a model trained on these rows, for predictions at the original click rate.
+
+        With a share w of the negatives left, a prediction p becomes p / (p + (1 - p) / w) (He et al., "Practical
+        Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014, section 6.3): its logit grows by log(w).
+        """
+        return math.log(self.undersampling_rate or 1.0)
 
 
 @dataclass(frozen=True)
@@ -331,7 +370,7 @@ class Config:
     @property
     def is_random(self) -> bool:
         """Whether samples are generated rather than read."""
-        return self.data.in_memory_binary_criteo_path is None
+        return self.data.folder is None
 
     def validate(self) -> None:
         """Refuses values out of range and combinations that make no sense.
@@ -350,7 +389,11 @@ class Config:
         _check_optimizer(self.optimizer)
         if self.training.allow_tf32 and self.training.precision not in (None, "tf32"):
             raise ConfigError(f"--allow_tf32 with --precision {self.training.precision}: give one of the two")
-        for owner, name in ((self.data, "in_memory_binary_criteo_path"), (self.output, "run_dir")):
+        for owner, name in (
+            (self.data, "in_memory_binary_criteo_path"),
+            (self.data, "synthetic_multi_hot_criteo_path"),
+            (self.output, "run_dir"),
+        ):
             if (path := getattr(owner, name)) is not None and not path.strip():
                 raise ConfigError(f"--{name} {path!r}: expected a folder's name")
         _check_effects(self)
@@ -480,6 +523,9 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
     needs_folder = "needs --in_memory_binary_criteo_path; data is random without it"
     is_for_random = "is for random data; leave out --in_memory_binary_criteo_path"
     is_binary = not config.is_random
+    is_multi_hot_folder = config.data.synthetic_multi_hot_criteo_path is not None
+    is_expanded = max(config.data.multi_hot_sizes or (1,)) > 1 and not is_multi_hot_folder
+    drawn_already = "with --synthetic_multi_hot_criteo_path: its ids are drawn already. Drop one of them"
     kind, evaluation = config.model.interaction_type, config.evaluation
     validates = evaluation.evaluate_on_epoch_end or evaluation.validation_freq_within_epoch is not None
     validates_not = (
@@ -496,7 +542,16 @@ def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
         ("data", "drop_last_training_batch", config.is_random, needs_folder),
         ("data", "num_generated_batches", is_binary, is_for_random),
         ("data", "zipf_exponent", is_binary, is_for_random),
-        ("data", "multi_hot_sizes", is_binary, is_for_random + ". Binary days hold one id per feature so far"),
+        ("data", "shuffle_training_set", config.is_random, needs_folder),
+        ("data", "undersampling_rate", config.is_random, needs_folder),
+        ("data", "multi_hot_distribution_type", is_multi_hot_folder, drawn_already),
+        ("data", "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes of more than one id"),
+        (
+            "data",
+            "collect_multi_hot_freqs_stats",
+            config.data.multi_hot_sizes is None and not is_multi_hot_folder,
+            "needs --multi_hot_sizes or --synthetic_multi_hot_criteo_path",
+        ),
         ("data", "limit_val_batches", not validates, validates_not),
         ("data", "limit_test_batches", not evaluation.evaluate_on_training_end, tests_not),
         (

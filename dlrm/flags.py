@@ -15,14 +15,6 @@ from dlrm.recipes import RECIPES
 T = TypeVar("T")
 
 PROG = "dlrm_main.py"
-# Flags of the public example that this program does not have yet.
-NOT_YET = (
-    "shuffle_training_set",
-    "undersampling_rate",
-    "synthetic_multi_hot_criteo_path",
-    "multi_hot_distribution_type",
-    "collect_multi_hot_freqs_stats",
-)
 DESCRIPTION = """Trains, validates and tests a Deep Learning Recommendation Model with TorchRec.
 
 Takes the flags of the public TorchRec DLRM example, spelled as there. Without a data path the data is random.
@@ -41,15 +33,6 @@ def parse_args(argv: Sequence[str]) -> Config:
         base = _reset(base, "model", "num_embeddings_per_feature")
     if _names(argv, "adagrad") and not _names(argv, "optimizer"):
         base = _reset(base, "optimizer", "optimizer")
-    if (
-        _names(argv, "in_memory_binary_criteo_path")
-        and not _names(argv, "multi_hot_sizes")
-        and base.data.multi_hot_sizes
-    ):
-        raise ConfigError(
-            f"--recipe {base.recipe} with --in_memory_binary_criteo_path: binary days of several ids per feature are "
-            "not read yet. Leave the path out to run it on random data."
-        )
     config = parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base)
     # What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and
     # so is a recipe's data set that is not given.
@@ -115,12 +98,12 @@ def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
     """One line for what tyro would print as a box."""
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
-            if kind is Config and (early := [name for name in NOT_YET if _names(tokens, name)]):
-                return f"--{early[0]}: a flag of the public example that is not supported yet. Leave it out"
             near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(kind), n=1)
             return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}" if near else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            return f"--{argument.field.intern_name} {value}: expected one of {', '.join(choices)}"
+            # Of a flag that may be left out tyro gives the choices as a set, with None among them.
+            allowed = sorted(set(choices) - {"None"}) if "None" in choices else choices
+            return f"--{argument.field.intern_name} {value}: expected one of {', '.join(allowed)}"
         case tyro_errors.BadValue(argument=argument):
             return f"--{argument.field.intern_name}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:

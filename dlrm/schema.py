@@ -4,6 +4,7 @@ from typing import Final
 
 NUM_INTEGER_FEATURES: Final = 13
 NUM_CATEGORICAL_FEATURES: Final = 26
+ONE_HOT: Final = (1,) * NUM_CATEGORICAL_FEATURES
 NUM_COLUMNS: Final = 1 + NUM_INTEGER_FEATURES + NUM_CATEGORICAL_FEATURES
 
 # The names that torchrec.datasets.criteo gives them, so that weights move between the two.

@@ -15,22 +15,39 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from dlrm.data.partition import Span
-from dlrm.schema import CATEGORICAL_NAMES
+from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES
 
 INDEX_PER_KEY: Final = {name: position for position, name in enumerate(CATEGORICAL_NAMES)}
 
 
 @dataclass
 class Rows:
-    """Rows of a split as arrays: dense_BI float32, ids_BN integers (feature by feature), labels_B."""
+    """Rows of a split as arrays: dense_BI float32, ids integers, labels_B.
+
+    Ids are one array [B, N], feature by feature, or an array [B, hotness] of each feature.
+    """
 
     dense_BI: npt.NDArray[np.float32]
-    ids_BN: npt.NDArray[np.integer]
+    ids: tuple[npt.NDArray[np.integer], ...]
     labels_B: npt.NDArray[np.integer]
 
-    def take(self, order: npt.NDArray[np.intp]) -> "Rows":
-        """The rows in another order."""
-        return Rows(self.dense_BI[order], self.ids_BN[order], self.labels_B[order])
+    @staticmethod
+    def empty(num_rows: int, widths: Sequence[int]) -> "Rows":
+        """Rows to be filled in; `widths` are the columns of each array of ids."""
+        return Rows(
+            np.empty((num_rows, NUM_INTEGER_FEATURES), np.float32),
+            tuple(np.empty((num_rows, width), np.int32) for width in widths),
+            np.empty(num_rows, np.int32),
+        )
+
+    @property
+    def ids_BN(self) -> npt.NDArray[np.integer]:
+        """All ids side by side."""
+        return self.ids[0] if len(self.ids) == 1 else np.concatenate(self.ids, axis=1)
+
+    def take(self, order: npt.NDArray[np.intp] | slice) -> "Rows":
+        """The rows in another order, or some of them."""
+        return Rows(self.dense_BI[order], tuple(ids[order] for ids in self.ids), self.labels_B[order])
 
 
 @dataclass
@@ -106,11 +123,11 @@ def build_batch(rows: Rows, span: Span, hotness: Sequence[int]) -> Batch:
     """
     padding = span.padded_rows - span.rows
     jagged = _jagged(tuple(hotness), span.rows, span.padded_rows)
-    if rows.ids_BN.shape[1] == len(hotness):  # one id per feature: a transpose
-        values = np.ascontiguousarray(rows.ids_BN.T).reshape(-1)
+    if len(rows.ids) == 1 and rows.ids[0].shape[1] == len(hotness):  # one id per feature: a transpose
+        values = np.ascontiguousarray(rows.ids[0].T).reshape(-1)
     else:
-        columns = np.split(rows.ids_BN, np.cumsum(hotness)[:-1], axis=1)
-        values = np.concatenate([column.reshape(-1) for column in columns])
+        features = rows.ids if len(rows.ids) > 1 else np.split(rows.ids[0], np.cumsum(hotness)[:-1], axis=1)
+        values = np.concatenate([ids_BH.reshape(-1) for ids_BH in features])
     dense_BI = torch.from_numpy(np.ascontiguousarray(rows.dense_BI))
     labels_B = torch.from_numpy(rows.labels_B.astype(np.float32))
     if padding:

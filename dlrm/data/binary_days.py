@@ -2,13 +2,13 @@
 
 Layout (that of the public TorchRec example): `day_{i}_dense.npy` float32 [rows, 13], `day_{i}_sparse.npy` int32
 [rows, 26] (int64 as torchrec's tsv_to_npys leaves it is read too), `day_{i}_labels.npy` int32 [rows, 1].
-For criteo_kaggle one "day" named `train`. Shapes: B rows, I integer features, F categorical features.
+For criteo_kaggle one "day" named `train`. Ids of multi-hot days lie in `day_{i}_sparse_multi_hot.npz` instead.
+Shapes: B rows.
 """
 
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header
+from dlrm.artifacts import read_npy_header
 from dlrm.data.batch import Rows
+from dlrm.data.manifest import check_manifest
+from dlrm.data.multi_hot import map_multi_hot
 from dlrm.errors import DatasetError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kaggle_training_rows
 
@@ -32,22 +34,27 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Day:
-    """The three arrays of a day, memory mapped."""
+    """The arrays of a day, memory mapped.
 
-    folder: Path
-    name: str
+    Attributes:
+        ids: one array [rows, 26], or 26 of [rows, hotness].
+        paths: file of `dense`, `sparse` and `labels`.
+    """
+
     dense: npt.NDArray[np.float32]
-    sparse: npt.NDArray[np.integer]
+    ids: tuple[npt.NDArray[np.integer], ...]
     labels: npt.NDArray[np.int32]
+    paths: Mapping[str, Path]
 
     @property
     def num_rows(self) -> int:
         """Rows in the day's files."""
         return len(self.dense)
 
-    def path(self, part: str) -> Path:
-        """File of `dense`, `sparse` or `labels`."""
-        return _part_path(self.folder, self.name, part)
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each array of ids."""
+        return tuple(array.shape[1] for array in self.ids)
 
 
 @dataclass(frozen=True)
@@ -70,37 +77,62 @@ class DayRows:
         """Rows of the split."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each array of ids."""
+        return self.pieces[0].day.widths
+
     def read(self, start: int, stop: int) -> Rows:
         """Copies rows [start, stop) of the split, checked.
 
         Raises:
             DatasetError: at a dense value that is not finite, a negative id, or a label other than 0 and 1.
         """
+        return self._join(_read_checked(day, rows) for day, rows in self._ranges(start, stop))
+
+    def take(self, rows_B: npt.NDArray[np.int64]) -> Rows:
+        """Copies rows of the split, given in ascending order, checked as in `read`."""
         parts = []
+        first = low = 0
+        for piece in self.pieces:
+            stop = first + piece.stop - piece.start
+            high = int(np.searchsorted(rows_B, stop))
+            if low < high:
+                parts.append(_read_checked(piece.day, rows_B[low:high] + (piece.start - first)))
+            first, low = stop, high
+        return self._join(parts)
+
+    def read_labels(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Labels of rows [start, stop) alone, checked."""
+        return np.concatenate([_read_labels(day, rows) for day, rows in self._ranges(start, stop)])
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[Day, range]]:
+        """Rows [start, stop) of the split as rows of days."""
         first = 0
         for piece in self.pieces:
             size = piece.stop - piece.start
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                parts.append(_read_checked(piece.day, piece.start + low, piece.start + high))
+                yield piece.day, range(piece.start + low, piece.start + high)
             first += size
+
+    def _join(self, parts: Iterable[Rows]) -> Rows:
+        parts = list(parts)
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return Rows(
-                np.empty((0, NUM_INTEGER_FEATURES), np.float32),
-                np.empty((0, NUM_CATEGORICAL_FEATURES), np.int32),
-                np.empty(0, np.int32),
-            )
+            return Rows.empty(0, self.widths)
         return Rows(
             np.concatenate([rows.dense_BI for rows in parts]),
-            np.concatenate([rows.ids_BN for rows in parts]),
+            tuple(np.concatenate(arrays) for arrays in zip(*(rows.ids for rows in parts), strict=True)),
             np.concatenate([rows.labels_B for rows in parts]),
         )
 
 
-def open_splits(folder: Path, dataset_name: str) -> dict[Stage, DayRows]:
+def open_splits(folder: Path, dataset_name: str, multi_hot_folder: Path | None = None) -> dict[Stage, DayRows]:
     """Finds the days of `folder`, checks every header, and says which rows train, validate and test.
+
+    Ids come from `multi_hot_folder` where that is given; `folder` then needs no `day_{i}_sparse.npy`.
 
     criteo_1t: all days but the last train; the last day's first half (the larger where odd) validates, the rest tests.
     criteo_kaggle: the first 6/7 of the rows train, and the rest is split in the same way. No row is in two splits.
@@ -112,13 +144,13 @@ def open_splits(folder: Path, dataset_name: str) -> dict[Stage, DayRows]:
         raise DatasetError(f"{folder}: no such folder. Expected one with day_0_dense.npy, day_0_sparse.npy, ...")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise DatasetError(f"{folder}: no permission to read it. Change its mode, or run as its owner.")
-    _check_manifest(folder)
+    check_manifest(folder, needs_ids=multi_hot_folder is None)
     if dataset_name == "criteo_kaggle":
-        day = _open_day(folder, "train")
+        day = _open_day(folder, "train", multi_hot_folder)
         num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
-        *earlier, last = [_open_day(folder, name) for name in _day_names(folder)]
+        *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in _day_names(folder)]
         training, held_out = [Piece(day, 0, day.num_rows) for day in earlier], Piece(last, 0, last.num_rows)
     middle = held_out.start + -(-(held_out.stop - held_out.start) // 2)
     splits: dict[Stage, DayRows] = {
@@ -158,16 +190,21 @@ def _part_path(folder: Path, name: str, part: str) -> Path:
     return folder / f"{name}_{part}.npy"
 
 
-def _open_day(folder: Path, name: str) -> Day:
-    arrays = {part: _open_array(_part_path(folder, name, part), *expected) for part, expected in _PARTS.items()}
-    day = Day(folder, name, arrays["dense"], arrays["sparse"], arrays["labels"])
-    for part, array in arrays.items():
-        if len(array) != day.num_rows:
+def _open_day(folder: Path, name: str, multi_hot_folder: Path | None) -> Day:
+    paths = {part: _part_path(folder, name, part) for part in _PARTS}
+    dense, labels = (_open_array(paths[part], *_PARTS[part]) for part in ("dense", "labels"))
+    if multi_hot_folder is None:
+        ids: tuple[npt.NDArray[np.integer], ...] = (_open_array(paths["sparse"], *_PARTS["sparse"]),)
+    else:
+        paths["sparse"] = multi_hot_folder / f"{name}_sparse_multi_hot.npz"
+        ids = tuple(map_multi_hot(paths["sparse"]))
+    for part, array in (*(("sparse", array) for array in ids), ("labels", labels)):
+        if len(array) != len(dense):
             raise DatasetError(
-                f"{day.path(part)}: {len(array):,} rows, expected {day.num_rows:,} as in {day.path('dense').name}. "
-                "The three files of a day belong together: write them anew."
+                f"{paths[part]}: {len(array):,} rows, expected {len(dense):,} as in {paths['dense'].name}. "
+                "The files of a day belong together: write them anew."
             )
-    return day
+    return Day(dense, ids, labels, paths)
 
 
 def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> npt.NDArray[Any]:
@@ -198,51 +235,39 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def _check_manifest(folder: Path) -> None:
-    """Where there is a manifest, its files must be there with the sizes it states."""
-    path = folder / MANIFEST_NAME
-    if not path.exists():
-        return
-    try:
-        manifest = json.loads(path.read_text())
-        version, files = manifest["version"], manifest["files"]
-        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None
-    if version != MANIFEST_VERSION:
-        raise DatasetError(
-            f"{path}: version {version}, this dlrm reads {MANIFEST_VERSION}. Use the dlrm that wrote it."
-        )
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.exists():
-            raise DatasetError(f"{file}: missing, though {MANIFEST_NAME} lists it. Copy or write the folder anew.")
-        if file.stat().st_size != size:
-            raise DatasetError(
-                f"{file}: {file.stat().st_size:,} bytes, expected {size:,} as {MANIFEST_NAME} states. "
-                "Copy or write the folder anew."
-            )
-
-
-def _read_checked(day: Day, start: int, stop: int) -> Rows:
-    rows = Rows(np.array(day.dense[start:stop]), np.array(day.sparse[start:stop]), np.array(day.labels[start:stop, 0]))
+def _read_checked(day: Day, rows_B: range | npt.NDArray[np.int64]) -> Rows:
+    """Copies rows of a day, given by their numbers."""
+    rows = Rows(_take(day.dense, rows_B), tuple(_take(array, rows_B) for array in day.ids), _read_labels(day, rows_B))
     if not np.isfinite(rows.dense_BI).all():
         row, column = np.argwhere(~np.isfinite(rows.dense_BI))[0]
         raise DatasetError(
-            f"{day.path('dense')}: {rows.dense_BI[row, column]} at row {start + row}, column {column}, expected a "
+            f"{day.paths['dense']}: {rows.dense_BI[row, column]} at row {rows_B[row]}, column {column}, expected a "
             "finite number. Preprocess the logs anew."
         )
-    if rows.ids_BN.min(initial=0) < 0:
-        row, column = np.argwhere(rows.ids_BN < 0)[0]
-        raise DatasetError(
-            f"{day.path('sparse')}: id {rows.ids_BN[row, column]} at row {start + row}, column {column}, expected 0 or "
-            "more. Preprocess the logs anew."
-        )
-    wrong = (rows.labels_B != 0) & (rows.labels_B != 1)
+    for feature, ids in enumerate(rows.ids):
+        if ids.min(initial=0) < 0:
+            row, column = np.argwhere(ids < 0)[0]
+            member = f" of member {feature}" if len(rows.ids) > 1 else ""
+            raise DatasetError(
+                f"{day.paths['sparse']}: id {ids[row, column]} at row {rows_B[row]}, column {column}{member}, expected "
+                "0 or more. Preprocess the logs anew."
+            )
+    return rows
+
+
+def _read_labels(day: Day, rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    labels_B = _take(day.labels, rows_B)[:, 0]
+    wrong = (labels_B != 0) & (labels_B != 1)
     if wrong.any():
         row = int(np.argmax(wrong))
         raise DatasetError(
-            f"{day.path('labels')}: label {rows.labels_B[row]} at row {start + row}, expected 0 or 1. "
+            f"{day.paths['labels']}: label {labels_B[row]} at row {rows_B[row]}, expected 0 or 1. "
             "Preprocess the logs anew."
         )
-    return rows
+    return labels_B
+
+
+def _take(array: npt.NDArray[Any], rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    if isinstance(rows_B, range):
+        return np.array(array[rows_B.start : rows_B.stop])
+    return np.asarray(array).take(rows_B, axis=0)

@@ -1,16 +1,19 @@
 """Multi-hot days, as `dlrm materialize` and MLPerf's script write them."""
 
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.artifacts import MANIFEST_NAME, read_npy_header
+from dlrm.data.manifest import check_manifest, load_manifest
 from dlrm.errors import DatasetError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
-_LOCAL_HEADER_BYTES = 30
+_LOCAL_HEADER_BYTES, _LOCAL_NAME_SIZE = 30, 26
 
 
 def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
@@ -19,24 +22,68 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
     Raises:
         DatasetError: if it is not such a file.
     """
+    written = "Write it with `dlrm materialize`, or np.savez."
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for feature in range(NUM_CATEGORICAL_FEATURES):
                 info = archive.getinfo(f"{feature}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:
-                    raise DatasetError(
-                        f"{path}: member {feature} is compressed. Expected np.savez, or dlrm materialize."
-                    )
-                file.seek(info.header_offset + 26)
-                name_size, extra_size = np.frombuffer(file.read(4), "<u2").tolist()
+                    raise DatasetError(f"{path}: member {feature} is compressed, so it can't be mapped. {written}")
+                file.seek(info.header_offset + _LOCAL_NAME_SIZE)
+                name_size, extra_size = struct.unpack("<HH", file.read(4))
                 start = info.header_offset + _LOCAL_HEADER_BYTES + name_size + extra_size
                 file.seek(start)
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if dtype != np.int32 or len(shape) != 2:
+                shape, fortran_order, dtype = read_npy_header(file)
+                if dtype != np.int32 or len(shape) != 2 or min(shape[1:]) < 1 or fortran_order:
                     raise DatasetError(
-                        f"{path}: member {feature} is {dtype} {list(shape)}, expected int32 [rows, hotness]."
+                        f"{path}: member {feature} is {dtype!s:.40} {list(shape)}, expected int32 [rows, hotness] in "
+                        f"row order. {written}"
                     )
-                yield np.memmap(path, np.int32, "r", offset=file.tell(), shape=shape)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: not a multi-hot day ({error}). Write it with dlrm materialize.") from None
+                if start + info.file_size != file.tell() + 4 * shape[0] * shape[1]:
+                    raise DatasetError(f"{path}: member {feature} has not the size of its header. {written}")
+                if shape[0] == 0:
+                    yield np.empty(shape, np.int32)
+                else:
+                    yield np.memmap(path, np.int32, "r", offset=file.tell(), shape=shape)
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: missing. {written}") from None
+    except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DatasetError(f"{path}: not a multi-hot day ({error}). {written}") from None
+
+
+def check_multi_hot_folder(folder: Path, table_rows: Sequence[int]) -> None:
+    """Refuses a folder that is not there, or whose ids were drawn for tables of other sizes.
+
+    Raises:
+        DatasetError: naming the folder or its manifest.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder. Expected one that `dlrm materialize` wrote.")
+    check_manifest(folder)
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return
+    stated = load_manifest(path).get("num_embeddings_per_feature")
+    if stated is not None and stated != list(table_rows):
+        raise DatasetError(
+            f"{path}: ids were drawn for tables of {_show(stated)} rows, expected {_show(table_rows)}. Give "
+            "--num_embeddings_per_feature as the manifest has it, or `dlrm materialize` the days anew."
+        )
+
+
+def check_hotness(path: Path, found: Sequence[int], expected: Sequence[int], recipe: str | None) -> None:
+    """Refuses a day whose numbers of ids per feature are not those that the run asks for.
+
+    Raises:
+        DatasetError: naming both.
+    """
+    if tuple(found) != tuple(expected):
+        asked = f"--multi_hot_sizes (or the recipe {recipe})" if recipe else "--multi_hot_sizes"
+        raise DatasetError(
+            f"{path}: {_show(found)} ids per feature, expected {_show(expected)} as {asked} says. Give the sizes that "
+            "the files have, or `dlrm materialize` the days anew."
+        )
+
+
+def _show(sizes: object) -> str:
+    return ",".join(map(str, sizes)) if isinstance(sizes, list | tuple) else repr(sizes)

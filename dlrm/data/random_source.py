@@ -54,7 +54,7 @@ class RandomSource:
         labels_B = (np.arange(start, stop) % 2).astype(np.int32)
         dense_BI = uniform_BW[:, :NUM_INTEGER_FEATURES].astype(np.float32)
         uniform_BN = uniform_BW[:, NUM_INTEGER_FEATURES : NUM_INTEGER_FEATURES + sum(self.hotness)]
-        return Rows(dense_BI, draw_ids(uniform_BN, self._rows_of_column, self.zipf_exponent), labels_B)
+        return Rows(dense_BI, (draw_ids(uniform_BN, self._rows_of_column, self.zipf_exponent),), labels_B)
 
 
 def draw_ids(

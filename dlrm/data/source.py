@@ -8,14 +8,41 @@ import numpy.typing as npt
 
 from dlrm.console import Progress
 from dlrm.data.batch import Rows
-from dlrm.data.binary_days import DayRows
+from dlrm.data.expansion import Companions
 from dlrm.data.partition import Partition, Span
+from dlrm.data.permutation import Permutation
 from dlrm.data.random_source import RandomSource
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from dlrm.runtime import derive_seed
+from dlrm.schema import NUM_INTEGER_FEATURES
 
 _CHUNK_ROWS = 1 << 16
-BYTES_PER_ROW = 4 * (NUM_INTEGER_FEATURES + NUM_CATEGORICAL_FEATURES + 1)
-"""What a row takes in memory."""
+
+
+class RowSet(Protocol):
+    """Rows on disk, by their numbers: all of a split, or those of it that were kept."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each array of ids, as `Rows.ids` has them."""
+        ...
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Copies rows [start, stop), checked."""
+        ...
+
+    def take(self, rows_B: npt.NDArray[np.int64]) -> Rows:
+        """Copies rows, given in ascending order, checked."""
+        ...
+
+
+def bytes_per_row(widths: tuple[int, ...]) -> int:
+    """What a row takes in memory."""
+    return 4 * (NUM_INTEGER_FEATURES + sum(widths) + 1)
 
 
 class Source(Protocol):
@@ -43,7 +70,7 @@ class RandomSplit:
 class MappedSplit:
     """Rows read from disk as they are needed."""
 
-    rows: DayRows
+    rows: RowSet
     table_rows: npt.NDArray[np.int64]
 
     def read(self, span: Span, epoch: int) -> Rows:
@@ -57,6 +84,42 @@ class MappedSplit:
 
 
 @dataclass(frozen=True)
+class ShuffledSplit:
+    """Rows gathered from disk in another order every epoch: position i holds row `Permutation.at(i)`.
+
+    A step's rows do not depend on the number of ranks. Those of a batch stand in the order of the files.
+    """
+
+    rows: RowSet
+    table_rows: npt.NDArray[np.int64]
+    seed: int
+
+    def read(self, span: Span, epoch: int) -> Rows:
+        """See `Source`.
+
+        Raises:
+            DatasetError: at a value out of range.
+        """
+        permutation = Permutation(self.rows.num_rows, derive_seed(self.seed, "shuffle_training_set", epoch))
+        rows_B = permutation.at(np.arange(span.start, span.stop))
+        rows_B.sort()
+        return fold_ids(self.rows.take(rows_B), self.table_rows)
+
+
+@dataclass(frozen=True)
+class ExpandedSplit:
+    """The rows of a source of one id per feature, each id with its companions."""
+
+    source: Source
+    companions: Companions
+
+    def read(self, span: Span, epoch: int) -> Rows:
+        """See `Source`."""
+        rows = self.source.read(span, epoch)
+        return Rows(rows.dense_BI, self.companions.expand(rows.ids[0]), rows.labels_B)
+
+
+@dataclass(frozen=True)
 class MemorySplit:
     """This rank's own rows, and no others, in memory."""
 
@@ -67,11 +130,11 @@ class MemorySplit:
         """See `Source`."""
         del epoch
         own = slice(span.step * self.batch_size, span.step * self.batch_size + span.rows)
-        return Rows(self.rows.dense_BI[own], self.rows.ids_BN[own], self.rows.labels_B[own])
+        return self.rows.take(own)
 
 
 def load_split(
-    rows: DayRows, partition: Partition, rank: int, table_rows: npt.NDArray[np.int64], label: str
+    rows: RowSet, partition: Partition, rank: int, table_rows: npt.NDArray[np.int64], label: str
 ) -> MemorySplit:
     """Reads and checks this rank's rows of a split.
 
@@ -82,19 +145,19 @@ def load_split(
         DatasetError: at a value out of range.
     """
     own_rows = sum(span.rows for span in partition.spans(rank))
-    dense_BI = np.empty((own_rows, NUM_INTEGER_FEATURES), np.float32)
-    ids_BF = np.empty((own_rows, NUM_CATEGORICAL_FEATURES), np.int32)
-    labels_B = np.empty(own_rows, np.int32)
+    loaded = Rows.empty(own_rows, rows.widths)
     progress = Progress(f"Loading {label}", own_rows, "rows", shown=bool(label))
     done = 0
     for start, stop in _ranges(partition, rank):
         part = fold_ids(rows.read(start, stop), table_rows)
         own = slice(done, done + stop - start)
-        dense_BI[own], ids_BF[own], labels_B[own] = part.dense_BI, part.ids_BN, part.labels_B
+        loaded.dense_BI[own], loaded.labels_B[own] = part.dense_BI, part.labels_B
+        for ids, ids_of_part in zip(loaded.ids, part.ids, strict=True):
+            ids[own] = ids_of_part
         done += stop - start
         progress.advance(stop - start)
     progress.close()
-    return MemorySplit(Rows(dense_BI, ids_BF, labels_B), partition.batch_size)
+    return MemorySplit(loaded, partition.batch_size)
 
 
 def _ranges(partition: Partition, rank: int) -> list[tuple[int, int]]:
@@ -109,7 +172,13 @@ def _ranges(partition: Partition, rank: int) -> list[tuple[int, int]]:
 
 
 def fold_ids(rows: Rows, table_rows: npt.NDArray[np.int64]) -> Rows:
-    """Reduces ids modulo the rows of their tables, to int32."""
-    if rows.ids_BN.dtype == np.int32 and (rows.ids_BN < table_rows).all():
-        return rows
-    return Rows(rows.dense_BI, (rows.ids_BN % table_rows).astype(np.int32), rows.labels_B)
+    """Reduces ids modulo the rows of their tables, one of each feature, to int32."""
+    limits = [table_rows] if len(rows.ids) == 1 else table_rows
+    ids = tuple(_fold(array, limit) for array, limit in zip(rows.ids, limits, strict=True))
+    return Rows(rows.dense_BI, ids, rows.labels_B)
+
+
+def _fold(ids: npt.NDArray[np.integer], table_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+    if ids.dtype == np.int32 and (ids.max(axis=0, initial=0) < table_rows).all():
+        return ids
+    return (ids % table_rows).astype(np.int32)

@@ -1,33 +1,42 @@
 """The three splits of a run, each an iterable of this rank's batches, built ahead of need."""
 
-import queue
-import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
+from dlrm.config import DEFAULT_RANDOM_BATCHES, Config, DataConfig
+from dlrm.console import show_bytes
 from dlrm.data.batch import Batch, build_batch
 from dlrm.data.binary_days import DayRows, Stage, open_splits
 from dlrm.data.dense_statistics import DenseStatistics, sample_rows
+from dlrm.data.expansion import Companions, Expansion, share_companions
+from dlrm.data.frequencies import BYTES_PER_TABLE_ROW, IdFrequencies
+from dlrm.data.multi_hot import check_hotness, check_multi_hot_folder
 from dlrm.data.partition import Partition, Span
+from dlrm.data.prefetch import prefetch
 from dlrm.data.random_source import RandomSource
-from dlrm.data.source import BYTES_PER_ROW, MappedSplit, RandomSplit, Source, load_split
+from dlrm.data.source import (
+    ExpandedSplit,
+    MappedSplit,
+    RandomSplit,
+    RowSet,
+    ShuffledSplit,
+    Source,
+    bytes_per_row,
+    load_split,
+)
+from dlrm.data.undersampling import BITS_PER_ROW, undersample
 from dlrm.errors import DatasetError
-from dlrm.runtime import Runtime, derive_seed
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
-
-T = TypeVar("T")
+from dlrm.runtime import Runtime, derive_seed, on_every_rank
+from dlrm.schema import ONE_HOT
 
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
 _BATCHES_AHEAD = 4
 _RANDOM_SAMPLE_ROWS = 1 << 12
-_ONE_HOT = (1,) * NUM_CATEGORICAL_FEATURES
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,13 @@ class Split:
     pin_memory: bool = False
     num_cached_batches: int | None = None
     """Build this many batches once and cycle through them."""
+    frequencies: IdFrequencies | None = None
+    """Counts the ids of batches that are taken."""
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
         """This rank's batches of one pass, built on a thread a few steps ahead."""
-        return prefetch(self._build(epoch), _BATCHES_AHEAD)
+        batches = prefetch(self._build(epoch), _BATCHES_AHEAD)
+        return batches if self.frequencies is None else self.frequencies.count(batches)
 
     def _build(self, epoch: int) -> Iterator[Batch]:
         for span in self.partition.spans(self.rank):
@@ -69,19 +81,41 @@ class Split:
         return batch.pin_memory() if self.pin_memory else batch
 
 
-def open_run_splits(config: Config, runtime: Runtime) -> dict[Stage, Split]:
-    """Opens, checks and (unless mapped) loads what the run reads. `config.training.seed` is set.
+def expansion_of(data: DataConfig, table_rows: tuple[int, ...]) -> Expansion | None:
+    """The companions that a run puts beside its ids as it reads them; None where it does not."""
+    sizes = data.multi_hot_sizes
+    if sizes is None or max(sizes) == 1 or data.synthetic_multi_hot_criteo_path is not None:
+        return None
+    if data.folder is None and data.multi_hot_distribution_type is None:
+        return None
+    return Expansion(table_rows, sizes, data.multi_hot_distribution_type or "uniform")
+
+
+def draw_run_companions(config: Config, runtime: Runtime) -> Companions | None:
+    """One copy a host of the companions that the run needs, once its data was found and its headers are right.
+
+    Collective. None where no companions are needed.
+
+    Raises:
+        DatasetError: if the data is missing or wrong, or the companions don't fit into memory.
+    """
+    expansion = expansion_of(config.data, config.model.table_rows)
+    if expansion is None:
+        return None
+    if not config.is_random:
+        on_every_rank(runtime, lambda: _open_days(config.data, config.model.table_rows, config.recipe))
+    return share_companions(expansion, runtime, _label(config, runtime, "Drawing companions"))
+
+
+def hotness_of(config: Config) -> tuple[int, ...]:
+    """Ids per sample of each feature, as the flags or the headers of multi-hot days say.
 
     Raises:
         DatasetError: if the data is missing or wrong.
     """
-    if config.is_random:
-        return {stage: _random_split(config, stage, runtime) for stage in STAGES}
-    assert config.data.in_memory_binary_criteo_path is not None
-    days = open_splits(Path(config.data.in_memory_binary_criteo_path), config.data.dataset_name)
-    partitions = {stage: _partition(config, stage, rows.num_rows, runtime.world_size) for stage, rows in days.items()}
-    _check_sizes(config, partitions, runtime)
-    return {stage: _binary_split(config, stage, rows, partitions[stage], runtime) for stage, rows in days.items()}
+    if config.data.synthetic_multi_hot_criteo_path is None:
+        return config.data.multi_hot_sizes or ONE_HOT
+    return _open_days(config.data, config.model.table_rows, config.recipe)["train"].widths
 
 
 def measure_dense(config: Config) -> DenseStatistics:
@@ -90,36 +124,134 @@ def measure_dense(config: Config) -> DenseStatistics:
     Raises:
         DatasetError: if the data is missing or wrong.
     """
-    if config.is_random:
-        sample_SI = _random_source(config, "train").read(0, _RANDOM_SAMPLE_ROWS).dense_BI
+    if config.data.folder is None:
+        sample_SI = _random_source(config, "train", ONE_HOT).read(0, _RANDOM_SAMPLE_ROWS).dense_BI
     else:
-        assert config.data.in_memory_binary_criteo_path is not None
-        days = open_splits(Path(config.data.in_memory_binary_criteo_path), config.data.dataset_name)["train"]
+        days = open_splits(Path(config.data.folder), config.data.dataset_name)["train"]
         sample_SI = sample_rows(days.num_rows, lambda start, stop: days.read(start, stop).dense_BI)
     return DenseStatistics.of(sample_SI, config.model.dense_buckets)
 
 
-def _check_sizes(config: Config, partitions: Mapping[Stage, Partition], runtime: Runtime) -> None:
+def open_run_splits(config: Config, runtime: Runtime, companions: Companions | None = None) -> dict[Stage, Split]:
+    """Opens, checks and (unless mapped) loads what the run reads. `config.training.seed` is set.
+
+    Args:
+        companions: what `draw_run_companions` gave; drawn for this rank alone where needed and not given.
+
+    Raises:
+        DatasetError: if the data is missing or wrong, or does not fit into memory.
+    """
+    assert config.training.seed is not None
+    data, table_rows = config.data, config.model.table_rows
+    days = None if config.is_random else _open_days(data, table_rows, config.recipe)
+    expansion = expansion_of(data, table_rows)
+    available = runtime.host_memory_bytes // runtime.local_world_size
+    if expansion is not None and companions is None:
+        expansion.check_memory(1, available)
+        companions = expansion.draw(_label(config, runtime, "Drawing companions"))
+        available -= expansion.num_bytes
+    elif expansion is not None:
+        available -= expansion.num_bytes // runtime.local_world_size
+    if data.collect_multi_hot_freqs_stats:
+        available -= _check_counts(table_rows, available)
+    if days is None:
+        hotness = data.multi_hot_sizes or ONE_HOT
+        splits = {stage: _random_split(config, stage, runtime, companions) for stage in STAGES}
+    else:
+        hotness = _hotness(days["train"], companions)
+        splits = _binary_splits(config, days, runtime, companions, available)
+    if data.collect_multi_hot_freqs_stats:
+        splits["train"] = replace(splits["train"], frequencies=IdFrequencies(table_rows, hotness))
+    return splits
+
+
+def _open_days(data: DataConfig, table_rows: tuple[int, ...], recipe: str | None) -> dict[Stage, DayRows]:
+    """Every header, checked."""
+    assert data.folder is not None
+    if data.synthetic_multi_hot_criteo_path is None:
+        return open_splits(Path(data.folder), data.dataset_name)
+    multi_hot = Path(data.synthetic_multi_hot_criteo_path)
+    check_multi_hot_folder(multi_hot, table_rows)
+    days = open_splits(Path(data.folder), data.dataset_name, multi_hot)
+    widths = days["train"].widths
+    for rows in days.values():
+        for piece in rows.pieces:
+            check_hotness(piece.day.paths["sparse"], piece.day.widths, data.multi_hot_sizes or widths, recipe)
+    return days
+
+
+def _binary_splits(
+    config: Config, days: Mapping[Stage, DayRows], runtime: Runtime, companions: Companions | None, available: int
+) -> dict[Stage, Split]:
+    data, seed = config.data, config.training.seed
+    assert seed is not None
+    sets: dict[Stage, RowSet] = {**days}
+    if data.undersampling_rate is not None:
+        label = _label(config, runtime, "Undersampling")
+        sets["train"] = undersample(days["train"], data.undersampling_rate, derive_seed(seed, "undersampling"), label)
+        available -= int(days["train"].num_rows * BITS_PER_ROW / 8)
+    partitions = {stage: _partition(data, stage, rows.num_rows, runtime.world_size) for stage, rows in sets.items()}
+    _check_sizes(data, partitions, sets["train"].widths, available)
+    table_rows = np.array(config.model.table_rows, dtype=np.int64)
+    splits = {}
+    for stage, rows in sets.items():
+        is_training = stage == "train"
+        source: Source
+        if is_training and data.shuffle_training_set:
+            source = ShuffledSplit(rows, table_rows, seed)
+        elif data.mmap_mode:
+            source = MappedSplit(rows, table_rows)
+        else:
+            label = _label(config, runtime, f"Loading {stage}")
+            source = load_split(rows, partitions[stage], runtime.rank, table_rows, label)
+        if companions is not None:
+            source = ExpandedSplit(source, companions)
+        hotness = _hotness(rows, companions)
+        shuffle_seed = seed if is_training and data.shuffle_batches else None
+        splits[stage] = Split(source, partitions[stage], runtime.rank, hotness, shuffle_seed, _pins(config, runtime))
+    return splits
+
+
+def _hotness(rows: RowSet, companions: Companions | None) -> tuple[int, ...]:
+    if companions is not None:
+        return companions.hotness
+    return rows.widths if len(rows.widths) > 1 else ONE_HOT
+
+
+def _check_sizes(
+    data: DataConfig, partitions: Mapping[Stage, Partition], widths: tuple[int, ...], available: int
+) -> None:
     training = partitions["train"]
     if training.num_steps == 0:
         raise DatasetError(
-            f"{config.data.in_memory_binary_criteo_path}: {training.num_rows:,} training rows fill no batch of "
+            f"{data.folder}: {training.num_rows:,} training rows fill no batch of "
             f"{training.global_batch_size:,} over all ranks. Use a smaller --batch_size, or leave out "
             "--drop_last_training_batch."
         )
-    if config.data.mmap_mode:
+    if data.mmap_mode:
         return
-    rows = sum(partition.num_used_rows for partition in partitions.values()) // runtime.world_size
-    needed, available = rows * BYTES_PER_ROW, runtime.host_memory_bytes // runtime.local_world_size
+    loaded = [part for stage, part in partitions.items() if stage != "train" or not data.shuffle_training_set]
+    rows = sum(partition.num_used_rows for partition in loaded) // training.world_size
+    needed = rows * bytes_per_row(widths)
     if needed > available:
         raise DatasetError(
-            f"{config.data.in_memory_binary_criteo_path}: {needed / 2**30:.1f} GiB of rows a rank, "
-            f"{available / 2**30:.1f} GiB free. Use --mmap_mode, or more hosts."
+            f"{data.folder}: {needed / 2**30:.1f} GiB of rows a rank, "
+            f"{max(0, available) / 2**30:.1f} GiB free. Use --mmap_mode, or more hosts."
         )
 
 
-def _partition(config: Config, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
-    data = config.data
+def _check_counts(table_rows: tuple[int, ...], available: int) -> int:
+    """Bytes that counting ids takes."""
+    needed = BYTES_PER_TABLE_ROW * sum(table_rows)
+    if needed > available:
+        raise DatasetError(
+            f"--collect_multi_hot_freqs_stats: {show_bytes(needed)} of counts a rank, "
+            f"{show_bytes(max(0, available))} free. Leave it out, or use smaller tables."
+        )
+    return needed
+
+
+def _partition(data: DataConfig, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
     batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
     limit = {"train": data.limit_train_batches, "val": data.limit_val_batches, "test": data.limit_test_batches}[stage]
     if num_rows is None:
@@ -128,11 +260,15 @@ def _partition(config: Config, stage: Stage, num_rows: int | None, world_size: i
     return Partition(num_rows, batch_size, world_size, drop_last, limit)
 
 
-def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
-    partition = _partition(config, stage, None, runtime.world_size)
-    hotness = config.data.multi_hot_sizes or _ONE_HOT
+def _random_split(config: Config, stage: Stage, runtime: Runtime, companions: Companions | None) -> Split:
+    partition = _partition(config.data, stage, None, runtime.world_size)
+    hotness = config.data.multi_hot_sizes or ONE_HOT
+    drawn = _random_source(config, stage, hotness if companions is None else ONE_HOT)
+    source: Source = RandomSplit(drawn, partition.num_rows)
+    if companions is not None:
+        source = ExpandedSplit(source, companions)
     return Split(
-        RandomSplit(_random_source(config, stage), partition.num_rows),
+        source,
         partition,
         runtime.rank,
         hotness,
@@ -141,66 +277,16 @@ def _random_split(config: Config, stage: Stage, runtime: Runtime) -> Split:
     )
 
 
-def _random_source(config: Config, stage: Stage) -> RandomSource:
+def _random_source(config: Config, stage: Stage, hotness: tuple[int, ...]) -> RandomSource:
     assert config.training.seed is not None
     seed = derive_seed(config.training.seed, "random", stage)
-    hotness = config.data.multi_hot_sizes or _ONE_HOT
     return RandomSource(config.model.table_rows, hotness, config.data.zipf_exponent, seed)
 
 
-def _binary_split(config: Config, stage: Stage, rows: DayRows, partition: Partition, runtime: Runtime) -> Split:
-    table_rows = np.array(config.model.table_rows, dtype=np.int64)
-    source: Source
-    if config.data.mmap_mode:
-        source = MappedSplit(rows, table_rows)
-    else:
-        label = stage if runtime.is_main and config.output.print_progress else ""
-        source = load_split(rows, partition, runtime.rank, table_rows, label)
-    shuffle_seed = config.training.seed if stage == "train" and config.data.shuffle_batches else None
-    return Split(source, partition, runtime.rank, _ONE_HOT, shuffle_seed, _pins(config, runtime))
+def _label(config: Config, runtime: Runtime, text: str) -> str:
+    """What rank 0 shows; empty where nothing is to be shown."""
+    return text if runtime.is_main and config.output.print_progress else ""
 
 
 def _pins(config: Config, runtime: Runtime) -> bool:
     return config.data.pin_memory and runtime.device.type == "cuda"
-
-
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Runs `items` on a thread, `depth` ready and one in the making at most; its exceptions come out here.
-
-    The thread ends when the consumer stops early.
-    """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not _put(ready, (item, None), stopped):
-                    return
-            _put(ready, (None, None), stopped)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
-            _put(ready, (None, error), stopped)
-
-    thread = threading.Thread(target=produce, name="batch-builder", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

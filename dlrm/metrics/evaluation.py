@@ -45,9 +45,13 @@ def _show(value: float | None, digits: int) -> str:
 
 
 class EvaluationMeter:
-    """Sums over batches, on the device; memory does not grow with the set."""
+    """Sums over batches, on the device; memory does not grow with the set.
 
-    def __init__(self, device: torch.device) -> None:
+    `logit_correction` is added to every logit: what undersampled negatives call for. AUROC does not depend on it.
+    """
+
+    def __init__(self, device: torch.device, logit_correction: float = 0.0) -> None:
+        self._logit_correction = logit_correction
         self._auroc = AurocSketch(device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
@@ -55,6 +59,7 @@ class EvaluationMeter:
         """Takes in one batch of this rank."""
         logits_B = logits_B.float()
         self._auroc.update(logits_B, labels_B)
+        logits_B = logits_B + self._logit_correction
         losses_B = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="none")
         self._sums[0] += losses_B.double().sum()
         self._sums[1] += logits_B.sigmoid().double().sum()

@@ -1,7 +1,6 @@
-"""One-hot days to the synthetic multi-hot days of MLPerf's DLRM v2 (MLCommons, recommendation_v2/torchrec_dlrm).
+"""One-hot days to the synthetic multi-hot days of MLPerf's DLRM v2; `dlrm.companions` defines them.
 
-An id x of feature f becomes the ids x, t[x][0], t[x][1], ...: t is a table of random ids of f, drawn once. Shapes: R
-rows of a block, H hotness.
+Shapes: R rows of a block, H hotness.
 """
 
 import shutil
@@ -21,6 +20,7 @@ import tyro
 
 from dlrm import __version__
 from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of, sync, write_json
+from dlrm.companions import COMPANIONS_SEED, draw_table
 from dlrm.config import IntList, optional
 from dlrm.console import Progress
 from dlrm.errors import ConfigError, DatasetError
@@ -31,7 +31,6 @@ from dlrm.preprocess.verify import read_manifest
 from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
 from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
 
-PARETO_SHAPE = 0.25
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES, _EXTRA_HEADER_BYTES = 30, 20, 4
 _ALIGNMENT_EXTRA_ID = 0xD935
@@ -60,7 +59,7 @@ class MaterializeConfig:
     multi_hot_distribution_type: Literal["uniform", "pareto"] = "uniform"
     """How companions are drawn: each id alike, or by a Pareto distribution of shape 0.25, modulo the rows."""
 
-    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = COMPANIONS_SEED
     """Of the companions. MLPerf's data has 0."""
 
     memory_gib: float = 4.0
@@ -229,29 +228,15 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
     for number, (rows, hot) in enumerate(zip(table_rows, config.multi_hot_sizes, strict=True)):
         path = folder / f"companions_{number}"
         with path.open("wb") as file:
-            left = rows * (hot - 1)
-            while left:
-                count = min(left, 1 << 20)
-                draw_companions(generator, config.multi_hot_distribution_type, rows, count).tofile(file)
-                progress.advance(count)
-                left -= count
+            for ids in draw_table(generator, config.multi_hot_distribution_type, rows, hot - 1):
+                ids.tofile(file)
+                progress.advance(len(ids))
         # A block's ids, and the pages of the table that they touch, on each thread.
         free = int(config.memory_gib * 2**30) - _BASE_BYTES
         block_rows = min(_MAX_BLOCK_ROWS, free // (2 * workers + 1) // (8 * hot + 4096))
         features.append(Feature(rows, hot, path, block_rows, workers))
     progress.close()
     return features
-
-
-def draw_companions(
-    generator: np.random.RandomState, distribution: Literal["uniform", "pareto"], rows: int, count: int
-) -> npt.NDArray[np.int32]:
-    """The next `count` ids of a table of `rows` rows. Drawn at once or in pieces, they are the same."""
-    if distribution == "uniform":
-        return generator.randint(0, rows, count).astype(np.int32)
-    values = generator.pareto(PARETO_SHAPE, count)
-    # What the definition's astype(int32) gives on x86 for numbers of more than 32 bits; other processors differ.
-    return (np.where(values < 2**31, values, -(2**31)).astype(np.int32) % rows).astype(np.int32)
 
 
 def _split_columns(source: Path, scratch: Path) -> list[Path]:

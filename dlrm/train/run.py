@@ -16,14 +16,13 @@ from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config, ShardingConfig
 from dlrm.data.binary_days import Stage
-from dlrm.data.splits import measure_dense, open_run_splits
+from dlrm.data.splits import draw_run_companions, hotness_of, measure_dense, open_run_splits
 from dlrm.errors import ConfigError
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak_memory_gib
-from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, constraints_of, describe_plan, plan_sharding
 from dlrm.sharding.shard import shard_model
@@ -52,7 +51,8 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
     data_opened = time.time()
-    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
+    companions = draw_run_companions(config, runtime)
+    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
     sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, config.training.seed)
     optimizer = build_optimizer(sharded, config.optimizer)
 
@@ -66,6 +66,9 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     with _open_sinks(config, runtime, directory, rows, started, data_opened) as sink:
         trainer = Trainer(config, runtime, splits, sharded, optimizer, sink)
         trainer.train()
+        if (frequencies := splits["train"].frequencies) is not None:
+            counts = frequencies.total(runtime)
+            on_main_rank(runtime, lambda: directory.write_frequencies(counts))
         test = trainer.test() if config.evaluation.evaluate_on_training_end else None
     summary = summarize(config, runtime, trainer, test)
     if runtime.is_main:
@@ -113,7 +116,7 @@ def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan
         cluster,
         make_sharder(config.sharding),
         max(config.data.batch_size, config.data.test_batch_size or 0),
-        config.data.multi_hot_sizes or (1,) * len(TABLE_NAMES),
+        hotness_of(config),
         constraints,
         sharding_types(config.optimizer, constraints, cluster.device),
     )
@@ -201,6 +204,11 @@ def _announce(config: Config, placement: Placement, rows: dict[Stage, int]) -> N
     )
     if config.is_random:
         print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
+    if (rate := config.data.undersampling_rate) is not None:
+        print(
+            f"Of the training rows with label 0 a share of {rate:.4g} is kept. Validation and test predictions are "
+            f"corrected for it: log({rate:.4g}) = {config.data.logit_correction:.4f} is added to each logit."
+        )
     if config.output.print_sharding_plan:
         print(placement.to_text())
     print(placement.summary(), flush=True)

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from dlrm.artifacts import MANIFEST_NAME, write_json
+from dlrm.artifacts import MANIFEST_NAME, write_atomically, write_json
 from dlrm.config import Config
 from dlrm.errors import RunDirectoryError
 from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime
 
-_FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "summary.json")
+_FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
 
 
@@ -49,8 +51,8 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, or move this one away."
             )
-        data = config.data.in_memory_binary_criteo_path
-        if data is not None and path.resolve() == Path(data).resolve():
+        folders = (config.data.in_memory_binary_criteo_path, config.data.synthetic_multi_hot_criteo_path)
+        if any(folder is not None and path.resolve() == Path(folder).resolve() for folder in folders):
             raise RunDirectoryError(f"--run_dir {path}: is the data's folder. Choose another one.")
         parent = path
         while not parent.exists():
@@ -97,6 +99,15 @@ class RunDirectory:
 
         reported(self.path, write)
 
+    def write_frequencies(self, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        """Writes multi_hot_freqs.npz.
+
+        Raises:
+            RunDirectoryError: if the disk is full or the folder is gone.
+        """
+        path = self.path / "multi_hot_freqs.npz"
+        reported(self.path, lambda: write_atomically(path, lambda file: np.savez(file, **counts)))  # type: ignore[arg-type]
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a finished run.
 
@@ -123,7 +134,8 @@ def describe_environment(runtime: Runtime, config: Config) -> dict[str, Any]:
         "world_size": runtime.world_size,
         "local_world_size": runtime.local_world_size,
         "device": device_name(runtime.device),
-        "data_manifest_sha256": _manifest_digest(config),
+        "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
+        "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
     }
 
 
@@ -156,8 +168,8 @@ def _commit() -> str | None:
         return None
 
 
-def _manifest_digest(config: Config) -> str | None:
-    if config.data.in_memory_binary_criteo_path is None:
+def _manifest_digest(folder: str | None) -> str | None:
+    if folder is None:
         return None
-    manifest = Path(config.data.in_memory_binary_criteo_path, MANIFEST_NAME)
+    manifest = Path(folder, MANIFEST_NAME)
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None

@@ -149,7 +149,7 @@ class Trainer:
         self._write(f"{stage}_start")
         split = self.splits[stage]
         self.model.eval()
-        meter = EvaluationMeter(self.runtime.device)
+        meter = EvaluationMeter(self.runtime.device, self.config.data.logit_correction)
         progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
         batches = split.batches()
         for span in split.partition.spans(self.runtime.rank):

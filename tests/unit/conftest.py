@@ -33,7 +33,7 @@ def _write_days(
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
             np.save(folder / f"{name}_{part}.npy", array[start : start + count])
         start += count
-    return Rows(dense, sparse, labels[:, 0])
+    return Rows(dense, (sparse,), labels[:, 0])
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def make_rows(num_rows: int, hotness: tuple[int, ...], dtype: type = np.int32) -
     rng = np.random.default_rng(num_rows)
     return Rows(
         rng.normal(size=(num_rows, NUM_INTEGER_FEATURES)).astype(np.float32),
-        np.arange(num_rows * sum(hotness), dtype=dtype).reshape(num_rows, sum(hotness)) + 2**24 + 1,
+        (np.arange(num_rows * sum(hotness), dtype=dtype).reshape(num_rows, sum(hotness)) + 2**24 + 1,),
         rng.integers(0, 2, num_rows).astype(np.int32),
     )
 
@@ -72,6 +72,16 @@ def test_parity_with_from_lengths_sync(kind, num_rows, padding):
 
 
 @pytest.mark.parametrize("kind", HOTNESS)
+def test_ids_of_each_feature_apart_give_the_same_batch(kind):
+    hotness = HOTNESS[kind]
+    rows = make_rows(7, hotness)
+    apart = Rows(rows.dense_BI, tuple(np.split(rows.ids[0], np.cumsum(hotness)[:-1], axis=1)), rows.labels_B)
+    np.testing.assert_array_equal(apart.ids_BN, rows.ids_BN)
+    span = Span(0, 0, 7, 8, 15)
+    assert_same(build_batch(apart, span, hotness).sparse_features, build_batch(rows, span, hotness).sparse_features)
+
+
+@pytest.mark.parametrize("kind", HOTNESS)
 def test_a_rank_without_rows(kind):
     rows = make_rows(0, HOTNESS[kind])
     batch = build_batch(rows, Span(0, 5, 5, 1, 3), HOTNESS[kind])
@@ -83,7 +93,7 @@ def test_a_rank_without_rows(kind):
 
 def test_batches_of_one_size_do_not_share_what_differs():
     first, second = make_rows(4, ONE_HOT), make_rows(4, ONE_HOT)
-    second.ids_BN += 1000
+    second.ids[0][:] += 1000
     span = Span(0, 0, 4, 5, 9)
     batches = [build_batch(rows, span, ONE_HOT) for rows in (first, second)]
     for batch, rows in zip(batches, (first, second), strict=True):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from sklearn.metrics import log_loss, roc_auc_score
 
+from dlrm.config import DataConfig
 from dlrm.errors import DivergedError
 from dlrm.metrics.evaluation import EvaluationMeter
 from dlrm.metrics.training import TrainingMeter
@@ -35,6 +36,25 @@ def test_metrics_follow_their_definitions() -> None:
     assert result.ne == pytest.approx(expected_loss / entropy, rel=1e-6)
     assert result.calibration == pytest.approx(probabilities.mean() / share, rel=1e-6)
     assert (result.num_samples, result.num_positives) == (1000, labels.sum())
+
+
+def test_the_correction_is_that_of_undersampled_negatives() -> None:
+    """He et al., ADKDD 2014, section 6.3: q = p / (p + (1 - p) / w)."""
+    rng = np.random.default_rng(2)
+    share = 0.05
+    logits = rng.normal(0, 2, 1000)
+    labels = (rng.random(1000) < 0.1).astype(np.float32)
+    correction = DataConfig(undersampling_rate=share).logit_correction
+    plain, corrected = EvaluationMeter(torch.device("cpu")), EvaluationMeter(torch.device("cpu"), correction)
+    for meter in (plain, corrected):
+        meter.update(torch.from_numpy(logits).float(), torch.from_numpy(labels))
+    p = 1 / (1 + np.exp(-logits))
+    q = p / (p + (1 - p) / share)
+    result = corrected.compute("val")
+    assert result.logloss == pytest.approx(log_loss(labels, q), rel=1e-5)
+    assert result.calibration == pytest.approx(q.mean() / labels.mean(), rel=1e-5)
+    assert result.auroc == plain.compute("val").auroc
+    assert DataConfig().logit_correction == DataConfig(undersampling_rate=1.0).logit_correction == 0.0
 
 
 def test_one_class_leaves_metrics_undefined() -> None:

@@ -61,6 +61,8 @@ def test_every_list_of_the_public_example():
         ("data", "pin_memory", []),
         ("data", "mmap_mode", ["--in_memory_binary_criteo_path", "days"]),
         ("data", "shuffle_batches", ["--in_memory_binary_criteo_path", "days"]),
+        ("data", "shuffle_training_set", ["--in_memory_binary_criteo_path", "days"]),
+        ("data", "collect_multi_hot_freqs_stats", ["--synthetic_multi_hot_criteo_path", "days"]),
         ("data", "drop_last_training_batch", ["--in_memory_binary_criteo_path", "days"]),
         ("optimizer", "adagrad", []),
         ("training", "allow_tf32", []),
@@ -90,9 +92,10 @@ def test_bare_boolean_flags(section, field, argv):
         (["--batch_size=1.5"], "--batch_size: .*'1.5'"),
         (["--batch_size", "0"], "--batch_size 0: expected more than 0"),
         (["--seed", "x"], r"--seed: expected INT \(invalid literal for int\(\) with base 10: 'x'\)"),
+        (["--undersampling_rate", "half"], "--undersampling_rate: expected FLOAT .*'half'"),
         (
-            ["--undersampling_rate", "0.5"],
-            "--undersampling_rate: a flag of the public example that is not supported yet",
+            ["--multi_hot_distribution_type", "zipf"],
+            "--multi_hot_distribution_type zipf: expected one of pareto, uniform",
         ),
         (["--learning_rate", "fast"], "--learning_rate: .*'fast'"),
         (["--dense_arch_layer_sizes", "512,x"], "--dense_arch_layer_sizes: .*'x'"),
@@ -102,10 +105,6 @@ def test_bare_boolean_flags(section, field, argv):
         (["--recipe", "mlperf_v9"], "--recipe mlperf_v9: expected one of .*mlperf_v1, mlperf_v2"),
         (["--recipe"], "--recipe .*expected one of"),
         (["--eps", "1e-6"], "--eps 1e-06 needs --optimizer adagrad, rowwise_adagrad or adam"),
-        (
-            ["--recipe", "mlperf_v2", "--in_memory_binary_criteo_path", "days"],
-            "--recipe mlperf_v2 with --in_memory_binary_criteo_path: .*not read yet",
-        ),
     ],
 )
 def test_mistakes_are_one_line(argv, words):
@@ -134,6 +133,13 @@ def test_num_embeddings_replaces_the_table_sizes_of_a_recipe(spelling):
 def test_table_sizes_replace_the_num_embeddings_of_a_recipe():
     config = parse_args(["--recipe", "debug_cpu", "--num_embeddings_per_feature", ",".join(["5"] * 26)])
     assert config.model.table_rows == (5,) * 26
+
+
+@pytest.mark.parametrize("flag", ["--in_memory_binary_criteo_path", "--synthetic_multi_hot_criteo_path"])
+def test_mlperf_v2_runs_on_days(flag):
+    config = parse_args(["--recipe", "mlperf_v2", flag, "days"])
+    assert config.data.folder == "days"
+    assert config.data.multi_hot_sizes == RECIPES["mlperf_v2"]().data.multi_hot_sizes
 
 
 def test_another_interaction_replaces_that_of_a_recipe():

@@ -4,10 +4,11 @@ import zipfile
 import numpy as np
 import pytest
 
+from dlrm.companions import draw_companions
 from dlrm.data.multi_hot import map_multi_hot
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess import materialize as materialize_module
-from dlrm.preprocess.materialize import MaterializeConfig, draw_companions, materialize
+from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.preprocess.verify import verify
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 

@@ -35,7 +35,7 @@ def test_memory_and_mapped_rows_are_the_same(
         for span in partition.spans(rank):
             own = slice(span.start, span.stop)
             ids_BF = written.ids_BN[own].astype(object) % TABLE_ROWS.astype(object)
-            expected = Rows(written.dense_BI[own], ids_BF.astype(np.int32), written.labels_B[own])
+            expected = Rows(written.dense_BI[own], (ids_BF.astype(np.int32),), written.labels_B[own])
             assert_same(loaded.read(span, epoch=0), expected)
             assert_same(loaded.read(span, epoch=3), expected)
             assert_same(mapped.read(span, epoch=2), expected)
@@ -71,7 +71,7 @@ def test_loading_reads_no_rows_of_other_ranks(tmp_path, write_days):
 )
 def test_ids_are_reduced_modulo_their_tables(ids, reduced):
     ids_BF = np.array([ids], dtype=np.int32)
-    rows = fold_ids(Rows(np.zeros((1, 13), np.float32), ids_BF, np.zeros(1, np.int32)), TABLE_ROWS)
+    rows = fold_ids(Rows(np.zeros((1, 13), np.float32), (ids_BF,), np.zeros(1, np.int32)), TABLE_ROWS)
     assert rows.ids_BN.dtype == np.int32
     assert rows.ids_BN.tolist() == [reduced]
 
@@ -80,7 +80,7 @@ def test_ids_are_reduced_modulo_their_tables(ids, reduced):
 def test_ids_within_their_tables_stay(dtype):
     """Above 2^24 too, where float32 would round them."""
     ids_BF = np.array([[2**31 - 2, 2**24 + 1, 999, 6, 0] + [49] * 21], dtype=dtype)
-    rows = fold_ids(Rows(np.zeros((1, 13), np.float32), ids_BF, np.zeros(1, np.int32)), TABLE_ROWS)
+    rows = fold_ids(Rows(np.zeros((1, 13), np.float32), (ids_BF,), np.zeros(1, np.int32)), TABLE_ROWS)
     assert rows.ids_BN.dtype == np.int32
     assert rows.ids_BN.tolist() == ids_BF.tolist()
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dlrm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from dlrm.data.prefetch import prefetch
 from dlrm.data.source import MappedSplit, MemorySplit
-from dlrm.data.splits import STAGES, Split, open_run_splits, prefetch
+from dlrm.data.splits import STAGES, Split, open_run_splits
 from dlrm.errors import DatasetError
 from dlrm.runtime import Runtime, derive_seed
 

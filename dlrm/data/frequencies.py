@@ -1,0 +1,58 @@
+"""How often each id is trained on.
+
+Shapes: B samples, H hotness of a feature.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from dlrm.data.batch import Batch
+from dlrm.runtime import Runtime
+from dlrm.schema import CATEGORICAL_NAMES
+
+BYTES_PER_TABLE_ROW = 16
+"""What the two counts of an id take."""
+
+
+class IdFrequencies:
+    """Counts of this rank, int64 [rows] of each feature: of a sample's first ids, and of all its ids.
+
+    The first id of a feature is the one that the log has; companions follow it.
+    """
+
+    def __init__(self, table_rows: Sequence[int], hotness: Sequence[int]) -> None:
+        self._hotness = tuple(hotness)
+        self._before = [np.zeros(rows, np.int64) for rows in table_rows]
+        self._after = [np.zeros(rows, np.int64) for rows in table_rows]
+
+    def count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; each is counted when it is taken, so that what is only built ahead of need is not."""
+        for batch in batches:
+            self._add(batch)
+            yield batch
+
+    def _add(self, batch: Batch) -> None:
+        values = batch.sparse_features.values().numpy()
+        first = 0
+        for before, after, hot in zip(self._before, self._after, self._hotness, strict=True):
+            ids_BH = values[first : first + batch.num_rows * hot].reshape(batch.num_rows, hot)
+            np.add.at(before, ids_BH[:, 0], 1)
+            np.add.at(after, ids_BH.reshape(-1), 1)
+            first += ids_BH.size
+
+    def total(self, runtime: Runtime) -> dict[str, npt.NDArray[np.int64]]:
+        """The sums over all ranks, on rank 0, as `before_cat_0`, `after_cat_0`, `before_cat_1`, ... Collective.
+
+        On other ranks the counts are of no use afterwards.
+        """
+        arrays = {}
+        for name, before, after in zip(CATEGORICAL_NAMES, self._before, self._after, strict=True):
+            for when, counts in (("before", before), ("after", after)):
+                if runtime.world_size > 1:
+                    dist.reduce(torch.from_numpy(counts), dst=0, group=runtime.control_group)
+                arrays[f"{when}_{name}"] = counts
+        return arrays
