@@ -170,6 +170,11 @@ class TrainingConfig:
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
     CPU; not tried on a GPU). It is recorded in config.json."""
 
+    pipeline: Literal["base", "sparse_dist", "prefetch"] = "sparse_dist"
+    """How a step overlaps with the next ones. base: only the next batch's copy to the device. sparse_dist: also its
+    input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The numbers are the
+    same."""
+
     allow_tf32: bool = False
     """TensorFloat-32 for matrix products on A100 or newer GPUs. No effect without one."""
 

@@ -138,10 +138,15 @@ def plan_sharding(
     local_world_size: int,
     batch_size: int,
     constraints: Mapping[str, ParameterConstraints] | None = None,
+    *,
+    prefetches: bool = False,
 ) -> ShardingPlan:
     """Chooses a place for each table of `model`, whose parameters carry their fused optimizers.
 
     Not collective: rank 0 plans, and broadcasts (see `runtime.on_main_rank`).
+
+    Args:
+        prefetches: the pipeline fills the GPU's cache of host tables a step ahead, which takes memory for two steps.
 
     Raises:
         PlanError: if the tables need more memory than there is, with the shortfall in GiB per rank.
@@ -155,7 +160,7 @@ def plan_sharding(
             constraints=dict(constraints) if constraints else None,
         )
         try:
-            return planner.plan(model, [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
+            return planner.plan(model, [build_sharder(prefetches=prefetches)])  # type: ignore[list-item]
         except PlannerError:
             return None
 
@@ -170,6 +175,11 @@ def plan_sharding(
         f"{memory.table_bytes / GIB:.2f} GiB (after {RESERVED_SHARE:.0%} reserve), {missing} needed with optimizer "
         "state and buffers. Use more ranks or hosts, smaller --num_embeddings or --embedding_dim, or SGD."
     )
+
+
+def build_sharder(*, prefetches: bool) -> EmbeddingBagCollectionSharder:
+    """Shards tables; where `prefetches`, cache lines stay locked until the step that they were fetched for is over."""
+    return EmbeddingBagCollectionSharder(fused_params={"prefetch_pipeline": True} if prefetches else None)
 
 
 def _smallest_that_fits(fits: Callable[[int], bool], low: int) -> int | None:

@@ -7,16 +7,18 @@ import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
+from dlrm.sharding.plan import build_sharder
 
 _BLOCK_ROWS = 1 << 16
 
 
-def shard_model(model: nn.Module, plan: ShardingPlan, device: torch.device, seed: int) -> DistributedModelParallel:
+def shard_model(
+    model: nn.Module, plan: ShardingPlan, device: torch.device, seed: int, *, prefetches: bool = False
+) -> DistributedModelParallel:
     """Places tables by `plan`, makes the rest data parallel, and fills the tables.
 
     Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code.
@@ -28,7 +30,7 @@ def shard_model(model: nn.Module, plan: ShardingPlan, device: torch.device, seed
             module=model,
             device=device,
             plan=plan,
-            sharders=[EmbeddingBagCollectionSharder()],  # type: ignore[list-item]
+            sharders=[build_sharder(prefetches=prefetches)],  # type: ignore[list-item]
         )
     tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"

@@ -16,6 +16,7 @@ from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak
 from dlrm.sharding.plan import DeviceMemory, Placement, describe_plan, plan_sharding
 from dlrm.sharding.shard import shard_model
 from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, table_state_floats_per_weight
+from dlrm.train.pipeline import check_pipeline
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -36,6 +37,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
     model = build_model(config, runtime)
     memory = DeviceMemory.detect(runtime)
+    prefetches = config.training.pipeline == "prefetch"
     plan = on_main_rank(
         runtime,
         lambda: plan_sharding(
@@ -44,11 +46,13 @@ def run(config: Config, runtime: Runtime) -> None:
             runtime.world_size,
             runtime.local_world_size,
             max(config.data.batch_size, config.data.test_batch_size or 0),
+            prefetches=prefetches,
         ),
     )
     placement = describe_plan(plan, model, runtime.world_size, table_state_floats_per_weight(config.optimizer))
+    on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
-    sharded = shard_model(model, plan, runtime.device, config.training.seed)
+    sharded = shard_model(model, plan, runtime.device, config.training.seed, prefetches=prefetches)
     optimizer = build_optimizer(sharded, config.optimizer)
 
     directory = on_main_rank(

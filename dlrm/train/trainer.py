@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
+from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.config import Config
@@ -21,6 +21,7 @@ from dlrm.data.splits import Split
 from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
+from dlrm.train.pipeline import build_pipeline
 from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
@@ -53,7 +54,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.sink = sink
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, runtime.device, execute_all_batches=True)
+        self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
         self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
         self.num_samples = 0
@@ -101,6 +102,7 @@ class Trainer:
     def _train_steps(self, batches: Iterator[Batch], epoch: int, steps: range, progress: Progress) -> None:
         partition = self.splits["train"].partition
         self.model.train()
+        self.pipeline.reset()
         self.meter.resume_clock()
         for position in steps:
             self.schedule.begin_step(self.step + 1)
@@ -152,6 +154,7 @@ class Trainer:
         """
         split = self.splits[stage]
         self.model.eval()
+        self.pipeline.reset()
         meter = EvaluationMeter(self.runtime.device)
         progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
         batches = split.batches()
