@@ -1,8 +1,11 @@
 """The pipeline that a step goes through: batches ahead, input all-to-all ahead, forward, backward, update."""
 
+from collections.abc import Iterator
 from typing import Literal, cast
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.train_pipeline import (
@@ -62,6 +65,13 @@ class _PrefetchPipeline(PrefetchTrainPipelineSparseDist[Batch, Output]):
     def reset(self) -> None:
         """Call where no batch is on its way."""
         super().reset()
-        for module in self._model.modules():
-            if (counter := getattr(module, "lxu_cache_locking_counter", None)) is not None:
+        for kernel in table_kernels(self._model):
+            if (counter := getattr(kernel, "lxu_cache_locking_counter", None)) is not None:
                 counter.zero_()
+
+
+def table_kernels(model: nn.Module) -> Iterator[nn.Module]:
+    """FBGEMM's modules in a sharded model, which `modules()` does not reach: TorchRec keeps them in a plain list."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):
+            yield from (part for part in lookup.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))

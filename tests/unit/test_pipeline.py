@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+from dlrm.config import Config, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
-from dlrm.sharding.plan import Placement, TablePlacement
-from dlrm.train.pipeline import build_pipeline, check_pipeline
+from dlrm.runtime import start_runtime
+from dlrm.sharding.plan import DeviceMemory, Placement, TablePlacement, plan_sharding
+from dlrm.sharding.shard import shard_model
+from dlrm.train.optimizers import build_optimizer
+from dlrm.train.pipeline import build_pipeline, check_pipeline, table_kernels
+from dlrm.train.run import build_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -30,7 +35,16 @@ def test_the_others_run_anywhere(name):
 
 
 def test_prefetch_starts_each_pass_with_no_cache_line_locked():
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Module())
-    model[1].register_buffer("lxu_cache_locking_counter", torch.ones(4, 32, dtype=torch.int32))
-    build_pipeline("prefetch", model, torch.optim.SGD(model.parameters()), CPU).reset()
-    assert not model[1].lxu_cache_locking_counter.any()
+    config = Config(training=TrainingConfig(seed=0), model=ModelConfig(num_embeddings=8))
+    with start_runtime() as runtime:
+        model = build_model(config, runtime)
+        plan = plan_sharding(model, DeviceMemory("cpu", 2**30), 1, 1, 8, prefetches=True)
+        sharded = shard_model(model, plan, runtime.device, 0, prefetches=True)
+        kernels = list(table_kernels(sharded))
+        assert kernels
+        for kernel in kernels:
+            assert kernel.prefetch_pipeline
+            kernel.lxu_cache_locking_counter = torch.ones(4, 32, dtype=torch.int32)  # a GPU's kernel has one
+        optimizer = build_optimizer(sharded, config.optimizer)
+        build_pipeline("prefetch", sharded, optimizer, runtime.device).reset()
+        assert not any(kernel.lxu_cache_locking_counter.any() for kernel in kernels)
