@@ -21,6 +21,7 @@ from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
+PROFILE_WARM_UP_STEPS = 5
 
 
 def _parse_list(tokens: list[str]) -> tuple[int, ...]:
@@ -214,6 +215,10 @@ class OutputConfig:
 
     print_sharding_plan: bool = False
     """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""
+
+    profile: Annotated[int | None, Gt(0), Le(1000), optional("none", "STEPS")] = None
+    """Training steps to trace on every rank, after 5 that warm up: trace_rank{r}.json.gz in the run directory, for
+    Perfetto or chrome://tracing."""
 
 
 @dataclass(frozen=True)

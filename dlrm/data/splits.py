@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from torch._C._profiler import _RecordFunctionFast
+from torch.multiprocessing import _set_thread_name
 
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.data.batch import Batch, build_batch
@@ -40,10 +42,13 @@ class Split:
     pin_memory: bool = False
     num_cached_batches: int | None = None
     """Build this many batches once and cycle through them."""
+    batches_ahead: int = _BATCHES_AHEAD
+    """Batches that wait for the consumer, built on a thread; 0 builds each when it is asked for."""
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
-        """This rank's batches of one pass, built on a thread a few steps ahead."""
-        return prefetch(self._build(epoch), _BATCHES_AHEAD)
+        """This rank's batches of one pass."""
+        built = self._build(epoch)
+        return prefetch(built, self.batches_ahead) if self.batches_ahead else built
 
     def _build(self, epoch: int) -> Iterator[Batch]:
         for span in self.partition.spans(self.rank):
@@ -59,6 +64,10 @@ class Split:
         return [self._build_batch(span, epoch=0) for span in spans]
 
     def _build_batch(self, span: Span, epoch: int) -> Batch:
+        with _RecordFunctionFast("## build_batch ##"):  # 2 us without a profiler, a thirtieth of record_function's
+            return self._read_batch(span, epoch)
+
+    def _read_batch(self, span: Span, epoch: int) -> Batch:
         rows = self.source.read(span, epoch)
         if self.shuffle_seed is not None:
             seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)
@@ -153,6 +162,7 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     stopped = threading.Event()
 
     def produce() -> None:
+        _set_thread_name("batch-builder")  # in traces and in top; threading's own name stays inside Python
         try:
             for item in items:
                 if not _put(ready, (item, None), stopped):

@@ -17,6 +17,7 @@ from dlrm.sharding.plan import DeviceMemory, Placement, describe_plan, plan_shar
 from dlrm.sharding.shard import shard_model
 from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, table_state_floats_per_weight
 from dlrm.train.pipeline import check_pipeline
+from dlrm.train.profiling import StepProfiler, check_profile
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -52,6 +53,7 @@ def run(config: Config, runtime: Runtime) -> None:
     placement = describe_plan(plan, model, runtime.world_size, table_state_floats_per_weight(config.optimizer))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime))
+    on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
     sharded = shard_model(model, plan, runtime.device, config.training.seed, prefetches=prefetches)
     optimizer = build_optimizer(sharded, config.optimizer)
 
@@ -61,8 +63,12 @@ def run(config: Config, runtime: Runtime) -> None:
     )
     if runtime.is_main:
         _announce(config, placement, {stage: split.partition.num_used_rows for stage, split in splits.items()})
-    trainer = Trainer(config, runtime, splits, sharded, optimizer, directory if runtime.is_main else None)
+    profiler = StepProfiler(config.output.profile, directory.path, runtime) if config.output.profile else None
+    trainer = Trainer(config, runtime, splits, sharded, optimizer, directory if runtime.is_main else None, profiler)
     trainer.train()
+    trace = profiler.close() if profiler is not None else None
+    if runtime.is_main and trace is not None:
+        print(trace, flush=True)
     test = trainer.test() if config.evaluation.evaluate_on_training_end else None
     summary = summarize(config, runtime, trainer, test)
     if runtime.is_main:

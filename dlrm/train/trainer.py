@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
+from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -22,6 +23,7 @@ from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
 from dlrm.train.pipeline import build_pipeline
+from dlrm.train.profiling import StepProfiler
 from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
@@ -47,6 +49,7 @@ class Trainer:
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
         sink: Sink | None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -54,6 +57,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.sink = sink
+        self.profiler = profiler
         self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
         self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
@@ -110,6 +114,8 @@ class Trainer:
                 self._print_learning_rates(progress)
             loss, _, _ = self.pipeline.progress(batches)
             self.step += 1
+            if self.profiler is not None:
+                self.profiler.advance()
             self.meter.update(self.step, loss, partition.span(position, self.runtime.rank).global_rows)
             is_due = self.meter.is_full or position == steps[-1]
             progress.advance(note=self._report(self.meter.drain(), epoch) if is_due else "")
@@ -145,6 +151,7 @@ class Trainer:
             print(f"AUROC over test set: {result.describe()}", flush=True)
         return result
 
+    @record_function("## evaluate ##")
     @torch.no_grad()
     def evaluate(self, stage: Stage) -> EvaluationResult:
         """Scores every row of a split exactly once, over all ranks. Collective.
