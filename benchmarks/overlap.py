@@ -8,9 +8,8 @@ example's results table with fewer rows a table.
 
 Shares are measured in the trace that --profile writes. A phase's time is the union of its intervals: of an all-to-all
 from the launch of each of its collectives to completion on gloo's threads; of batch building, while a batch is built.
-The training thread computes while it is inside forward, backward or optimizer, and neither launches, awaits nor unpacks
-an all-to-all. A phase is hidden while the training thread computes; the rest of it is exposed. Both are summed over
-ranks.
+It is hidden while the training thread is inside forward, backward or optimizer, and there neither launches, awaits nor
+unpacks this very all-to-all. The rest of it is exposed. Both are summed over ranks.
 
 The pipeline is to hide batch building and the input all-to-all (ids to the ranks that hold their tables). The output
 all-to-all (pooled rows back, and backward their gradients) is not its task: the order of the model's parts hides some.
@@ -64,13 +63,20 @@ class Side:
 SIDES = {"on": Side("sparse_dist", 4), "off": Side("base", 0)}
 
 _COMPUTE = re.compile(r"## (forward|backward|optimizer)( \d+)? ##")
-_INPUT_LAUNCH = re.compile(r"## all2all_data:kjt ")
-_OUTPUT_LAUNCH = re.compile(r"## All2All_Pooled_(fwd|bwd) ##")
-_EXCHANGE = re.compile(
-    r"## (start|wait)_sparse_data_dist|## runtime_forward_assemble_KJT|## all2all_data:|\[splits_dist\]"
-    r"|## (\w*Splits\w*|KJT\w*|EmbeddingBagCollection|PooledEmbeddings)Awaitable wait\(\)|## Request wait\(\)"
-    r"|(## )?All2All_Pooled_"
-)
+_LAUNCH = {
+    "input_all_to_all": re.compile(r"## all2all_data:kjt "),
+    "output_all_to_all": re.compile(r"## All2All_Pooled_(fwd|bwd) ##"),
+}
+_OCCUPIED = {
+    "input_all_to_all": re.compile(
+        r"## (start|wait)_sparse_data_dist|## runtime_forward_assemble_KJT|## all2all_data:|\[splits_dist\]"
+        r"|## (\w*Splits\w*|KJT\w*)Awaitable wait\(\)"
+    ),
+    "output_all_to_all": re.compile(
+        r"(## )?All2All_Pooled_|## (EmbeddingBagCollection|PooledEmbeddings)Awaitable wait\(\)|## Request wait\(\)"
+    ),
+}
+"""Spans in which the training thread starts, awaits or unpacks the all-to-all."""
 
 
 @dataclass(frozen=True)
@@ -115,23 +121,23 @@ def measure_trace(events: list[dict[str, Any]]) -> tuple[float, dict[str, PhaseT
     own = [(name, interval) for name, thread, interval in spans if thread == training_thread]
     collectives = [interval for name, _, interval in spans if name == "gloo:all_to_all"]
 
-    def launched_in(pattern: re.Pattern[str]) -> list[Interval]:
-        launches = [interval for name, interval in own if pattern.match(name)]
-        return [c for c in collectives if any(start <= c[0] <= stop for start, stop in launches)]
-
-    phases = {
-        "batch_building": [interval for name, _, interval in spans if name == "## build_batch ##"],
-        "input_all_to_all": launched_in(_INPUT_LAUNCH),
-        "output_all_to_all": launched_in(_OUTPUT_LAUNCH),
-    }
     inside = union(interval for name, interval in own if _COMPUTE.match(name))
-    exchange = union(interval for name, interval in own if _EXCHANGE.match(name))
-    measured = {}
-    for name, intervals in phases.items():
-        within = intersection(union(intervals), steps)
-        covered = intersection(within, inside)
-        measured[name] = PhaseTime(length(within), length(covered) - length(intersection(covered, exchange)))
+    built = union(interval for name, _, interval in spans if name == "## build_batch ##")
+    measured = {"batch_building": _measure_phase(built, inside, [], steps)}
+    for phase, launch in _LAUNCH.items():
+        launches = [interval for name, interval in own if launch.match(name)]
+        flights = union(c for c in collectives if any(start <= c[0] <= stop for start, stop in launches))
+        occupied = union(interval for name, interval in own if _OCCUPIED[phase].match(name))
+        measured[phase] = _measure_phase(flights, inside, occupied, steps)
     return length(steps), measured
+
+
+def _measure_phase(
+    phase: list[Interval], inside: list[Interval], occupied: list[Interval], steps: list[Interval]
+) -> PhaseTime:
+    within = intersection(phase, steps)
+    covered = intersection(within, inside)
+    return PhaseTime(length(within), length(covered) - length(intersection(covered, occupied)))
 
 
 def build_side(side: Side, config: Config, runtime: Runtime, steps: int) -> Callable[[Path], dict[str, Any]]:

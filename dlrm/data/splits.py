@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 STAGES: tuple[Stage, ...] = ("train", "val", "test")
 _BATCHES_AHEAD = 4
+_SECONDS_OF_GRACE = 0.005
 _ONE_HOT = (1,) * NUM_CATEGORICAL_FEATURES
 
 
@@ -187,10 +188,12 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
+    was_full = ready.full()
     while not stopped.is_set():
         try:
             ready.put(item, timeout=0.1)
-            return True
+            # The consumer has just taken a batch: wait until it computes, when it does not need Python's lock.
+            return not (was_full and stopped.wait(_SECONDS_OF_GRACE))
         except queue.Full:
             continue
     return False
