@@ -83,7 +83,7 @@ def build_ours(config: Config, runtime: Runtime) -> Callable[[], list[float]]:
     """A function that trains one epoch and gives the seconds of each step."""
     model = build_model(config, runtime)
     plan = plan_run(config, Cluster.detect(runtime, config.sharding), model)
-    sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, 0)
+    sharded = shard_model(model, plan, make_sharder(config), runtime.device, 0)
     sink = StepTimes(config.data.batch_size * runtime.world_size)
     splits = open_run_splits(config, runtime)
     trainer = Trainer(config, runtime, splits, sharded, build_optimizer(sharded, config.optimizer), sink)

@@ -22,6 +22,7 @@ from dlrm.table_constraints import parse_rules, read_rules
 
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
+PROFILE_WARM_UP_STEPS = 5
 
 
 def _parse_list(tokens: list[str]) -> tuple[int, ...]:
@@ -294,6 +295,11 @@ class TrainingConfig:
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
     CPU; not tried on a GPU). It is recorded in config.json."""
 
+    pipeline: Literal["base", "sparse_dist", "prefetch"] = "sparse_dist"
+    """How a step overlaps with the next ones. base: only the next batch's copy to the device. sparse_dist: also its
+    input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The numbers are the
+    same."""
+
     precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16}")] = None
     """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
     and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32."""
@@ -349,6 +355,10 @@ class OutputConfig:
 
     print_sharding_plan: bool = False
     """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""
+
+    profile: Annotated[int | None, Gt(0), Le(1000), optional("none", "STEPS")] = None
+    """Training steps to trace on every rank, after 5 that warm up: trace_rank{r}.json.gz in the run directory, for
+    Perfetto or chrome://tracing."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from torch.multiprocessing import _set_thread_name
+
 T = TypeVar("T")
+
+_SECONDS_OF_GRACE = 0.005
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -17,6 +21,7 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     stopped = threading.Event()
 
     def produce() -> None:
+        _set_thread_name("batch-builder")  # in traces and in top; threading's own name stays inside Python
         try:
             for item in items:
                 if not _put(ready, (item, None), stopped):
@@ -41,10 +46,12 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
+    was_full = ready.full()
     while not stopped.is_set():
         try:
             ready.put(item, timeout=0.1)
-            return True
+            # The consumer has just taken a batch: wait until it computes, when it does not need Python's lock.
+            return not (was_full and stopped.wait(_SECONDS_OF_GRACE))
         except queue.Full:
             continue
     return False

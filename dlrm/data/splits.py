@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from torch._C._profiler import _RecordFunctionFast
 
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config, DataConfig
 from dlrm.console import show_bytes
@@ -53,10 +54,13 @@ class Split:
     """Build this many batches once and cycle through them."""
     frequencies: IdFrequencies | None = None
     """Counts the ids of batches that are taken."""
+    batches_ahead: int = _BATCHES_AHEAD
+    """Batches that wait for the consumer, built on a thread; 0 builds each when it is asked for."""
 
     def batches(self, epoch: int = 0) -> Iterator[Batch]:
-        """This rank's batches of one pass, built on a thread a few steps ahead."""
-        batches = prefetch(self._build(epoch), _BATCHES_AHEAD)
+        """This rank's batches of one pass."""
+        built = self._build(epoch)
+        batches = prefetch(built, self.batches_ahead) if self.batches_ahead else built
         return batches if self.frequencies is None else self.frequencies.count(batches)
 
     def _build(self, epoch: int) -> Iterator[Batch]:
@@ -73,6 +77,10 @@ class Split:
         return [self._build_batch(span, epoch=0) for span in spans]
 
     def _build_batch(self, span: Span, epoch: int) -> Batch:
+        with _RecordFunctionFast("## build_batch ##"):  # 2 us without a profiler, a thirtieth of record_function's
+            return self._read_batch(span, epoch)
+
+    def _read_batch(self, span: Span, epoch: int) -> Batch:
         rows = self.source.read(span, epoch)
         if self.shuffle_seed is not None:
             seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)

@@ -45,10 +45,12 @@ class DLRM(nn.Module):
 
     def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Returns logits_B."""
+        # First the tables: their all-to-all, and backward that of the gradients, runs while the dense arch computes.
+        awaited = self.embedding_bag_collection(sparse_features)
         dense_BD = self.dense_arch(dense_BI if self.standardize is None else self.standardize(dense_BI))
         bucketed = () if self.buckets is None else (self.buckets(dense_BI),)
         # A sharded collection gives features in the order of the ranks that hold them: take each by its name.
-        pooled = self.embedding_bag_collection(sparse_features).to_dict()
+        pooled = awaited.to_dict()
         features_BG = torch.cat([dense_BD, *(pooled[name] for name in CATEGORICAL_NAMES), *bucketed], dim=1)
         return self.over_arch(self.interaction(dense_BD, features_BG)).squeeze(1)
 

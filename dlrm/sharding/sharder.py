@@ -14,8 +14,20 @@ class TableSharder(EmbeddingBagCollectionSharder):
     torch 2.13); tests hold them to one rank's losses.
     """
 
-    def __init__(self, forward: CommPrecision = "fp32", backward: CommPrecision = "fp32") -> None:
-        super().__init__(qcomm_codecs_registry=_codecs(forward, backward))
+    def __init__(
+        self, forward: CommPrecision = "fp32", backward: CommPrecision = "fp32", *, prefetches: bool = False
+    ) -> None:
+        """Makes a sharder.
+
+        Args:
+            forward: precision in which pooled embeddings travel.
+            backward: precision in which their gradients do.
+            prefetches: cache lines stay locked until the step that they were fetched for is over.
+        """
+        super().__init__(
+            fused_params={"prefetch_pipeline": True} if prefetches else None,
+            qcomm_codecs_registry=_codecs(forward, backward),
+        )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
         """All of them, whatever the device."""

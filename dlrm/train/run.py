@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.types import ShardingPlan
 
-from dlrm.config import Config, ShardingConfig
+from dlrm.config import Config
 from dlrm.data.binary_days import Stage
 from dlrm.data.splits import draw_run_companions, hotness_of, measure_dense, open_run_splits
 from dlrm.errors import ConfigError
@@ -28,6 +28,8 @@ from dlrm.sharding.plan import Placement, constraints_of, describe_plan, plan_sh
 from dlrm.sharding.shard import shard_model
 from dlrm.sharding.sharder import TableSharder
 from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, sharding_types, table_state_floats
+from dlrm.train.pipeline import check_pipeline
+from dlrm.train.profiling import StepProfiler, check_profile
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -50,10 +52,12 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
+    on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     data_opened = time.time()
     companions = draw_run_companions(config, runtime)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
-    sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, config.training.seed)
+    on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
+    sharded = shard_model(model, plan, make_sharder(config), runtime.device, config.training.seed)
     optimizer = build_optimizer(sharded, config.optimizer)
 
     directory = on_main_rank(
@@ -63,9 +67,13 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     rows = {stage: split.partition.num_used_rows for stage, split in splits.items()}
     if runtime.is_main:
         _announce(config, placement, rows)
+    profiler = StepProfiler(config.output.profile, directory.path, runtime) if config.output.profile else None
     with _open_sinks(config, runtime, directory, rows, started, data_opened) as sink:
-        trainer = Trainer(config, runtime, splits, sharded, optimizer, sink)
+        trainer = Trainer(config, runtime, splits, sharded, optimizer, sink, profiler)
         trainer.train()
+        trace = profiler.close() if profiler is not None else None
+        if runtime.is_main and trace is not None:
+            print(trace, flush=True)
         if (frequencies := splits["train"].frequencies) is not None:
             counts = frequencies.total(runtime)
             on_main_rank(runtime, lambda: directory.write_frequencies(counts))
@@ -99,9 +107,10 @@ def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
     return DLRMTrain(model, runtime.world_size, autocast)
 
 
-def make_sharder(config: ShardingConfig) -> TableSharder:
-    """In which precision embeddings travel."""
-    return TableSharder(config.forward_comm_precision, config.backward_comm_precision)
+def make_sharder(config: Config) -> TableSharder:
+    """How the run's tables are sharded."""
+    sharding, prefetches = config.sharding, config.training.pipeline == "prefetch"
+    return TableSharder(sharding.forward_comm_precision, sharding.backward_comm_precision, prefetches=prefetches)
 
 
 def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
@@ -114,7 +123,7 @@ def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan
     return plan_sharding(
         model,
         cluster,
-        make_sharder(config.sharding),
+        make_sharder(config),
         max(config.data.batch_size, config.data.test_batch_size or 0),
         hotness_of(config),
         constraints,

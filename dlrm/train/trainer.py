@@ -10,7 +10,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
+from torch.profiler import record_function
+from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.config import Config
@@ -22,6 +23,8 @@ from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.sinks import Sink
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
+from dlrm.train.pipeline import build_pipeline
+from dlrm.train.profiling import StepProfiler
 from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
@@ -39,6 +42,7 @@ class Trainer:
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
         sink: Sink,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -46,7 +50,8 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.sink = sink
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, runtime.device, execute_all_batches=True)
+        self.profiler = profiler
+        self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
         self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
         self.num_samples = 0
@@ -97,6 +102,7 @@ class Trainer:
     def _train_steps(self, batches: Iterator[Batch], epoch: int, steps: range, progress: Progress) -> None:
         partition = self.splits["train"].partition
         self.model.train()
+        self.pipeline.reset()
         self.meter.resume_clock()
         for position in steps:
             self.schedule.begin_step(self.step + 1)
@@ -104,6 +110,8 @@ class Trainer:
                 self._print_learning_rates(progress)
             loss, _, _ = self.pipeline.progress(batches)
             self.step += 1
+            if self.profiler is not None:
+                self.profiler.advance()
             self.meter.update(self.step, loss, partition.span(position, self.runtime.rank).global_rows)
             is_due = self.meter.is_full or position == steps[-1]
             progress.advance(note=self._report(self.meter.drain(), epoch) if is_due else "")
@@ -139,6 +147,7 @@ class Trainer:
             print(f"AUROC over test set: {result.describe()}", flush=True)
         return result
 
+    @record_function("## evaluate ##")
     @torch.no_grad()
     def evaluate(self, stage: Stage) -> EvaluationResult:
         """Scores every row of a split exactly once, over all ranks. Collective.
@@ -149,6 +158,7 @@ class Trainer:
         self._write(f"{stage}_start")
         split = self.splits[stage]
         self.model.eval()
+        self.pipeline.reset()
         meter = EvaluationMeter(self.runtime.device, self.config.data.logit_correction)
         progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
         batches = split.batches()

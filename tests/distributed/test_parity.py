@@ -50,7 +50,7 @@ def train_losses(config: Config) -> list[float]:
         plan = plan_run(config, cluster, model)
         if rules := config.sharding.table_constraints:
             assert {p.sharding_type for tables in plan.plan.values() for p in tables.values()} == {rules.split()[-1]}
-        sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, config.training.seed or 0)
+        sharded = shard_model(model, plan, make_sharder(config), runtime.device, config.training.seed or 0)
         sink = Lines()
         optimizer = build_optimizer(sharded, config.optimizer)
         trainer = Trainer(config, runtime, open_run_splits(config, runtime), sharded, optimizer, sink)

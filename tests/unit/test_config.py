@@ -140,6 +140,8 @@ def test_json_of_another_dlrm_is_refused(change, words):
         ("validation_auroc", 0.5, "expected more than 0.5"),
         ("validation_auroc", 1.01, "expected 1.0 or less"),
         ("log_every", 0, "expected more than 0"),
+        ("profile", 0, "expected more than 0"),
+        ("profile", 1001, "expected 1000 or less"),
     ],
 )
 def test_values_out_of_range_are_refused(field, value, words):

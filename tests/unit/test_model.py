@@ -89,6 +89,16 @@ def test_logits_and_gradients_agree_with_torchrec(kind: str) -> None:
         torch.testing.assert_close(ours_by_name[our_name(name)].grad, parameter.grad, rtol=0, atol=1e-6)
 
 
+def test_tables_come_first_so_that_their_all_to_all_overlaps_with_the_dense_arch() -> None:
+    model, _ = make_pair("original")
+    called: list[str] = []
+    for name in ("embedding_bag_collection", "dense_arch", "interaction", "over_arch"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    batch = make_batch(4)
+    model(batch.dense_BI, batch.sparse_features)
+    assert called == ["embedding_bag_collection", "dense_arch", "interaction", "over_arch"]
+
+
 def test_padding_changes_neither_loss_nor_gradients() -> None:
     ours, _ = make_pair("original")
     train = DLRMTrain(ours, world_size=1)

@@ -30,7 +30,7 @@ def rates(optimizer: OptimizerConfig, sharding: str, step: int) -> dict[str, set
         warnings.simplefilter("ignore")
         model = build_model(config, runtime)
         plan = plan_run(config, Cluster("cpu", 1, 1, GIB), model)
-        sharded = shard_model(model, plan, make_sharder(config.sharding), runtime.device, 1)
+        sharded = shard_model(model, plan, make_sharder(config), runtime.device, 1)
         combined = build_optimizer(sharded, config.optimizer)
         LearningRateSchedule(combined, config.optimizer).begin_step(step)
         parts: dict[str, set[float]] = {}

@@ -279,6 +279,27 @@ def test_prefetch_builds_ahead_but_no_further_than_its_depth():
     ahead.close()
 
 
+def test_prefetch_leaves_the_consumer_alone_once_it_has_taken_a_batch(monkeypatch):
+    monkeypatch.setattr("dlrm.data.prefetch._SECONDS_OF_GRACE", 0)
+    built = []
+
+    def items():
+        for i in range(100):
+            built.append(i)
+            yield i
+
+    ahead = prefetch(items(), 2)
+    deadline = time.monotonic() + 5
+    assert next(ahead) == 0
+    while len(built) < 4 and time.monotonic() < deadline:  # the one in hand, two ready, one that waits for its place
+        time.sleep(0.01)
+    monkeypatch.setattr("dlrm.data.prefetch._SECONDS_OF_GRACE", 3600)
+    assert next(ahead) == 1
+    time.sleep(0.1)
+    assert len(built) == 4
+    ahead.close()
+
+
 @pytest.mark.parametrize("taken", [1, 5])
 def test_prefetch_ends_its_thread_when_the_consumer_stops_early(taken, builders):
     endless = iter(int, 1)
