@@ -173,17 +173,24 @@ def plan_sharding(
             return plan
         needed = _smallest_that_fits(lambda table_bytes: attempt(table_bytes) is not None, cluster.table_bytes)
     weights = sum(p.numel() * p.element_size() for p in tables.values())
-    raise PlanError(_describe_shortfall(weights, cluster, needed, is_constrained=bool(constraints)))
+    classes = {kind for p in tables.values() for kind in getattr(p, "_optimizer_classes", [])}
+    has_state = classes != {torch.optim.SGD}
+    raise PlanError(
+        _describe_shortfall(weights, cluster, needed, is_constrained=bool(constraints), has_state=has_state)
+    )
 
 
-def _describe_shortfall(weights: int, cluster: Cluster, needed: int | None, *, is_constrained: bool) -> str:
+def _describe_shortfall(
+    weights: int, cluster: Cluster, needed: int | None, *, is_constrained: bool, has_state: bool
+) -> str:
     missing = "far more" if needed is None else f"{(needed - cluster.table_bytes) / GIB:.2f} GiB a rank more"
     remedies = ["more ranks or hosts", "smaller --num_embeddings or --embedding_dim"]
     if is_constrained:
         remedies.append("other --table_constraints, or none")
     elif cluster.device == "cuda":
         remedies.append("--table_constraints 'large = fused_uvm_caching' (rows in host memory)")
-    remedies.append("--optimizer rowwise_adagrad or sgd (less state than adagrad or adam)")
+    if has_state:
+        remedies.append("--optimizer with less state (rowwise_adagrad: a number a row; sgd: none)")
     if cluster.reserved_share > 0:
         remedies.append("a smaller --reserved_memory_share")
     return (

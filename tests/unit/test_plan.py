@@ -1,5 +1,6 @@
 """Plans are complete, honest about memory, and refused when they can't be had."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -76,8 +77,11 @@ def test_what_does_not_fit_is_refused_with_the_shortfall() -> None:
     assert missing == pytest.approx(1.1, abs=0.15)  # 3.1 GiB a rank and buffers, to the planner's 1 %
     roomy = cpus(2, 2 + missing + 0.05)
     assert max(make_plan(config, roomy).gib_per_rank) * GIB <= roomy.table_bytes
-    for remedy in ("more ranks", "rowwise_adagrad", "--reserved_memory_share"):
+    for remedy in ("more ranks", "--embedding_dim", "--reserved_memory_share"):
         assert remedy in str(caught.value)
+    assert "--optimizer" not in str(caught.value)  # SGD has no state to save
+    with pytest.raises(PlanError, match="--optimizer with less state"):
+        make_plan(dataclasses.replace(config, optimizer=OptimizerConfig(adagrad=True)), cpus(2, 2.0))
 
 
 def constrained(rules: str, optimizer: str = "sgd", **model: object) -> Config:
