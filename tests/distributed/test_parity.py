@@ -18,7 +18,7 @@ from dlrm.config import (
     TrainingConfig,
 )
 from dlrm.data.splits import open_run_splits
-from dlrm.runtime import start_runtime
+from dlrm.runtime import on_main_rank, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.table_constraints import SHARDING_TYPES
@@ -47,7 +47,7 @@ def train_losses(config: Config) -> list[float]:
     with start_runtime() as runtime:
         model = build_model(config, runtime)
         cluster = Cluster("cpu", runtime.world_size, runtime.local_world_size, 2**30)
-        plan = plan_run(config, cluster, model)
+        plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
         if rules := config.sharding.table_constraints:
             assert {p.sharding_type for tables in plan.plan.values() for p in tables.values()} == {rules.split()[-1]}
         sharded = shard_model(model, plan, make_sharder(config), runtime.device, config.training.seed or 0)
@@ -74,7 +74,7 @@ class Case:
     tolerance: float = 1e-5
 
     def __str__(self) -> str:
-        return "-".join(str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0, None, 1e-5))
+        return "-".join(str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0, None, 1e-5, 1e-6))
 
     def config(self, ranks: int) -> Config:
         rules = f"all = {self.sharding}" if self.sharding and ranks > 1 else None
@@ -113,7 +113,7 @@ class Case:
 SPLIT_BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 CASES = [
     *(
-        Case(sharding, optimizer)
+        Case(sharding, optimizer, tolerance=1e-6 if sharding == "data_parallel" else 1e-5)
         for sharding in (None, *SHARDING_TYPES)
         for optimizer in ("sgd", "adagrad", "rowwise_adagrad")
         if not (optimizer == "rowwise_adagrad" and sharding in SPLIT_BY_COLUMNS)
@@ -135,11 +135,15 @@ CASES = [
 
 
 def all_losses(ranks: int) -> list[list[float]]:
-    """Runs in a worker: the losses of every case, in one process group."""
+    """Runs in a worker: the losses of every case, in one process group. On one rank many are the same run."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "fbgemm..dense_embedding_codegen_lookup_function")
     with start_runtime():
-        return [train_losses(case.config(ranks)) for case in CASES]
+        losses: dict[Config, list[float]] = {}
+        for case in CASES:
+            if (config := case.config(ranks)) not in losses:
+                losses[config] = train_losses(config)
+        return [losses[case.config(ranks)] for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[floa
     return {ranks: launch(all_losses, ranks, ranks, folder=folder)[0] for ranks in (1, 2, 4)}
 
 
+@pytest.mark.timeout(900)  # the first of them runs all cases
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: str(CASES[i]))
 def test_ranks_agree_with_one_on_every_loss(losses: dict[int, list[list[float]]], case: int, ranks: int) -> None:
