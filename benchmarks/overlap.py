@@ -39,11 +39,11 @@ from dlrm.data.splits import open_run_splits
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
+from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import PipelineName, build_pipeline
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.run import build_model, make_sharder, plan_run
 
 WARM_UP_STEPS = 6
 """More than the batches ahead, so that those which waited through the other side's turn are used up."""

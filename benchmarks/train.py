@@ -40,9 +40,9 @@ from dlrm.runtime import Runtime, start_runtime
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
+from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer
-from dlrm.train.run import build_model, make_sharder, plan_run
 from dlrm.train.trainer import Trainer
 
 WARM_UP_STEPS = 5

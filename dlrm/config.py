@@ -6,6 +6,7 @@ The names and defaults of the public TorchRec DLRM example hold. No torch here.
 import dataclasses
 import json
 import math
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,10 @@ PROFILE_WARM_UP_STEPS = 5
 
 
 def _parse_list(tokens: list[str]) -> tuple[int, ...]:
-    return tuple(int(size) for size in tokens[0].split(","))
+    try:
+        return tuple(int(size) for size in tokens[0].split(","))
+    except ValueError:
+        raise ValueError(f"{tokens[0][:80]}: not integers with commas between them, as in 512,256,128") from None
 
 
 def optional(meaning: str, metavar: str) -> object:
@@ -260,13 +264,13 @@ class OptimizerConfig:
     dense_learning_rate: Annotated[float | None, Gt(0.0), Lt(1e38), optional("learning_rate", "FLOAT")] = None
     """Step size of the dense parts (all but the embedding tables)."""
 
-    eps: Annotated[float, Gt(0.0), Lt(1e38)] = 1e-8
+    eps: Annotated[float, Ge(1e-37), Lt(1e38)] = 1e-8
     """All but sgd: added to the root of the accumulated squares."""
 
     weight_decay: Annotated[float, Ge(0.0), Lt(1e38)] = 0.0
-    """rowwise_adagrad and adam only, whose fused kernels have it: pulls the rows of a batch, and dense parameters,
-    towards 0. rowwise_adagrad adds weight_decay * weight to the gradient, adam takes learning_rate * weight_decay *
-    weight off the weight."""
+    """rowwise_adagrad and adam only, whose fused kernels have it on a GPU: pulls the rows of a batch, and dense
+    parameters, towards 0. rowwise_adagrad adds weight_decay * weight to the gradient, adam takes learning_rate *
+    weight_decay * weight off the weight. On a CPU needs data-parallel tables, all of whose rows it pulls."""
 
     lr_warmup_steps: Annotated[int, Ge(0), Lt(2**53)] = 0
     """Training steps in which the learning rate grows linearly to its full size."""
@@ -345,7 +349,7 @@ class OutputConfig:
     mlperf_log.txt. Needs --validation_auroc, the target of the timed run."""
 
     log_every: Annotated[int | None, Gt(0), optional("a fiftieth of the epoch, at most 100", "INT")] = None
-    """Steps between lines in metrics.jsonl and on the screen."""
+    """Steps between lines in metrics.jsonl. The screen is paced by time."""
 
     print_progress: bool = True
     """Show step, samples/s, time left, loss, learning rate and last AUROC while training."""
@@ -404,8 +408,11 @@ class Config:
             (self.data, "synthetic_multi_hot_criteo_path"),
             (self.output, "run_dir"),
         ):
-            if (path := getattr(owner, name)) is not None and not path.strip():
+            path = getattr(owner, name)
+            if path is not None and not path.strip():
                 raise ConfigError(f"--{name} {path!r}: expected a folder's name")
+            if path is not None and any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+                raise ConfigError(f"--{name} {path[:40]}...: expected names of at most 255 bytes")
         _check_effects(self)
 
     def to_json(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
             return f"--{argument.field.intern_name}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
             # Of a type with alternatives tyro lists what each of them said; the last one is what the user meant.
-            cause = " ".join(message.split()).rsplit("'>: ", 1)[-1]
+            cause = " ".join(message.split()).rsplit("'>: ", 1)[-1].rsplit(")]: ", 1)[-1]
             return f"--{argument.field.intern_name}: expected {argument.lowered.metavar} ({cause})"
         case tyro_errors.MissingArgs(missing_arguments=missing):
             arguments = [context.arg for context in missing]

@@ -58,13 +58,16 @@ def read_rules(value: str) -> str:
     text = value
     if "=" not in value:
         try:
-            text = Path(value).read_text()
+            text = Path(value).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--table_constraints {value}: neither rules, as in 'large = row_wise', nor a file of them ({error})"
+                f"--table_constraints {value[:80]!r}: neither rules, as in 'large = row_wise', nor a file of them "
+                f"({getattr(error, 'strerror', None) or 'not UTF-8'})"
             ) from None
     rules = [rule for line in text.splitlines() for rule in line.split("#", 1)[0].split(";")]
     shortened = "; ".join(" ".join(rule.split()) for rule in rules if rule.strip())
+    if not shortened:
+        raise ConfigError(f"--table_constraints {value[:80]!r}: holds no rule. Expected one, as in 'large = row_wise'")
     parse_rules(shortened)
     return shortened
 
@@ -95,7 +98,7 @@ def _parse_words(rule: str, words: Sequence[str]) -> TableConstraint:
 
     def add(kind: str, value: object) -> None:
         if kind in found:
-            raise _refusal(rule, f"two of {kind}. Expected one")
+            raise _refusal(rule, f"{value} is a second {kind.replace('_', ' ')}. Expected one")
         found[kind] = value
 
     for word in words:
@@ -110,9 +113,11 @@ def _parse_words(rule: str, words: Sequence[str]) -> TableConstraint:
         else:
             raise _refusal(
                 rule,
-                f"{word}: expected a sharding type ({', '.join(SHARDING_TYPES)}), a kernel "
+                f"{word[:40]}: expected a sharding type ({', '.join(SHARDING_TYPES)}), a kernel "
                 f"({', '.join(COMPUTE_KERNELS)}), cache=SHARE above 0 and up to 1, or ranks=0,1",
             )
+    if found.get("compute_kernel") == "dense":
+        found.setdefault("sharding_type", "data_parallel")  # the only one that has it
     constraint = TableConstraint(**found)  # type: ignore[arg-type]
     _check(rule, constraint)
     return constraint
@@ -132,7 +137,7 @@ def _check(rule: str, constraint: TableConstraint) -> None:
 
 
 def _refusal(rule: str, why: str) -> ConfigError:
-    return ConfigError(f"--table_constraints '{rule.strip()}': {why}.")
+    return ConfigError(f"--table_constraints '{rule.strip()[:120]}': {why}.")
 
 
 def constraints_of_tables(

@@ -102,6 +102,10 @@ class DayRows:
             first, low = stop, high
         return self._join(parts)
 
+    def read_dense(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Integers of rows [start, stop) alone, checked: [B, I]."""
+        return np.concatenate([_read_dense(day, rows) for day, rows in self._ranges(start, stop)])
+
     def read_labels(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Labels of rows [start, stop) alone, checked."""
         return np.concatenate([_read_labels(day, rows) for day, rows in self._ranges(start, stop)])
@@ -237,13 +241,8 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
 
 def _read_checked(day: Day, rows_B: range | npt.NDArray[np.int64]) -> Rows:
     """Copies rows of a day, given by their numbers."""
-    rows = Rows(_take(day.dense, rows_B), tuple(_take(array, rows_B) for array in day.ids), _read_labels(day, rows_B))
-    if not np.isfinite(rows.dense_BI).all():
-        row, column = np.argwhere(~np.isfinite(rows.dense_BI))[0]
-        raise DatasetError(
-            f"{day.paths['dense']}: {rows.dense_BI[row, column]} at row {rows_B[row]}, column {column}, expected a "
-            "finite number. Preprocess the logs anew."
-        )
+    ids = tuple(_take(array, rows_B) for array in day.ids)
+    rows = Rows(_read_dense(day, rows_B), ids, _read_labels(day, rows_B))
     for feature, ids in enumerate(rows.ids):
         if ids.min(initial=0) < 0:
             row, column = np.argwhere(ids < 0)[0]
@@ -253,6 +252,17 @@ def _read_checked(day: Day, rows_B: range | npt.NDArray[np.int64]) -> Rows:
                 "0 or more. Preprocess the logs anew."
             )
     return rows
+
+
+def _read_dense(day: Day, rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    dense_BI = _take(day.dense, rows_B)
+    if not np.isfinite(dense_BI).all():
+        row, column = np.argwhere(~np.isfinite(dense_BI))[0]
+        raise DatasetError(
+            f"{day.paths['dense']}: {dense_BI[row, column]} at row {rows_B[row]}, column {column}, expected a "
+            "finite number. Preprocess the logs anew."
+        )
+    return dense_BI
 
 
 def _read_labels(day: Day, rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -13,6 +13,7 @@ from dlrm.schema import MISSING_DENSE
 
 SAMPLE_ROWS = 1 << 20
 _BLOCK_ROWS = 1 << 12
+_ABOVE_MISSING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class DenseStatistics:
     Attributes:
         mean_I: mean.
         deviation_I: standard deviation; 1 where all values are the same.
-        edges_IE: the smallest value, then quantiles, ascending. A value's bucket is how many edges are not above it:
-            0 is for missing. Infinite where a column has fewer distinct quantiles.
+        edges_IE: a number just above that for missing, then quantiles, ascending. A value's bucket is how many edges
+            are not above it: 0 is for missing. Infinite where a column has fewer distinct quantiles.
     """
 
     mean_I: npt.NDArray[np.float32]
@@ -41,6 +42,7 @@ class DenseStatistics:
                 shares = np.arange(len(edges_E)) / len(edges_E)
                 distinct = np.unique(np.quantile(column, shares, method="higher").astype(np.float32))
                 edges_E[: len(distinct)] = distinct
+                edges_E[0] = min(distinct[0], _ABOVE_MISSING)  # a smaller value than the sample's is not missing
         return DenseStatistics(
             np.array([column.mean() if len(column) else 0.0 for column in columns], np.float32),
             np.array([deviation if deviation > 0 else 1.0 for deviation in deviations], np.float32),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.artifacts import MANIFEST_NAME, read_npy_header
+from dlrm.artifacts import MANIFEST_NAME, read_npy_header, sha256_of
 from dlrm.data.manifest import check_manifest, load_manifest
 from dlrm.errors import DatasetError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
@@ -51,8 +51,11 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
         raise DatasetError(f"{path}: not a multi-hot day ({error}). {written}") from None
 
 
-def check_multi_hot_folder(folder: Path, table_rows: Sequence[int]) -> None:
-    """Refuses a folder that is not there, or whose ids were drawn for tables of other sizes.
+def check_multi_hot_folder(folder: Path, table_rows: Sequence[int], days: Path) -> None:
+    """Refuses a folder that is not there, whose ids were drawn for tables of other sizes, or from other days.
+
+    Args:
+        days: folder of the dense values and labels.
 
     Raises:
         DatasetError: naming the folder or its manifest.
@@ -63,7 +66,14 @@ def check_multi_hot_folder(folder: Path, table_rows: Sequence[int]) -> None:
     path = folder / MANIFEST_NAME
     if not path.exists():
         return
-    stated = load_manifest(path).get("num_embeddings_per_feature")
+    manifest = load_manifest(path)
+    source, of_days = manifest.get("source_manifest_sha256"), days / MANIFEST_NAME
+    if source is not None and days != folder and of_days.exists() and sha256_of(of_days) != source:
+        raise DatasetError(
+            f"{path}: ids were made from other days than those in {days}. Give the folder that they were made from, or "
+            "`dlrm materialize` these days."
+        )
+    stated = manifest.get("num_embeddings_per_feature")
     if stated is not None and stated != list(table_rows):
         raise DatasetError(
             f"{path}: ids were drawn for tables of {_show(stated)} rows, expected {_show(table_rows)}. Give "

@@ -135,8 +135,8 @@ def measure_dense(config: Config) -> DenseStatistics:
     if config.data.folder is None:
         sample_SI = _random_source(config, "train", ONE_HOT).read(0, _RANDOM_SAMPLE_ROWS).dense_BI
     else:
-        days = open_splits(Path(config.data.folder), config.data.dataset_name)["train"]
-        sample_SI = sample_rows(days.num_rows, lambda start, stop: days.read(start, stop).dense_BI)
+        days = _open_days(config.data, config.model.table_rows, config.recipe)["train"]
+        sample_SI = sample_rows(days.num_rows, days.read_dense)
     return DenseStatistics.of(sample_SI, config.model.dense_buckets)
 
 
@@ -179,7 +179,7 @@ def _open_days(data: DataConfig, table_rows: tuple[int, ...], recipe: str | None
     if data.synthetic_multi_hot_criteo_path is None:
         return open_splits(Path(data.folder), data.dataset_name)
     multi_hot = Path(data.synthetic_multi_hot_criteo_path)
-    check_multi_hot_folder(multi_hot, table_rows)
+    check_multi_hot_folder(multi_hot, table_rows, Path(data.folder))
     days = open_splits(Path(data.folder), data.dataset_name, multi_hot)
     widths = days["train"].widths
     for rows in days.values():
@@ -210,7 +210,7 @@ def _binary_splits(
         elif data.mmap_mode:
             source = MappedSplit(rows, table_rows)
         else:
-            label = _label(config, runtime, f"Loading {stage}")
+            label = _label(config, runtime, stage)
             source = load_split(rows, partitions[stage], runtime.rank, table_rows, label)
         if companions is not None:
             source = ExpandedSplit(source, companions)

@@ -39,6 +39,7 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     if output.exists() or Path(config.output).is_symlink():
         if config.resume and output.is_dir() and read_manifest(output):
             if ranks.is_main:
+                _check_finished(config, read_manifest(output))
                 with Workspace(output) as workspace:
                     workspace.discard_leftovers()
                 print(f"{config.output}: is finished already.", flush=True)
@@ -77,6 +78,29 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
                 ) from None
     if ranks.is_main:
         _conclude(config, layout, time.monotonic() - started, run.seconds, resumed)
+
+
+def _check_finished(config: PreprocessConfig, manifest: dict[str, Any]) -> None:
+    """Refuses to take an output for that of these flags if its manifest says otherwise.
+
+    Raises:
+        ConfigError: naming the first choice that differs.
+    """
+    ids, integers = manifest.get("ids", {}), manifest.get("integers", {})
+    made = {**ids, "missing_integers": integers.get("missing", "zero")}
+    names = ["seed", "compat"]
+    if config.vocabulary is None:
+        names += ["frequency_threshold", "missing_integers"]
+        names += [] if config.is_compat else ["max_embeddings", "vocabulary_days"]
+    asked = {name: getattr(config, name) for name in names}
+    asked["raw files"] = [Path(path).name for path in config.raw[: config.days]]
+    made["raw files"] = [day.get("source") for day in manifest.get("days", {}).values()]
+    for name, value in asked.items():
+        if made.get(name) != value:
+            raise ConfigError(
+                f"--output {config.output}: is finished already, and its {name} is {made.get(name)!r}, not {value!r}. "
+                "Choose another folder, or remove it."
+            )
 
 
 def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
@@ -157,7 +181,8 @@ def _conclude(
         return
     print(" Train on it:")
     path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
-    print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle} --num_embeddings_per_feature {table_rows}")
+    integers = " --standardize_dense --dense_buckets 32" if config.tells_missing_integers else ""
+    print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle}{integers} --num_embeddings_per_feature {table_rows}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -150,6 +150,7 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
         manifest = {
             "version": MANIFEST_VERSION,
             "kind": "multi_hot_days",
+            "source_manifest_sha256": sha256_of(source / MANIFEST_NAME) if (source / MANIFEST_NAME).exists() else None,
             "software": f"dlrm {__version__}",
             "days": {name: {"rows": rows} for name, rows in days.items()},
             "multi_hot_sizes": list(config.multi_hot_sizes),

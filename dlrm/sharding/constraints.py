@@ -56,13 +56,18 @@ def to_parameter_constraints(
         "grid_shard": cluster.world_size // cluster.local_world_size,
     }.get(sharding or "")
     columns = None if parts is None else _columns_of_slice(dim, parts)
+    if sharding == "column_wise" and cluster.world_size > 1 and columns == dim:
+        raise PlanError(
+            f"--table_constraints: column_wise of {table}, whose {dim} columns can't be split evenly over "
+            f"{cluster.world_size} ranks or fewer in slices of a multiple of {_MULTIPLE_OF_COLUMNS}. Use table_wise."
+        )
     if rule.ranks is not None and columns is not None and columns * len(rule.ranks) != dim:
         raise PlanError(
             f"--table_constraints: {len(rule.ranks)} ranks of {table} can't share its {dim} columns in slices of a "
             f"multiple of {_MULTIPLE_OF_COLUMNS}."
         )
     return ParameterConstraints(
-        sharding_types=[sharding] if sharding else ["data_parallel"] if kernel == "dense" else None,
+        sharding_types=[sharding] if sharding else None,
         compute_kernels=[kernel] if kernel else None,
         min_partition=columns,
         pooling_factors=[float(hotness)],
@@ -98,13 +103,15 @@ class Enumerator(EmbeddingEnumerator):
     ) -> None:
         super().__init__(topology, batch_size, constraints)
         self._sharding_types = sharding_types
+        self._ruled = {name for name, constraint in constraints.items() if constraint.sharding_types}
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """See TorchRec's EmbeddingEnumerator. No split leaves a rank without rows: FBGEMM's kernels err there."""
         options = [
             option
             for option in super().enumerate(module, sharders)
-            if option.sharding_type in self._sharding_types and all(shard.size[0] > 0 for shard in option.shards)
+            if (option.name in self._ruled or option.sharding_type in self._sharding_types)
+            and all(shard.size[0] > 0 for shard in option.shards)
         ]
         return sorted(options, key=_order)
 
@@ -128,13 +135,18 @@ class PinnedPartitioner(GreedyPerfPartitioner):
         Raises:
             PlannerError: if a table fits none of its ranks, or the rest does not fit.
         """
+        assert hbm_per_device is None, "would forget what pinned tables take"
         topology = copy.deepcopy(storage_constraint)
-        for option in proposal:
-            if option.name in self._ranks:
-                _place(option, [device for device in topology.devices if device.rank in self._ranks[option.name]])
+        pinned = [option for option in proposal if option.name in self._ranks]
+        for option in sorted(pinned, key=_bytes, reverse=True):  # the largest first, as TorchRec does
+            _place(option, [device for device in topology.devices if device.rank in self._ranks[option.name]])
         rest = [option for option in proposal if option.name not in self._ranks]
         super().partition(rest, topology, hbm_per_device)
         return proposal
+
+
+def _bytes(option: ShardingOption) -> int:
+    return option.total_storage.hbm + option.total_storage.ddr
 
 
 def _place(option: ShardingOption, devices: list[DeviceHardware]) -> None:

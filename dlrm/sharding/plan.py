@@ -26,6 +26,7 @@ from dlrm.sharding.sharder import TableSharder
 from dlrm.table_constraints import ROW_SPLITS, SHARDING_TYPES, TableConstraint, constraints_of_tables, parse_rules
 
 _BYTES_PER_WEIGHT = 4
+_PLENTY = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class Placement:
             for rank, gib in zip(table.ranks, table.gib_by_rank, strict=True):
                 totals[rank] += gib
         return totals
+
+    def host_bytes(self, cluster: Cluster) -> int:
+        """Most memory that tables take of a host, with optimizer state: all of them on a CPU, beside GPUs some."""
+        totals = [0.0] * self.world_size
+        for table in self.tables:
+            if cluster.device == "cpu" or "uvm" in table.kernel:
+                for rank, gib in zip(table.ranks, table.gib_by_rank, strict=True):
+                    totals[rank] += gib
+        hosts = range(0, self.world_size, cluster.local_world_size)
+        return int(max(sum(totals[first : first + cluster.local_world_size]) for first in hosts) * GIB)
 
     @property
     def gib(self) -> float:
@@ -96,11 +107,16 @@ class Placement:
         """One line."""
         kinds = sorted({f"{table.sharding}/{table.kernel}" for table in self.tables})
         most = max(self.gib_per_rank)
-        return f"{len(self.tables)} tables, {self.gib:.2f} GiB, {', '.join(kinds)}, at most {most:.2f} GiB a rank"
+        weights = f"{len(self.tables)} tables, {self.gib:.2f} GiB of weights"
+        return f"{weights}, {', '.join(kinds)}, at most {most:.2f} GiB a rank with optimizer state"
 
 
 def constraints_of(sharding: ShardingConfig, model: ModelConfig) -> dict[str, TableConstraint]:
-    """The rule of each table that has one."""
+    """The rule of each table that has one.
+
+    Raises:
+        PlanError: if there is a rule of large tables, and no such table.
+    """
     if sharding.table_constraints is None:
         return {}
     large = [
@@ -108,7 +124,14 @@ def constraints_of(sharding: ShardingConfig, model: ModelConfig) -> dict[str, Ta
         for name, rows in zip(TABLE_NAMES, model.table_rows, strict=True)
         if rows * model.embedding_dim * _BYTES_PER_WEIGHT >= sharding.large_table_gib * GIB
     ]
-    return constraints_of_tables(parse_rules(sharding.table_constraints), large)
+    rules = parse_rules(sharding.table_constraints)
+    if "large" in rules and not large:
+        most = max(model.table_rows) * model.embedding_dim * _BYTES_PER_WEIGHT / GIB
+        raise PlanError(
+            f"--table_constraints: a rule of `large`, but no table has the {sharding.large_table_gib:g} GiB of "
+            f"--large_table_gib; the largest has {most:.3g}. Give a smaller --large_table_gib, or drop the rule."
+        )
+    return constraints_of_tables(rules, large)
 
 
 def plan_sharding(
@@ -144,17 +167,15 @@ def plan_sharding(
     }
     pinned = {name: constraint.ranks for name, constraint in constraints.items() if constraint.ranks is not None}
 
-    named = {constraint.sharding_type for constraint in constraints.values()}
-
-    def attempt(table_bytes: int) -> ShardingPlan | None:
+    def attempt(cluster: Cluster) -> ShardingPlan | None:
         if cluster.device == "cpu":  # where a split by rows is the slower way, for tables that need it
-            unsplit = [kind for kind in sharding_types if kind in named or kind not in ROW_SPLITS]
-            if (plan := attempt_with(unsplit, table_bytes)) is not None:
+            unsplit = [kind for kind in sharding_types if kind not in ROW_SPLITS]
+            if (plan := attempt_with(unsplit, cluster)) is not None:
                 return plan
-        return attempt_with(sharding_types, table_bytes)
+        return attempt_with(sharding_types, cluster)
 
-    def attempt_with(sharding_types: Sequence[str], table_bytes: int) -> ShardingPlan | None:
-        topology = replace(cluster, table_bytes=table_bytes).topology()
+    def attempt_with(sharding_types: Sequence[str], cluster: Cluster) -> ShardingPlan | None:
+        topology = cluster.topology()
         planner = EmbeddingShardingPlanner(
             topology=topology,
             batch_size=batch_size,
@@ -169,21 +190,31 @@ def plan_sharding(
             return None
 
     with _quiet_planner():
-        if (plan := attempt(cluster.table_bytes)) is not None:
+        if (plan := attempt(cluster)) is not None:
+            assert sum(len(cast(EmbeddingModuleShardingPlan, part)) for part in plan.plan.values()) == len(tables)
             return plan
-        needed = _smallest_that_fits(lambda table_bytes: attempt(table_bytes) is not None, cluster.table_bytes)
+        shortage = _find_shortage(cluster, lambda larger: attempt(larger) is not None)
     weights = sum(p.numel() * p.element_size() for p in tables.values())
     classes = {kind for p in tables.values() for kind in getattr(p, "_optimizer_classes", [])}
     has_state = classes != {torch.optim.SGD}
     raise PlanError(
-        _describe_shortfall(weights, cluster, needed, is_constrained=bool(constraints), has_state=has_state)
+        _describe_shortfall(weights, cluster, shortage, is_constrained=bool(constraints), has_state=has_state)
     )
 
 
-def _describe_shortfall(
-    weights: int, cluster: Cluster, needed: int | None, *, is_constrained: bool, has_state: bool
-) -> str:
-    missing = "far more" if needed is None else f"{(needed - cluster.table_bytes) / GIB:.2f} GiB a rank more"
+def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> str:
+    """What there is too little of on a rank, and how much more it takes."""
+    if cluster.device == "cuda" and fits(replace(cluster, host_bytes=_PLENTY)):
+        where, there = " of the host", cluster.host_bytes
+        needed = _smallest_that_fits(lambda size: fits(replace(cluster, host_bytes=size)), there)
+    else:
+        where, there = " of the GPU" if cluster.device == "cuda" else "", cluster.table_bytes
+        needed = _smallest_that_fits(lambda size: fits(replace(cluster, table_bytes=size)), there)
+    missing = "far more" if needed is None else f"{(needed - there) / GIB:.2f} GiB a rank more"
+    return f"of {there / GIB:.2f} GiB{where} (after {cluster.reserved_share:.0%} reserve), {missing} needed"
+
+
+def _describe_shortfall(weights: int, cluster: Cluster, shortage: str, *, is_constrained: bool, has_state: bool) -> str:
     remedies = ["more ranks or hosts", "smaller --num_embeddings or --embedding_dim"]
     if is_constrained:
         remedies.append("other --table_constraints, or none")
@@ -194,8 +225,7 @@ def _describe_shortfall(
     if cluster.reserved_share > 0:
         remedies.append("a smaller --reserved_memory_share")
     return (
-        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(cluster.world_size, 'rank')} of "
-        f"{cluster.table_bytes / GIB:.2f} GiB (after {cluster.reserved_share:.0%} reserve), {missing} needed with "
+        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(cluster.world_size, 'rank')} {shortage} with "
         f"optimizer state and buffers. What would help: {'; '.join(remedies)}."
     )
 

@@ -54,7 +54,7 @@ def _errors_as_one_line() -> Iterator[None]:
     except DlrmError as error:
         if error.everywhere or not _has_peers():
             if os.environ.get("RANK", "0") == "0" or not _has_peers():
-                print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
+                print(f"dlrm: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             else:
                 # The launcher ends all ranks when the first one leaves: let that be rank 0, which says why.
                 time.sleep(_SECONDS_FOR_LAUNCHER)
@@ -100,6 +100,8 @@ def quieten_libraries() -> None:
     FBGEMM registers its dense CPU lookup in a way that torch warns of; its gradients are right, as
     tests/distributed/test_parity.py holds (2026-11-23: fbgemm-gpu-cpu 1.8).
     """
+    # 2026-11-23: torchrec 1.8 uses names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not")
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -31,12 +31,14 @@ def fuse_table_optimizer(tables: nn.Module, config: OptimizerConfig) -> None:
     """Has each table updated inside the backward pass. Call before sharding: the planner counts the state."""
     options = _options(config, config.learning_rate)
     if config.weight_decay and config.algorithm == "rowwise_adagrad":
-        options["weight_decay_mode"] = WeightDecayMode.L2  # FBGEMM ignores the rate without it; Adam's is decoupled
+        options["weight_decay_mode"] = WeightDecayMode.L2  # without it the rate is not used; Adam's is decoupled
     apply_optimizer_in_backward(_TABLE_CLASSES[config.algorithm], tables.parameters(), options)
 
 
-def sharding_types(config: OptimizerConfig, constraints: Mapping[str, TableConstraint], device: str) -> list[str]:
-    """The ways of sharding in which an update is the same whatever the plan, and those that a rule names.
+def allowed_sharding_types(
+    config: OptimizerConfig, constraints: Mapping[str, TableConstraint], device: str
+) -> list[str]:
+    """The ways of sharding in which an update is the same whatever the plan. A rule may name others for its table.
 
     Row-wise Adagrad keeps one state for a row, or for each slice of it where columns are split. Adam's fused kernel
     and weight decay touch a batch's rows, a data-parallel table's optimizer all of them.
@@ -53,14 +55,21 @@ def sharding_types(config: OptimizerConfig, constraints: Mapping[str, TableConst
                 f"--table_constraints: {named[split[0]]} of {split[0]} with --optimizer rowwise_adagrad. Each slice of "
                 "a row would have a state of its own, and results depend on the plan. Use row_wise, or adagrad."
             )
-    if config.algorithm == "adam" and device != "cuda" and any(named.get(n) != "data_parallel" for n in TABLE_NAMES):
-        raise PlanError(
-            "--optimizer adam: FBGEMM has no fused Adam on a CPU. Add --table_constraints 'all = data_parallel' (every "
-            "rank holds every table, and updates all of its rows), or choose adagrad or rowwise_adagrad."
+    if device != "cuda" and any(named.get(name) != "data_parallel" for name in TABLE_NAMES):
+        remedy = (
+            "Add --table_constraints 'all = data_parallel' (every rank holds every table, and updates all its rows), "
         )
+        if config.algorithm == "adam":
+            raise PlanError(
+                f"--optimizer adam: FBGEMM has no fused Adam on a CPU. {remedy}or choose adagrad or rowwise_adagrad."
+            )
+        if config.weight_decay:
+            raise PlanError(
+                f"--weight_decay {config.weight_decay}: FBGEMM's kernels leave it out on a CPU. {remedy}or drop it."
+            )
     if config.algorithm == "adam" or config.weight_decay:
         excluded += ("data_parallel",)
-    return [kind for kind in SHARDING_TYPES if kind not in excluded or kind in named.values()]
+    return [kind for kind in SHARDING_TYPES if kind not in excluded]
 
 
 def table_state_floats(config: OptimizerConfig, dim: int) -> float:

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config
 from dlrm.data.binary_days import Stage
-from dlrm.data.splits import draw_run_companions, hotness_of, measure_dense, open_run_splits
+from dlrm.data.splits import draw_run_companions, open_run_splits
 from dlrm.errors import ConfigError
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
-from dlrm.model.dlrm import DLRM, DLRMTrain
-from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank, peak_memory_gib
+from dlrm.runtime import Runtime, on_every_rank, on_main_rank, peak_memory_gib
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import Placement, constraints_of, describe_plan, plan_sharding
+from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.sharding.shard import shard_model
-from dlrm.sharding.sharder import TableSharder
-from dlrm.train.optimizers import build_optimizer, fuse_table_optimizer, sharding_types, table_state_floats
+from dlrm.train.build import build_model, make_sharder, plan_run
+from dlrm.train.optimizers import build_optimizer, table_state_floats
 from dlrm.train.pipeline import check_pipeline
 from dlrm.train.profiling import StepProfiler, check_profile
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
@@ -45,15 +43,16 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
-        _note_flags_without_gpu(config, runtime)
+        _note_idle_flags(config, runtime)
     torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
 
+    data_opened = time.time()
     model = build_model(config, runtime)
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
-    data_opened = time.time()
+    runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
     companions = draw_run_companions(config, runtime)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
     on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
@@ -87,48 +86,6 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
-
-
-def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
-    """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
-
-    Collective.
-    """
-    assert config.training.seed is not None
-    statistics = on_main_rank(runtime, lambda: measure_dense(config)) if config.model.needs_dense_statistics else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.training.seed, "dense"))
-        model = DLRM(config.model, torch.device("meta"), statistics)
-    for name, part in model.named_children():
-        if name != "embedding_bag_collection":
-            part.to(runtime.device)
-    fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
-    autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
-    return DLRMTrain(model, runtime.world_size, autocast)
-
-
-def make_sharder(config: Config) -> TableSharder:
-    """How the run's tables are sharded."""
-    sharding, prefetches = config.sharding, config.training.pipeline == "prefetch"
-    return TableSharder(sharding.forward_comm_precision, sharding.backward_comm_precision, prefetches=prefetches)
-
-
-def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
-    """Where the run's tables go.
-
-    Raises:
-        PlanError: if they do not fit, or a rule or the optimizer asks for what can't be had.
-    """
-    constraints = constraints_of(config.sharding, config.model)
-    return plan_sharding(
-        model,
-        cluster,
-        make_sharder(config),
-        max(config.data.batch_size, config.data.test_batch_size or 0),
-        hotness_of(config),
-        constraints,
-        sharding_types(config.optimizer, constraints, cluster.device),
-    )
 
 
 def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:
@@ -196,8 +153,11 @@ def _with_seed(config: Config) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=secrets.randbits(31)))
 
 
-def _note_flags_without_gpu(config: Config, runtime: Runtime) -> None:
-    """A script written for GPUs runs unchanged on a CPU, and is told what that leaves out."""
+def _note_idle_flags(config: Config, runtime: Runtime) -> None:
+    """A script written for many GPUs runs unchanged on one CPU, and is told what that leaves out."""
+    sharding = config.sharding
+    if runtime.world_size == 1 and {sharding.forward_comm_precision, sharding.backward_comm_precision} != {"fp32"}:
+        print("One rank: precision of communication without effect.", flush=True)
     idle = [
         flag
         for flag, given in (("--pin_memory", config.data.pin_memory), ("tf32", config.training.arithmetic == "tf32"))

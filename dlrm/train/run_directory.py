@@ -25,6 +25,7 @@ from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
+_OTHERS = ("mlperf_log.txt", "tensorboard", "trace_rank0.json.gz")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
 
 
@@ -46,7 +47,7 @@ class RunDirectory:
         else:
             name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
             path = _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
-        taken = reported(path, lambda: [name for name in _FILES if os.path.lexists(path / name)])
+        taken = reported(path, lambda: [name for name in (*_FILES, *_OTHERS) if os.path.lexists(path / name)])
         if taken:
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, or move this one away."

@@ -29,16 +29,20 @@ def learning_rate_at(step: int, base: float, config: OptimizerConfig) -> float:
 class LearningRateSchedule:
     """Sets the rates of all of a model's optimizers: tables, fused or not, and dense parameters.
 
-    The rates that they are built with are their full ones. `learning_rate` is that of the tables.
+    The rates that they are built with are their full ones. `learning_rate` is that of the tables, `dense_learning_rate`
+    that of the dense parts.
     """
 
     def __init__(self, optimizer: CombinedOptimizer, config: OptimizerConfig) -> None:
         self._bases = [(group, group["lr"]) for group in optimizer.param_groups]
         self._config = config
+        self._dense_base = config.dense_learning_rate or config.learning_rate
         self.learning_rate = config.learning_rate
+        self.dense_learning_rate = self._dense_base
 
     def begin_step(self, step: int) -> None:
         """Sets the rates of training step `step`, counted from 1, before it is taken."""
         self.learning_rate = learning_rate_at(step, self._config.learning_rate, self._config)
+        self.dense_learning_rate = learning_rate_at(step, self._dense_base, self._config)
         for group, base in self._bases:
             group["lr"] = learning_rate_at(step, base, self._config)  # type: ignore[index] # torchrec says Mapping

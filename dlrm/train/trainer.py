@@ -123,7 +123,8 @@ class Trainer:
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
         )
-        self._write("train", epoch=epoch, **asdict(report), learning_rate=rate)
+        dense_rate = self.schedule.dense_learning_rate
+        self._write("train", epoch=epoch, **asdict(report), learning_rate=rate, dense_learning_rate=dense_rate)
         return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
 
     def _validate(self, progress: Progress) -> None:

@@ -132,7 +132,7 @@ def test_json_of_another_dlrm_is_refused(change, words):
         ("learning_rate", 0.0, "expected more than 0.0"),
         ("learning_rate", float("nan"), "expected a finite number"),
         ("learning_rate", float("inf"), "expected a finite number"),
-        ("eps", 0.0, "expected more than 0.0"),
+        ("eps", 0.0, "expected 1e-37 or more"),
         ("epochs", 0, "expected more than 0"),
         ("seed", -1, "expected 0 or more"),
         ("seed", 2**63, "expected less than"),

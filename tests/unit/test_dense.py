@@ -58,12 +58,12 @@ def test_buckets_are_quantiles_with_one_for_missing(buckets: int) -> None:
     assert sizes.max() - sizes.min() < 0.3 * sizes.mean()
 
 
-def test_a_value_beyond_the_sample_falls_into_the_last_bucket_and_one_below_into_that_for_missing() -> None:
+def test_values_beyond_the_sample_fall_into_the_first_and_the_last_bucket() -> None:
     statistics = DenseStatistics.of(np.array([[1.0], [2.0], [3.0]], np.float32), 3)
-    np.testing.assert_array_equal(statistics.edges_IE, [[1, 2, 3]])
+    np.testing.assert_allclose(statistics.edges_IE, [[1e-6, 2, 3]])
     embeddings = BucketEmbeddings(statistics, 4)
-    got = embeddings(torch.tensor([[9.0], [0.5], [2.5]]))
-    torch.testing.assert_close(got, embeddings.weight[[3, 0, 2]])
+    got = embeddings(torch.tensor([[9.0], [0.5], [2.5], [0.0]]))
+    torch.testing.assert_close(got, embeddings.weight[[3, 1, 2, 0]])
 
 
 def test_a_large_set_is_sampled_in_blocks_at_even_distances() -> None:

@@ -98,7 +98,7 @@ def test_bare_boolean_flags(section, field, argv):
             "--multi_hot_distribution_type zipf: expected one of pareto, uniform",
         ),
         (["--learning_rate", "fast"], "--learning_rate: .*'fast'"),
-        (["--dense_arch_layer_sizes", "512,x"], "--dense_arch_layer_sizes: .*'x'"),
+        (["--dense_arch_layer_sizes", "512,x"], "--dense_arch_layer_sizes: .*512,x: not integers"),
         (["--dense_arch_layer_sizes", ""], "--dense_arch_layer_sizes: "),
         (["--interaction_type", "sum"], "--interaction_type sum: expected one of original, dcn, projection"),
         (["--dataset_name", "movielens"], "--dataset_name movielens: expected one of criteo_1t, criteo_kaggle"),

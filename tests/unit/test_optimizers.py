@@ -11,8 +11,8 @@ from dlrm.flags import parse_args
 from dlrm.runtime import start_runtime
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.shard import shard_model
+from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.optimizers import build_optimizer
-from dlrm.train.run import build_model, make_sharder, plan_run
 from dlrm.train.schedule import LearningRateSchedule
 
 

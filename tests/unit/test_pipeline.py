@@ -7,9 +7,9 @@ from dlrm.runtime import start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, TablePlacement
 from dlrm.sharding.shard import shard_model
+from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import build_pipeline, check_pipeline, table_kernels
-from dlrm.train.run import build_model, make_sharder, plan_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

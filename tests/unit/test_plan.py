@@ -13,8 +13,8 @@ from dlrm.recipes import RECIPES
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.table_constraints import SHARDING_TYPES
-from dlrm.train.optimizers import fuse_table_optimizer, sharding_types, table_state_floats
-from dlrm.train.run import plan_run
+from dlrm.train.build import plan_run
+from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer, table_state_floats
 
 STATES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -153,7 +153,9 @@ def test_optimizer_state_is_counted(optimizer: str, floats: int) -> None:
 
 
 def test_updates_do_not_depend_on_the_plan() -> None:
-    kinds = {optimizer: sharding_types(OptimizerConfig(optimizer=optimizer), {}, "cuda") for optimizer in STATES}
+    kinds = {
+        optimizer: allowed_sharding_types(OptimizerConfig(optimizer=optimizer), {}, "cuda") for optimizer in STATES
+    }
     assert set(kinds["sgd"]) == set(kinds["adagrad"]) == set(SHARDING_TYPES)
     assert set(kinds["rowwise_adagrad"]) == {"table_wise", "row_wise", "table_row_wise", "data_parallel"}
     assert set(kinds["adam"]) == set(SHARDING_TYPES) - {"data_parallel"}
@@ -161,5 +163,57 @@ def test_updates_do_not_depend_on_the_plan() -> None:
         make_plan(constrained("t_cat_0 = column_wise", "rowwise_adagrad"), cpus(2))
     with pytest.raises(PlanError, match=r"no fused Adam on a CPU. Add --table_constraints 'all = data_parallel'"):
         make_plan(constrained("t_cat_0 = data_parallel", "adam"), cpus(2))
+    decayed = dataclasses.replace(
+        constrained("t_cat_0 = data_parallel"), optimizer=OptimizerConfig(optimizer="rowwise_adagrad", weight_decay=0.1)
+    )
+    with pytest.raises(PlanError, match=r"--weight_decay 0.1: FBGEMM's kernels leave it out on a CPU"):
+        make_plan(decayed, cpus(2))
     replicated = make_plan(constrained("all = data_parallel", "adam"), cpus(2, 4.0))
     assert {table.kernel for table in replicated.tables} == {"dense"}
+
+
+def test_the_dense_kernel_is_data_parallel_whatever_the_optimizer() -> None:
+    placement = make_plan(constrained("t_cat_3 = dense", "adam", num_embeddings=1000), gpus(2, local_world_size=2))
+    assert [t.table for t in placement.tables if t.sharding == "data_parallel"] == ["t_cat_3"]
+    assert len(placement.tables) == 26
+
+
+def test_pinned_tables_are_placed_by_size() -> None:
+    rows = (2_000_000, 1_000_000, 3_000_000, *[10] * 23)  # 0.48, 0.24, 0.72 GiB
+    rules = "t_cat_0 t_cat_1 t_cat_2 = table_wise ranks=0,1"
+    placement = make_plan(constrained(rules, num_embeddings_per_feature=rows), cpus(2, 0.8))
+    assert placement.tables[2].ranks != placement.tables[0].ranks == placement.tables[1].ranks
+
+
+def test_too_little_host_memory_is_not_taken_for_the_gpus() -> None:
+    cluster = dataclasses.replace(gpus(2, local_world_size=2), host_bytes=GIB)
+    with pytest.raises(PlanError, match=r"2 ranks of 1\.00 GiB of the host .* GiB a rank more needed"):
+        make_plan(constrained("all = table_wise fused_uvm", num_embeddings=400_000), cluster)
+
+
+def test_tables_of_a_host_take_its_memory() -> None:
+    on_cpu = make_plan(Config(model=ModelConfig(num_embeddings=10_000)), cpus(2))
+    assert on_cpu.host_bytes(cpus(2)) == pytest.approx(on_cpu.gib * GIB)
+    on_gpu = make_plan(constrained("t_cat_0 = table_wise fused_uvm"), gpus(2, local_world_size=2))
+    assert on_gpu.host_bytes(gpus(2)) == pytest.approx(on_gpu.tables[0].gib * GIB)
+
+
+def test_a_rule_frees_its_own_table_only() -> None:
+    """Data parallelism is left out with Adam, unless a rule names it for a table."""
+    config = constrained("t_cat_0 = data_parallel", "adam", num_embeddings=100)
+    cluster = dataclasses.replace(gpus(2, local_world_size=2), intra_host_bandwidth=0.01)  # where copies look cheap
+    placement = make_plan(config, cluster)
+    assert [t.table for t in placement.tables if t.sharding == "data_parallel"] == ["t_cat_0"]
+
+
+def test_a_rule_of_large_tables_needs_one() -> None:
+    with pytest.raises(PlanError, match=r"a rule of `large`, but no table has the 0.1 GiB"):
+        make_plan(constrained("large = row_wise", num_embeddings=1000), cpus(2))
+
+
+def test_columns_that_can_not_be_split_are_refused() -> None:
+    config = constrained("t_cat_0 = column_wise", num_embeddings=100, embedding_dim=12, dense_arch_layer_sizes=(8, 12))
+    with pytest.raises(PlanError, match="12 columns can't be split evenly over 2 ranks"):
+        make_plan(config, cpus(2))
+    assert make_plan(config, cpus(3)).tables[0].ranks == (0, 1, 2)
+    assert make_plan(config, cpus(1)).tables[0].ranks == (0,)

@@ -519,6 +519,23 @@ def test_output_that_is_there_already(raw):
         preprocess(config_of(raw), Ranks())
 
 
+@pytest.mark.parametrize(
+    ("names", "fields", "message"),
+    [
+        ((), {"missing_integers": "apart"}, "its missing_integers is 'zero', not 'apart'"),
+        ((), {"frequency_threshold": 9}, "its frequency_threshold is 3, not 9"),
+        ((), {"seed": 1}, "its seed is 0, not 1"),
+        (("day_1.tsv", "day_0.tsv", "day_2.tsv"), {}, "its raw files is"),
+    ],
+)
+def test_output_of_other_flags_is_not_taken_for_finished(names, fields, message, raw):
+    before = digests(write(raw))
+    with pytest.raises(ConfigError, match=message):
+        preprocess(config_of(raw, *names, resume=True, **fields), Ranks())
+    assert digests(raw.parent / "days") == before
+    preprocess(config_of(raw, resume=True), Ranks())
+
+
 # Interruptions
 
 

@@ -34,7 +34,7 @@ def test_a_file_says_the_same_as_a_line(tmp_path: Path) -> None:
         ("= row_wise", "expected TABLES = WORDS"),
         ("t_cat_26 = row_wise", "no table t_cat_26"),
         ("t_cat_0 = rowwise", "rowwise: expected a sharding type"),
-        ("t_cat_0 = row_wise table_wise", "two of sharding_type"),
+        ("t_cat_0 = row_wise table_wise", "table_wise is a second sharding type"),
         ("t_cat_0 = fused; t_cat_0 = row_wise", "a second rule of t_cat_0"),
         ("t_cat_0 = fused_uvm_caching cache=0", "cache=0: expected"),
         ("t_cat_0 = fused_uvm_caching cache=1.5", "cache=1.5: expected"),

@@ -1,0 +1,60 @@
+"""A run's model and plan, before any of it is sharded."""
+
+import torch
+from torchrec.distributed.types import ShardingPlan
+
+from dlrm.config import Config
+from dlrm.data.splits import hotness_of, measure_dense
+from dlrm.model.dlrm import DLRM, DLRMTrain
+from dlrm.runtime import Runtime, derive_seed, on_main_rank
+from dlrm.sharding.cluster import Cluster
+from dlrm.sharding.plan import constraints_of, plan_sharding
+from dlrm.sharding.sharder import TableSharder
+from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
+
+
+def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
+    """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
+
+    Collective.
+    """
+    assert config.training.seed is not None
+    statistics = on_main_rank(runtime, lambda: measure_dense(config)) if config.model.needs_dense_statistics else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.training.seed, "dense"))
+        model = DLRM(config.model, torch.device("meta"), statistics)
+    for name, part in model.named_children():
+        if name != "embedding_bag_collection":
+            part.to(runtime.device)
+    fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
+    autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
+    return DLRMTrain(model, runtime.world_size, autocast)
+
+
+def make_sharder(config: Config) -> TableSharder:
+    """How the run's tables are sharded."""
+    sharding, prefetches = config.sharding, config.training.pipeline == "prefetch"
+    return TableSharder(
+        sharding.forward_comm_precision,
+        sharding.backward_comm_precision,
+        batch_size=config.data.batch_size,
+        prefetches=prefetches,
+    )
+
+
+def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
+    """Where the run's tables go.
+
+    Raises:
+        PlanError: if they do not fit, or a rule or the optimizer asks for what can't be had.
+    """
+    constraints = constraints_of(config.sharding, config.model)
+    return plan_sharding(
+        model,
+        cluster,
+        make_sharder(config),
+        max(config.data.batch_size, config.data.test_batch_size or 0),
+        hotness_of(config),
+        constraints,
+        allowed_sharding_types(config.optimizer, constraints, cluster.device),
+    )
