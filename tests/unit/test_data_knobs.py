@@ -289,6 +289,21 @@ def test_a_manifest_of_other_tables_and_other_sizes_are_refused(days, multi_hot)
     open_run_splits(config_of(days[0], multi_hot_sizes=SIZES, **path), runtime_of(0, 1))
 
 
+def test_ids_of_other_days_are_refused(days, tmp_path):
+    """Rows are matched by their number: ids of another order would go to other labels."""
+    manifest = days[0] / "manifest.json"
+    manifest.write_text('{"version": 1, "files": {}, "seed": 0}')
+    folder = tmp_path / "made"
+    materialize(
+        MaterializeConfig(str(days[0]), str(folder), multi_hot_sizes=SIZES, num_embeddings_per_feature=TABLE_ROWS)
+    )
+    config = config_of(days[0], synthetic_multi_hot_criteo_path=str(folder))
+    open_run_splits(config, runtime_of(0, 1))
+    manifest.write_text('{"version": 1, "files": {}, "seed": 7}')
+    with pytest.raises(DatasetError, match=r"made/manifest.json: ids were made from other days than those in"):
+        open_run_splits(config, runtime_of(0, 1))
+
+
 def test_random_data_with_a_distribution_has_the_companions_of_its_ids():
     sizes = (3, 2) + (1,) * 24
     config = config_of(None, batch_size=50, multi_hot_sizes=sizes, multi_hot_distribution_type="uniform")

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dlrm.config import Config, DataConfig, ModelConfig
 from dlrm.data.dense_statistics import DenseStatistics, sample_rows
+from dlrm.data.splits import measure_dense
 from dlrm.model.dense import BucketEmbeddings, StandardizedDense
+from dlrm.preprocess.materialize import MaterializeConfig, materialize
 
 RNG = np.random.default_rng(3)
 
@@ -83,3 +86,26 @@ def test_a_large_set_is_sampled_in_blocks_at_even_distances() -> None:
     gaps = np.diff([start for start, _ in asked])
     assert gaps.max() - gaps.min() <= 1
     assert math.isclose(sample.mean(), 5_000_000, rel_tol=0.01)
+
+
+def test_statistics_need_no_ids(tmp_path, write_days):
+    """Of multi-hot days, day_{i}_sparse.npy may be gone."""
+    write_days(tmp_path / "days", (40, 40))
+    sizes, rows = (2, *[1] * 25), (50,) * 26
+    materialize(
+        MaterializeConfig(
+            str(tmp_path / "days"), str(tmp_path / "multi_hot"), multi_hot_sizes=sizes, num_embeddings_per_feature=rows
+        )
+    )
+    for path in (tmp_path / "days").glob("*_sparse.npy"):
+        path.unlink()
+    config = Config(
+        data=DataConfig(
+            in_memory_binary_criteo_path=str(tmp_path / "days"),
+            synthetic_multi_hot_criteo_path=str(tmp_path / "multi_hot"),
+        ),
+        model=ModelConfig(num_embeddings_per_feature=rows, standardize_dense=True, dense_buckets=3),
+    )
+    statistics = measure_dense(config)
+    dense = np.load(tmp_path / "days/day_0_dense.npy")
+    np.testing.assert_allclose(statistics.mean_I, [column[column != 0].mean() for column in dense.T], atol=1e-5)
