@@ -47,7 +47,8 @@ def find_faults(log: Path) -> dict[str, str]:
 def test_tensorboard_shows_what_metrics_jsonl_says(reached: Path) -> None:
     events = EventAccumulator(str(reached / "tensorboard")).Reload()
     shown = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    measured = ("loss", "samples_per_second", "learning_rate", "auroc", "logloss", "ne", "calibration")
+    measured = ("loss", "samples_per_second", "learning_rate", "dense_learning_rate")
+    measured += ("auroc", "logloss", "ne", "calibration")
     expected = {
         (f"{line['kind']}/{name}", line["step"]): line[name]
         for line in read_metrics(reached)
