@@ -30,6 +30,7 @@ $(READY): requirements/$(DEVICE).txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/cuda.txt torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/$(DEVICE).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m dlrm.kernels.build
 	@$(BIN)/dlrm doctor
 	@touch $@
 

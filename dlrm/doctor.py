@@ -42,7 +42,11 @@ def diagnose() -> list[Finding]:
     versions = {name: _version(name) for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")}
     findings = [_check_python(), check_versions(versions)]
     if findings[-1].is_well:
-        for name, check in (("native parts", _check_native), ("devices", _check_devices)):
+        for name, check in (
+            ("native parts", _check_native),
+            ("kernels", _check_kernels),
+            ("devices", _check_devices),
+        ):
             findings.append(_guarded(name, check))
     return findings
 
@@ -111,6 +115,13 @@ def _check_native() -> str:
     if not torch.equal(pooled, torch.ones(1, 8)):
         raise RuntimeError(f"FBGEMM's lookup gave {pooled.tolist()}, expected ones")
     return "FBGEMM's operators load and look up"
+
+
+def _check_kernels() -> str:
+    """The trainer's own operators. A machine without a compiler does without them."""
+    from dlrm.kernels.native import describe_kernels
+
+    return describe_kernels()
 
 
 def _check_devices() -> str:

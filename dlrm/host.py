@@ -1,11 +1,13 @@
 """What this host has to give."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_SYSTEM = Path("/sys/devices/system")
 
 
 def available_memory_bytes() -> int:
@@ -28,3 +30,82 @@ def available_memory_bytes() -> int:
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def chosen_threads() -> int | None:
+    """OMP_NUM_THREADS as the user set it; None where it is not set, or only torchrun set it.
+
+    torchrun gives each of several workers OMP_NUM_THREADS=1 where nobody gave it one, which would leave cores idle.
+    """
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    if not text.isdigit() or int(text) == 0:
+        return None
+    if text == "1" and "TORCHELASTIC_RUN_ID" in os.environ and not _launcher_had("OMP_NUM_THREADS"):
+        return None
+    return int(text)
+
+
+def _launcher_had(name: str) -> bool:
+    """Whether the parent process was started with this variable; True where that can't be read."""
+    try:
+        variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return any(variable.startswith(f"{name}=".encode()) for variable in variables)
+
+
+@dataclass(frozen=True)
+class Core:
+    """One of the system's processors. Those with the same `node`, `package` and `number` are threads of one core."""
+
+    node: int
+    package: int
+    number: int
+    cpu: int
+
+    @property
+    def physical(self) -> tuple[int, int]:
+        """The same for threads of one core."""
+        return self.package, self.number
+
+
+def allowed_cores(system: Path = _SYSTEM) -> list[Core]:
+    """Processors that this process may run on, neighbours in memory and in core beside each other."""
+    nodes = {}
+    for folder in system.glob("node/node[0-9]*"):
+        nodes |= dict.fromkeys(_parse_cpus((folder / "cpulist").read_text()), int(folder.name[4:]))
+    cores = []
+    for cpu in os.sched_getaffinity(0):
+        topology = system / f"cpu/cpu{cpu}/topology"
+        package, number = (_read_number(topology / name, cpu) for name in ("physical_package_id", "core_id"))
+        cores.append(Core(nodes.get(cpu, 0), package, number, cpu))
+    return sorted(cores, key=lambda core: (core.node, core.package, core.number, core.cpu))
+
+
+def share_of_rank(cores: list[Core], local_rank: int, local_world_size: int) -> list[Core]:
+    """The cores of one of the ranks of a host: as many as the others have, give or take one, and next to each other."""
+    if len(cores) < local_world_size:
+        return cores
+    start, stop = (len(cores) * rank // local_world_size for rank in (local_rank, local_rank + 1))
+    return cores[start:stop]
+
+
+def is_bound_already() -> bool:
+    """Whether the launcher gave this process other cores than it has itself."""
+    try:
+        return os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
+    except OSError:
+        return True
+
+
+def _parse_cpus(text: str) -> list[int]:
+    """The numbers in a list such as 0-3,8."""
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus += range(int(first), int(last or first) + 1) if first else ()
+    return cpus
+
+
+def _read_number(path: Path, default: int) -> int:
+    return int(path.read_text()) if path.exists() else default

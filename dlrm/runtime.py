@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 
 from dlrm.errors import DlrmError, LaunchError
-from dlrm.host import available_memory_bytes
+from dlrm.host import (
+    allowed_cores,
+    available_cores,
+    available_memory_bytes,
+    chosen_threads,
+    is_bound_already,
+    share_of_rank,
+)
 
 T = TypeVar("T")
 
@@ -45,8 +52,8 @@ class Runtime:
         hosts = self.world_size // self.local_world_size
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         counts = f"{count(self.world_size, 'rank')} on {count(hosts, 'host')}"
-        threads = count(torch.get_num_threads(), "thread")
-        return f"{counts}, {where}, {dist.get_backend()}, {threads} a rank, torch {torch.__version__}"
+        threads = f"{count(torch.get_num_threads(), 'thread')} a rank on {count(available_cores(), 'core')}"
+        return f"{counts}, {where}, {dist.get_backend()}, {threads}, torch {torch.__version__}"
 
 
 def count(number: int, noun: str) -> str:
@@ -67,7 +74,7 @@ def start_runtime() -> Iterator[Runtime]:
     owns_group = not dist.is_initialized()
     ranks = _read_launcher() if owns_group else _read_group()
     device = _pick_device(ranks.local_rank)
-    _set_threads(ranks.local_world_size)
+    _arrange_threads(ranks.local_rank, ranks.local_world_size)
     host_memory_bytes = available_memory_bytes()
     if owns_group:
         _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
@@ -140,10 +147,17 @@ def _pick_device(local_rank: int) -> torch.device:
     return device
 
 
-def _set_threads(local_world_size: int) -> None:
-    """The ranks of a host share its cores, unless OMP_NUM_THREADS says otherwise (torchrun sets it to 1)."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+def _arrange_threads(local_rank: int, local_world_size: int) -> None:
+    """The ranks of a host share its cores, a thread for each, unless OMP_NUM_THREADS says otherwise.
+
+    Where memory is nearer to some cores than to others, each rank keeps to its share, and its tables to memory there.
+    """
+    cores = allowed_cores()
+    share = share_of_rank(cores, local_rank, local_world_size)
+    if local_world_size > 1 and len({core.node for core in cores}) > 1 and not is_bound_already():
+        os.sched_setaffinity(0, {core.cpu for core in share})
+    physical = len({core.physical for core in share})
+    torch.set_num_threads(chosen_threads() or max(1, physical if len(cores) >= local_world_size else 1))
 
 
 def _init_process_group(ranks: _Ranks, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""How the integers enter: standardized, flagged where missing, and as embeddings of buckets.
+"""MLPs, and how the integers enter: standardized, flagged where missing, and as embeddings of buckets.
 
 Shapes: B samples, I integer features, D embedding dimension, K buckets with the one for missing.
 """
@@ -7,9 +7,20 @@ import math
 
 import torch
 from torch import nn
+from torchrec.modules.mlp import MLP
 
 from dlrm.data.dense_statistics import DenseStatistics
+from dlrm.kernels.mlp import mlp
 from dlrm.schema import MISSING_DENSE
+
+
+class ReluMLP(MLP):
+    """TorchRec's MLP, with its parameters and their names, computed layer by layer in few passes over memory."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - MLP's name
+        """Returns [B, size of the last layer]."""
+        layers = [perceptron._linear for perceptron in self._mlp]  # type: ignore[union-attr]
+        return mlp(input, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
 class StandardizedDense(nn.Module):
@@ -44,6 +55,7 @@ class BucketEmbeddings(nn.Module):
         self.register_buffer("edges_IE", torch.from_numpy(statistics.edges_IE))
         first_bucket_I1 = torch.arange(num_features)[:, None] * num_buckets
         self.register_buffer("first_bucket_I1", first_bucket_I1, persistent=False)
+        self.first_columns = list(range(0, num_features * embedding_dim, embedding_dim))
         bound = 1 / math.sqrt(num_buckets)
         self.weight = nn.Parameter(torch.empty(num_features * num_buckets, embedding_dim).uniform_(-bound, bound))
 

@@ -1,23 +1,29 @@
 """Deep Learning Recommendation Model (arXiv:1906.00091), and its loss.
 
-Shapes: B samples of this rank, I integer features, V vectors that interact (the MLP's, one for each of F
-categorical features and, where they have buckets, each integer), D embedding dimension, G = V * D.
+Shapes: B samples of this rank, I integer features, D embedding dimension.
 """
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.modules.mlp import MLP
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.config import ModelConfig
 from dlrm.data.batch import Batch
 from dlrm.data.dense_statistics import DenseStatistics
-from dlrm.model.dense import BucketEmbeddings, StandardizedDense
+from dlrm.model.dense import BucketEmbeddings, ReluMLP, StandardizedDense
 from dlrm.model.interaction import DCNInteraction, DotInteraction, ProjectionInteraction
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
+
+
+@torch.fx.wrap
+def find_features(pooled: KeyedTensor) -> list[int]:
+    """The first column of each categorical feature: a sharded collection has them in the order of the ranks."""
+    first_columns = dict(zip(pooled.keys(), pooled.offset_per_key(), strict=False))
+    return [first_columns[name] for name in CATEGORICAL_NAMES]
 
 
 class DLRM(nn.Module):
@@ -38,21 +44,21 @@ class DLRM(nn.Module):
             BucketEmbeddings(statistics, config.embedding_dim) if config.dense_buckets and statistics else None
         )
         in_features = self.standardize.out_features if self.standardize else NUM_INTEGER_FEATURES
-        self.dense_arch = MLP(in_features, list(config.dense_arch_layer_sizes))
+        self.dense_arch = ReluMLP(in_features, list(config.dense_arch_layer_sizes))
         self.interaction = build_interaction(config)
         *hidden, last = config.over_arch_layer_sizes
-        self.over_arch = nn.Sequential(MLP(self.interaction.out_features, hidden), Fp32Linear(hidden[-1], last))
+        self.over_arch = nn.Sequential(ReluMLP(self.interaction.out_features, hidden), Fp32Linear(hidden[-1], last))
 
     def forward(self, dense_BI: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Returns logits_B."""
         # First the tables: their all-to-all, and backward that of the gradients, runs while the dense arch computes.
         awaited = self.embedding_bag_collection(sparse_features)
         dense_BD = self.dense_arch(dense_BI if self.standardize is None else self.standardize(dense_BI))
-        bucketed = () if self.buckets is None else (self.buckets(dense_BI),)
-        # A sharded collection gives features in the order of the ranks that hold them: take each by its name.
-        pooled = awaited.to_dict()
-        features_BG = torch.cat([dense_BD, *(pooled[name] for name in CATEGORICAL_NAMES), *bucketed], dim=1)
-        return self.over_arch(self.interaction(dense_BD, features_BG)).squeeze(1)
+        sources, columns = [awaited.values()], [find_features(awaited)]
+        if self.buckets is not None:
+            sources.append(self.buckets(dense_BI))
+            columns.append(self.buckets.first_columns)
+        return self.over_arch(self.interaction(dense_BD, sources, columns)).squeeze(1)
 
 
 class Fp32Linear(nn.Linear):

@@ -4,11 +4,13 @@ import math
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
+from dlrm.kernels.embedding import use_native_lookups
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.sharder import TableSharder
@@ -31,11 +33,13 @@ def shard_model(
             device=device,
             plan=plan,
             sharders=[sharder],  # type: ignore[list-item]
+            init_data_parallel=dist.get_world_size() > 1,
         )
     tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
     for name, weight in tables.items():
         _fill_table(weight, name.split(".embedding_bags.")[1], seed)
+    use_native_lookups(sharded, may_round=not sharder.quantizes)
     return sharded
 
 

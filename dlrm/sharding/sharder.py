@@ -34,6 +34,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
             batch_size: samples of a rank in a step, over which gradients are averaged.
             prefetches: cache lines stay locked until the step that they were fetched for is over.
         """
+        self.quantizes = not forward == backward == "fp32"
         super().__init__(
             fused_params={"prefetch_pipeline": True} if prefetches else None,
             qcomm_codecs_registry=_codecs(forward, backward, batch_size),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from dlrm.allocator import keep_freed_memory
 from dlrm.config import Config
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 from dlrm.flags import parse_args
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
     """
     started = time.time()
+    keep_freed_memory()
     with _errors_as_one_line():
         config = _parse(argv)
         # Here and not above, so that --help and a mistyped flag answer without loading torch.

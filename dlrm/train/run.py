@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dlrm.allocator import describe_allocator
 from dlrm.config import Config
 from dlrm.data.binary_days import Stage
 from dlrm.data.splits import draw_run_companions, open_run_splits
 from dlrm.errors import ConfigError
+from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
@@ -43,6 +45,8 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
+        if runtime.device.type == "cpu":
+            print(f"{describe_kernels()}; {describe_allocator()}", flush=True)
         _note_idle_flags(config, runtime)
     torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
 

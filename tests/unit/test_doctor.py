@@ -29,10 +29,10 @@ def test_check_versions(change, is_well, words):
 
 
 def test_this_machine_is_well(capsys):
-    assert [finding.name for finding in diagnose()] == ["python", "versions", "native parts", "devices"]
+    assert [finding.name for finding in diagnose()] == ["python", "versions", "native parts", "kernels", "devices"]
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 4
+    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 5
     assert lines[-1] == "All is well."
 
 

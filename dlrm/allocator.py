@@ -1,0 +1,40 @@
+"""How this process's memory is allocated. Call before torch is imported: it reads its settings once.
+
+A step's large tensors live for milliseconds. By default glibc maps each of them anew and unmaps it after use, and the
+kernel then fills each page with zeros at its first touch, which can take as long as all that is computed.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_LARGEST_INT = 2**31 - 1
+_PRELOADED = ("jemalloc", "tcmalloc", "mimalloc")
+
+
+def keep_freed_memory() -> None:
+    """Has freed memory reused, not returned to the system, and large tensors in huge pages.
+
+    What the user has set in the environment (MALLOC_*, GLIBC_TUNABLES, THP_MEM_ALLOC_ENABLE) stays, and so does an
+    allocator that was preloaded.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None and _chosen_by_user() is None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def describe_allocator() -> str:
+    """For the start of a run."""
+    return f"memory by {_chosen_by_user() or 'malloc, which keeps what is freed'}"
+
+
+def _chosen_by_user() -> str | None:
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text() if maps.exists() else ""
+    if (name := next((name for name in _PRELOADED if f"lib{name}" in mapped), None)) is not None:
+        return name
+    settings = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
+    return f"malloc as {', '.join(settings)} says" if settings else None

@@ -1,0 +1,96 @@
+"""Compiles the operators for the PyTorch that is installed: `python -m dlrm.kernels.build`.
+
+One library beside this file, named after what it was compiled from, so that it is never loaded for other sources or
+another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi")
+_INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": (),
+        "avx2": ("-mavx2", "-mfma"),
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    }
+}
+
+
+def library_path() -> Path:
+    """Where the library of these sources for this PyTorch is, or would be."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS)).encode())
+    return SOURCES.parent / f"native_{digest.hexdigest()[:16]}.so"
+
+
+def find_compiler() -> str | None:
+    """$CXX, or what the system has."""
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def build(compiler: str) -> Path:
+    """Compiles the library; takes about half a minute.
+
+    Raises:
+        subprocess.CalledProcessError: with what the compiler said.
+    """
+    path = library_path()
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [Path(folder, "ops.o")]
+        # at::parallel_for needs -fopenmp. Linking with it would load a second OpenMP beside torch's.
+        includes = [f"-isystem{folder}" for folder in include_paths()]
+        commands = [[*_FLAGS, "-fopenmp", *includes, "-c", str(SOURCES / "ops.cpp"), "-o", str(objects[0])]]
+        for name, flags in _INSTRUCTION_SETS.get(platform.machine(), {"baseline": ()}).items():
+            objects.append(Path(folder, f"{name}.o"))
+            commands.append([*_FLAGS, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(objects[-1])])
+        for command in commands:
+            _run([compiler, *command])
+        linked = Path(folder, "native.so")
+        libraries = [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
+        _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(linked)])
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        shutil.copy(linked, unfinished)
+        unfinished.replace(path)
+    for other in path.parent.glob("native_*.so"):
+        if other != path:
+            other.unlink()
+    return path
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def main() -> int:
+    """Builds unless that was done; 0 also where there is no compiler, for the trainer runs without."""
+    if library_path().exists():
+        return 0
+    compiler = find_compiler()
+    if compiler is None:
+        print("No C++ compiler found: dlrm will run on PyTorch's and FBGEMM's own operators, several times slower.")
+        return 0
+    print("Compiling dlrm's operators (half a minute)", flush=True)
+    try:
+        build(compiler)
+    except subprocess.CalledProcessError as error:
+        print(f"dlrm.kernels.build: error: {compiler} failed:\n{error.stderr}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

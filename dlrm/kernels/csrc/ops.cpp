@@ -1,0 +1,316 @@
+// The operators, as PyTorch sees them: checks, and the work shared out among threads.
+//
+// B samples, F features, D columns of a table, V vectors that interact, P = V * (V - 1) / 2 pairs.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dlrm {
+namespace {
+
+constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kSamplesPerTask = 32;
+constexpr int64_t kRowsPerSum = 256;
+
+// The best that this CPU has, unless DLRM_KERNELS names less, as the tests do.
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+#if defined(__x86_64__)
+    const char* asked = std::getenv("DLRM_KERNELS");
+    const std::string most = asked == nullptr ? "AVX-512" : asked;
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && most == "AVX-512") return avx512::kernels;
+    if (has_avx2 && most != "baseline") return avx2::kernels;
+#endif
+    return baseline::kernels;
+  }();
+  return chosen;
+}
+
+std::string instruction_set() { return kernels().name; }
+
+Scalar scalar_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, name, ": got ",
+                   tensor.scalar_type(), ", expected float32 or bfloat16");
+  return tensor.scalar_type() == at::kFloat ? Scalar::kFloat : Scalar::kBFloat16;
+}
+
+Integer integer_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, name, ": got ",
+                   tensor.scalar_type(), ", expected int32 or int64");
+  return tensor.scalar_type() == at::kInt ? Integer::kInt32 : Integer::kInt64;
+}
+
+void check_contiguous(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), name, ": expected a contiguous tensor on the CPU");
+}
+
+// Tables, ids and what they lie in, checked.
+struct Lookups {
+  at::Tensor ids, offsets, weight_offsets, rows, dim_offsets;
+  Tables tables;
+  Ids all;
+
+  Lookups(const at::Tensor& ids_, const at::Tensor& offsets_, const at::Tensor& weights, const at::Tensor& weight_offsets_,
+          const at::Tensor& rows_, const at::Tensor& dim_offsets_)
+      : ids(ids_.contiguous()), offsets(offsets_.contiguous()), weight_offsets(weight_offsets_), rows(rows_),
+        dim_offsets(dim_offsets_) {
+    const int64_t features = rows.numel();
+    for (const auto& [tensor, name] : {std::pair{&weight_offsets, "weight_offsets"}, {&rows, "rows"},
+                                       {&dim_offsets, "dim_offsets"}}) {
+      check_contiguous(*tensor, name);
+      TORCH_CHECK_TYPE(tensor->scalar_type() == at::kLong, name, ": expected int64");
+    }
+    check_contiguous(weights, "weights");
+    TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, "weights: expected float32");
+    TORCH_CHECK_VALUE(features > 0 && weight_offsets.numel() == features && dim_offsets.numel() == features + 1,
+                      "weight_offsets, rows, dim_offsets: expected F, F and F + 1 numbers");
+    TORCH_CHECK_VALUE((offsets.numel() - 1) % features == 0 && offsets.numel() > 0, "offsets: got ", offsets.numel(),
+                      " numbers, expected a multiple of ", features, " features and one more");
+    const int64_t* dims = dim_offsets.const_data_ptr<int64_t>();
+    for (int64_t f = 0; f < features; ++f) {
+      const int64_t size = rows.const_data_ptr<int64_t>()[f] * (dims[f + 1] - dims[f]);
+      const int64_t start = weight_offsets.const_data_ptr<int64_t>()[f];
+      TORCH_CHECK_VALUE(start >= 0 && size >= 0 && start + size <= weights.numel(), "weights: got ", weights.numel(),
+                        " numbers, too few for feature ", f);
+    }
+    tables = {features, (offsets.numel() - 1) / features, dims[features], weight_offsets.const_data_ptr<int64_t>(),
+              rows.const_data_ptr<int64_t>(), dims};
+    all = {ids.const_data_ptr(), integer_of(ids, "ids"), offsets.const_data_ptr(), integer_of(offsets, "offsets")};
+    check_offsets();
+  }
+
+  int64_t offset(int64_t bag) const {
+    return all.offset_type == Integer::kInt32 ? static_cast<const int32_t*>(all.offsets)[bag]
+                                              : static_cast<const int64_t*>(all.offsets)[bag];
+  }
+
+  void check_offsets() const {
+    const int64_t bags = tables.num_features * tables.batch_size;
+    bool ascending = offset(0) >= 0 && offset(bags) <= ids.numel();
+    for (int64_t bag = 0; bag < bags; ++bag) ascending &= offset(bag) <= offset(bag + 1);
+    TORCH_CHECK_VALUE(ascending, "offsets: expected ascending numbers from 0 to ", ids.numel());
+  }
+};
+
+at::Tensor pool(const at::Tensor& weights, const at::Tensor& weight_offsets, const at::Tensor& rows,
+                const at::Tensor& dim_offsets, const at::Tensor& ids, const at::Tensor& offsets, at::ScalarType dtype) {
+  const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
+  const Tables& tables = lookups.tables;
+  at::Tensor pooled = at::empty({tables.batch_size, tables.total_dim}, weights.options().dtype(dtype));
+  const Scalar type = scalar_of(pooled, "dtype");
+  void* out = pooled.mutable_data_ptr();
+  std::atomic<int64_t> bad_feature{-1}, bad_id{0};
+  at::parallel_for(0, tables.batch_size, kSamplesPerTask, [&](int64_t first, int64_t stop) {
+    const BadId bad = kernels().pool(tables, lookups.all, weights.const_data_ptr<float>(), out, type, first, stop);
+    if (bad.feature >= 0) {
+      bad_id = bad.id;
+      bad_feature = bad.feature;
+    }
+  });
+  TORCH_CHECK_INDEX(bad_feature < 0, "id ", bad_id.load(), " of feature ", bad_feature.load(),
+                    " is outside its table of ", bad_feature < 0 ? 0 : tables.rows[bad_feature], " rows");
+  return pooled;
+}
+
+struct Unit {
+  int64_t feature, part, parts;
+};
+
+// Parts of tables, several for each thread; no row is in two of them.
+std::vector<Unit> share_out(const Lookups& lookups) {
+  const Tables& tables = lookups.tables;
+  const int64_t most = std::max<int64_t>(1, lookups.ids.numel() / (kUnitsPerThread * at::get_num_threads()));
+  std::vector<Unit> units;
+  for (int64_t f = 0; f < tables.num_features; ++f) {
+    const int64_t count = lookups.offset((f + 1) * tables.batch_size) - lookups.offset(f * tables.batch_size);
+    const int64_t parts = std::max<int64_t>(1, count / most);
+    for (int64_t part = 0; part < parts; ++part) units.push_back({f, part, parts});
+  }
+  return units;
+}
+
+void update(at::Tensor weights, std::optional<at::Tensor> state, const std::optional<at::Tensor>& state_offsets,
+            const at::Tensor& weight_offsets, const at::Tensor& rows, const at::Tensor& dim_offsets,
+            const at::Tensor& ids, const at::Tensor& offsets, const at::Tensor& gradient, int64_t optimizer,
+            double learning_rate, double eps) {
+  const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
+  const Tables& tables = lookups.tables;
+  const auto kind = static_cast<Optimizer>(optimizer);
+  const at::Tensor own = gradient.contiguous();
+  TORCH_CHECK_VALUE(own.dim() == 2 && own.size(0) == tables.batch_size && own.size(1) == tables.total_dim,
+                    "gradient: got ", own.sizes(), ", expected ", tables.batch_size, " x ", tables.total_dim);
+  TORCH_CHECK_VALUE((kind == Optimizer::kSgd) == !state.has_value() && state.has_value() == state_offsets.has_value(),
+                    "state: expected one, with its offsets, for all optimizers but SGD");
+  if (state.has_value()) {
+    check_contiguous(*state, "state");
+    for (int64_t f = 0; f < tables.num_features; ++f) {
+      const int64_t width = kind == Optimizer::kAdagrad ? tables.dim_offsets[f + 1] - tables.dim_offsets[f] : 1;
+      const int64_t stop = state_offsets->const_data_ptr<int64_t>()[f] + tables.rows[f] * width;
+      TORCH_CHECK_VALUE(stop <= state->numel(), "state: got ", state->numel(), " numbers, expected ", stop);
+    }
+  }
+  const Update step{kind,
+                    static_cast<float>(learning_rate),
+                    static_cast<float>(eps),
+                    weights.mutable_data_ptr<float>(),
+                    state.has_value() ? state->mutable_data_ptr<float>() : nullptr,
+                    state_offsets.has_value() ? state_offsets->const_data_ptr<int64_t>() : nullptr,
+                    own.const_data_ptr(),
+                    scalar_of(own, "gradient")};
+  const std::vector<Unit> units = share_out(lookups);
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t first, int64_t stop) {
+    (void)first, (void)stop;
+    for (size_t i; (i = next++) < units.size();) {
+      kernels().update(tables, lookups.all, step, units[i].feature, units[i].part, units[i].parts);
+    }
+  });
+}
+
+// Vectors in a dense matrix and in column blocks of others, checked.
+struct Vectors {
+  std::vector<at::Tensor> matrices;
+  std::vector<Source> sources;
+  std::vector<Vector> vectors;
+  Interaction interaction;
+
+  // `columns` holds for each of `matrices` but the first how many vectors it has, then their first columns.
+  Vectors(std::vector<at::Tensor> given, at::IntArrayRef columns) : matrices(std::move(given)) {
+    const int64_t batch = matrices[0].size(0), dim = matrices[0].size(1);
+    vectors.push_back({0, 0});
+    size_t at = 0;
+    for (size_t m = 0; m < matrices.size(); ++m) {
+      at::Tensor& matrix = matrices[m];
+      TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == batch, "vectors: expected matrices of ",
+                        batch, " rows on the CPU");
+      matrix = matrix.contiguous();
+      sources.push_back({matrix.data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
+      if (m == 0) continue;
+      TORCH_CHECK_VALUE(at < columns.size() && at + columns[at] < columns.size(), "columns: too few numbers");
+      for (int64_t left = columns[at++]; left > 0; --left, ++at) {
+        TORCH_CHECK_VALUE(columns[at] >= 0 && columns[at] + dim <= matrix.size(1), "columns: got ", columns[at],
+                          ", expected ", dim, " columns from there in a matrix of ", matrix.size(1));
+        vectors.push_back({static_cast<int32_t>(m), columns[at]});
+      }
+    }
+    interaction = {static_cast<int64_t>(vectors.size()), dim, sources.data(), vectors.data()};
+  }
+  Vectors(const Vectors&) = delete;
+
+  int64_t batch() const { return matrices[0].size(0); }
+  int64_t out_features() const {
+    return interaction.dim + interaction.num_vectors * (interaction.num_vectors - 1) / 2;
+  }
+};
+
+std::vector<at::Tensor> all_of(const at::Tensor& dense, const at::TensorList& others) {
+  TORCH_CHECK_VALUE(dense.dim() == 2, "dense: expected a matrix");
+  std::vector<at::Tensor> matrices{dense};
+  matrices.insert(matrices.end(), others.begin(), others.end());
+  return matrices;
+}
+
+at::Tensor interact(const at::Tensor& dense, at::TensorList others, at::IntArrayRef columns) {
+  const Vectors vectors(all_of(dense, others), columns);
+  at::Tensor output = at::empty({vectors.batch(), vectors.out_features()}, dense.options());
+  void* out = output.mutable_data_ptr();
+  const Scalar type = scalar_of(output, "dense");
+  at::parallel_for(0, vectors.batch(), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+    kernels().interact(vectors.interaction, out, type, first, stop);
+  });
+  return output;
+}
+
+std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
+                                          at::IntArrayRef columns) {
+  const Vectors vectors(all_of(dense, others), columns);
+  const at::Tensor own = gradient.contiguous();
+  TORCH_CHECK_VALUE(own.dim() == 2 && own.size(0) == vectors.batch() && own.size(1) == vectors.out_features(),
+                    "gradient: got ", own.sizes(), ", expected ", vectors.batch(), " x ", vectors.out_features());
+  std::vector<at::Tensor> gradients;
+  std::vector<Source> targets;
+  size_t at = 0;
+  for (size_t m = 0; m < vectors.matrices.size(); ++m) {
+    const at::Tensor& matrix = vectors.matrices[m];
+    const bool covered = m == 0 || columns[at] * vectors.interaction.dim == matrix.size(1);
+    if (m > 0) at += 1 + columns[at];
+    gradients.push_back(covered ? at::empty_like(matrix) : at::zeros_like(matrix));
+    targets.push_back({gradients.back().mutable_data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
+  }
+  const Scalar type = scalar_of(own, "gradient");
+  at::parallel_for(0, vectors.batch(), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+    kernels().interact_backward(vectors.interaction, targets.data(), own.const_data_ptr(), type, first, stop);
+  });
+  return gradients;
+}
+
+void add_bias(at::Tensor values, const at::Tensor& bias, bool rectified) {
+  check_contiguous(values, "values");
+  check_contiguous(bias, "bias");
+  const int64_t columns = values.size(-1);
+  TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.numel() == columns, "bias: expected ", columns, " floats");
+  const Scalar type = scalar_of(values, "values");
+  at::parallel_for(0, values.numel() / std::max<int64_t>(1, columns), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+    kernels().add_bias(values.mutable_data_ptr(), type, bias.const_data_ptr<float>(), rectified, columns, first, stop);
+  });
+}
+
+// Sums over blocks of rows of one size, then over blocks: the same whatever the number of threads.
+at::Tensor mask(at::Tensor gradient, const std::optional<at::Tensor>& output) {
+  check_contiguous(gradient, "gradient");
+  const int64_t rows = gradient.size(0), columns = gradient.size(1), blocks = (rows + kRowsPerSum - 1) / kRowsPerSum;
+  if (output.has_value()) {
+    check_contiguous(*output, "output");
+    TORCH_CHECK_VALUE(output->sizes() == gradient.sizes() && output->scalar_type() == gradient.scalar_type(),
+                      "output: expected the gradient's shape and type");
+  }
+  at::Tensor sums = at::empty({std::max<int64_t>(1, blocks), columns}, gradient.options().dtype(at::kFloat));
+  if (blocks == 0) return sums.zero_().sum(0);
+  const void* own = output.has_value() ? output->const_data_ptr() : nullptr;
+  const Scalar type = scalar_of(gradient, "gradient");
+  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t stop) {
+    for (int64_t block = first; block < stop; ++block) {
+      kernels().mask(gradient.mutable_data_ptr(), own, type, sums.mutable_data_ptr<float>() + block * columns, columns,
+                     block * kRowsPerSum, std::min(rows, (block + 1) * kRowsPerSum));
+    }
+  });
+  return sums.sum(0);
+}
+
+TORCH_LIBRARY(dlrm, m) {
+  m.def("instruction_set() -> str", instruction_set);
+  m.def(
+      "pool(Tensor weights, Tensor weight_offsets, Tensor rows, Tensor dim_offsets, Tensor ids, Tensor offsets, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "update(Tensor(a!) weights, Tensor(b!)? state, Tensor? state_offsets, Tensor weight_offsets, Tensor rows, "
+      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor gradient, int optimizer, float learning_rate, float eps) "
+      "-> ()");
+  m.def("interact(Tensor dense, Tensor[] others, int[] columns) -> Tensor");
+  m.def("interact_backward(Tensor gradient, Tensor dense, Tensor[] others, int[] columns) -> Tensor[]");
+  m.def("add_bias_(Tensor(a!) values, Tensor bias, bool rectified) -> ()");
+  m.def("mask_(Tensor(a!) gradient, Tensor? output) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
+  m.impl("pool", pool);
+  m.impl("update", update);
+  m.impl("interact", interact);
+  m.impl("interact_backward", interact_backward);
+  m.impl("add_bias_", add_bias);
+  m.impl("mask_", mask);
+}
+
+}  // namespace
+}  // namespace dlrm

@@ -1,0 +1,97 @@
+// Vectors of floats as wide as the instruction set of this compilation, through the compiler's vector extension:
+// the same source becomes AVX-512, AVX2 with FMA, or what the architecture has at least.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+#define DLRM_INSTRUCTION_SET avx512
+#define DLRM_LANES 16
+#elif defined(__AVX2__)
+#define DLRM_INSTRUCTION_SET avx2
+#define DLRM_LANES 8
+#else
+#define DLRM_INSTRUCTION_SET baseline
+#define DLRM_LANES 4
+#endif
+
+namespace dlrm::DLRM_INSTRUCTION_SET {
+
+constexpr int kLanes = DLRM_LANES;
+typedef float Floats __attribute__((vector_size(4 * DLRM_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * DLRM_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * DLRM_LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class V>
+inline V load_bits(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Floats load(const float* from) { return load_bits<Floats>(from); }
+inline Floats load(const BFloat16* from) {
+  return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+}
+inline float load_one(const float* from) { return *from; }
+inline float load_one(const BFloat16* from) {
+  const uint32_t bits = uint32_t{from->bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+inline void store(BFloat16* to, Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Words is_nan = (Words)(v != v);
+  const Halves halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(BFloat16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Floats fill(float value) { return value - Floats{}; }
+
+// Calls body(n, is_vector) for positions 0, kLanes, ... and then one by one for what is left.
+template <class Vector, class One>
+inline void over(int64_t size, Vector vector, One one) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) vector(i);
+  for (; i < size; ++i) one(i);
+}
+
+namespace detail {
+// a and b hold groups of S lanes, each the parts of one sum; the result holds both's groups with S / 2 lanes each.
+template <int S, int... O>
+inline Floats halve(Floats a, Floats b, std::integer_sequence<int, O...>) {
+  constexpr int h = S / 2;
+  return __builtin_shufflevector(a, b, (O / h * S + O % h)...) + __builtin_shufflevector(a, b, (O / h * S + O % h + h)...);
+}
+
+template <int N, int S>
+inline Floats sum_lanes(const Floats* v) {
+  if constexpr (N == 1) {
+    return *v;
+  } else {
+    return halve<S>(sum_lanes<N / 2, S * 2>(v), sum_lanes<N / 2, S * 2>(v + N / 2),
+                    std::make_integer_sequence<int, kLanes>{});
+  }
+}
+}  // namespace detail
+
+// Lane i of the result is the sum of the lanes of v[i].
+inline Floats sum_lanes(const Floats (&v)[kLanes]) { return detail::sum_lanes<kLanes, 2>(v); }
+
+}  // namespace dlrm::DLRM_INSTRUCTION_SET

@@ -1,0 +1,173 @@
+"""Lookup and fused update of embedding tables in host memory, in place of FBGEMM's.
+
+Weights, optimizer state, learning rate and checkpoints stay FBGEMM's and TorchRec's; what is replaced is a module's
+forward and what its backward does.
+
+Shapes: B samples, F features, N ids, T columns of all features' pooled rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dlrm.kernels.native import has_native
+
+_OPTIMIZERS = {
+    EmbOptimType.EXACT_SGD: 0,
+    EmbOptimType.EXACT_ADAGRAD: 1,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: 2,
+}
+"""As csrc/kernels.h counts them."""
+_ROUNDED_SHARDINGS = ("table_wise", "column_wise", "table_column_wise")
+"""Those whose pooled rows are whole; of others the parts on several ranks are added up."""
+
+
+@dataclass(frozen=True)
+class HostTables:
+    """FBGEMM's tensors that the operators read and update; offsets as FBGEMM has them, of each feature."""
+
+    weights: torch.Tensor
+    weight_offsets_F: torch.Tensor
+    rows_F: torch.Tensor
+    dim_offsets_F1: torch.Tensor
+    state: torch.Tensor | None
+    state_offsets_F: torch.Tensor | None
+    optimizer: int
+    eps: float
+
+    @staticmethod
+    def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
+        """The tensors of a module; None where it does what the operators do not."""
+        buffers = cast(Any, module)  # which FBGEMM registers by name
+        features = module.feature_table_map
+        supported = (
+            module.optimizer in _OPTIMIZERS
+            and module.pooling_mode == PoolingMode.SUM
+            and buffers.weights_host.dtype == torch.float32
+            and buffers.weights_host.numel() > 0
+            and len(set(features)) == len(features)
+            and not module.optimizer_args.weight_decay
+        )
+        if not supported:
+            return None
+        has_state = module.optimizer != EmbOptimType.EXACT_SGD
+        rows = [module.embedding_specs[table][0] for table in features]
+        return HostTables(
+            buffers.weights_host.detach(),
+            buffers.weights_offsets,
+            torch.tensor(rows, dtype=torch.int64),
+            buffers.D_offsets.to(torch.int64),
+            buffers.momentum1_host.detach() if has_state else None,
+            buffers.momentum1_offsets if has_state else None,
+            _OPTIMIZERS[module.optimizer],
+            module.optimizer_args.eps,
+        )
+
+    def pool(self, ids_N: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The sums of each bag's rows, [B, T]. `offsets` [F * B + 1] delimit the bags, feature by feature.
+
+        Raises:
+            IndexError: at an id outside its table.
+        """
+        return torch.ops.dlrm.pool(
+            self.weights, self.weight_offsets_F, self.rows_F, self.dim_offsets_F1, ids_N, offsets, dtype
+        )
+
+    def update(self, ids_N: torch.Tensor, offsets: torch.Tensor, grad_BT: torch.Tensor, learning_rate: float) -> None:
+        """One step of the optimizer on the rows that were looked up, each once with the sum of its gradients.
+
+        The same to the bit for any number of threads.
+        """
+        torch.ops.dlrm.update(
+            self.weights,
+            self.state,
+            self.state_offsets_F,
+            self.weight_offsets_F,
+            self.rows_F,
+            self.dim_offsets_F1,
+            ids_N,
+            offsets,
+            grad_BT,
+            self.optimizer,
+            learning_rate,
+            self.eps,
+        )
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        placeholder: torch.Tensor,  # noqa: ARG004 - requires a gradient, so that backward is called
+        tables: HostTables,
+        ids_N: torch.Tensor,
+        offsets: torch.Tensor,
+        learning_rate: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.tables, ctx.learning_rate = tables, learning_rate
+        ctx.save_for_backward(ids_N, offsets)
+        return tables.pool(ids_N, offsets, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, ...]:
+        ids_N, offsets = ctx.saved_tensors
+        ctx.tables.update(ids_N, offsets, grad_outputs[0], ctx.learning_rate.item())
+        return (None,) * 6
+
+
+class NativeEmbeddingBag(BatchedFusedEmbeddingBag):
+    """TorchRec's fused embedding bags with this package's operators. `use_native_lookups` makes it of one of those."""
+
+    host_tables: HostTables
+    rounds: bool
+
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        vbe_output: torch.Tensor | None = None,
+        vbe_output_offsets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pooled rows, [B, T]; in autocast's type under autocast where they are final."""
+        if features.variable_stride_per_key() or features.weights_or_none() is not None:
+            return super().forward(features, vbe_output, vbe_output_offsets)
+        is_rounded = self.rounds and torch.is_autocast_enabled("cpu")
+        return _Lookup.apply(
+            self.emb_module.placeholder_autograd_tensor,
+            self.host_tables,
+            features.values(),
+            features.offsets(),
+            self.emb_module.learning_rate_tensor,
+            torch.get_autocast_dtype("cpu") if is_rounded else torch.float32,
+        )
+
+
+def use_native_lookups(model: nn.Module, *, may_round: bool) -> None:
+    """Replaces the lookups of a sharded model's tables in host memory, where the operators can do the same.
+
+    Args:
+        may_round: pooled rows may be in autocast's type already when they travel.
+    """
+    if not has_native():
+        return
+    for module in model.modules():
+        lookups = getattr(module, "_lookups", ())
+        for lookup, sharding_type in zip(lookups, getattr(module, "_sharding_types", ()), strict=False):
+            for bags in getattr(lookup, "_emb_modules", ()):
+                _replace(bags, rounds=may_round and sharding_type in _ROUNDED_SHARDINGS)
+
+
+def _replace(bags: nn.Module, *, rounds: bool) -> None:
+    if type(bags) is not BatchedFusedEmbeddingBag or not bags.emb_module.use_cpu:
+        return
+    tables = HostTables.of(bags.emb_module)
+    if tables is not None:
+        bags.__class__ = NativeEmbeddingBag
+        vars(bags).update(host_tables=tables, rounds=rounds)

@@ -1,0 +1,82 @@
+"""Pairwise dot products of a sample's vectors, fused.
+
+Shapes: B samples, D embedding dimension, V vectors, P = V * (V - 1) / 2 pairs. Vector 0 is the dense one; the others
+are columns of `sources`: those that `columns` names of the first source, in that order, then those of the second, ...
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dlrm.kernels.native import has_native
+
+
+def dot_interaction(
+    dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The dense vector beside the dot product of each pair of vectors (arXiv:1906.00091, section 2.1.3).
+
+    Args:
+        dense_BD: float32 or bfloat16; the result's type, too.
+        sources: matrices of B rows, each float32 or bfloat16.
+        columns: for each source the first column of each vector in it.
+
+    Returns:
+        [B, D + P]; pairs (0, 1), (0, 2), ..., (1, 2), .... Sums are in float32.
+    """
+    if dense_BD.is_cpu and dense_BD.dtype in (torch.float32, torch.bfloat16) and has_native():
+        flat = [number for starts in columns for number in (len(starts), *starts)]
+        return _NativeInteraction.apply(flat, dense_BD, *sources)
+    return plain_dot_interaction(dense_BD, sources, columns)
+
+
+class _NativeInteraction(torch.autograd.Function):
+    """Neither the V x V products nor the vectors end to end are ever in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: list[int], dense_BD: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(dense_BD, *sources)
+        ctx.columns = columns
+        return torch.ops.dlrm.interact(dense_BD, sources, columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dense_BD, *sources = ctx.saved_tensors
+        return None, *torch.ops.dlrm.interact_backward(grad_outputs[0], dense_BD, sources, ctx.columns)
+
+
+def plain_dot_interaction(
+    dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The same in PyTorch, on any device."""
+    dim = dense_BD.size(1)
+    blocks = [
+        source[:, start : start + dim] for source, starts in zip(sources, columns, strict=True) for start in starts
+    ]
+    vectors_BVD = torch.stack([dense_BD, *(block.to(dense_BD.dtype) for block in blocks)], dim=1)
+    return torch.cat((dense_BD, _PairwiseDots.apply(vectors_BVD)), dim=1)
+
+
+class _PairwiseDots(torch.autograd.Function):
+    """The dot product of each pair of a sample's vectors.
+
+    Autograd would differentiate both factors of V V^T; as the gradient G of the products is symmetric, G V is the whole
+    of it: one batched product instead of two, and no sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors_BVD: torch.Tensor) -> torch.Tensor:
+        size = vectors_BVD.size(1)
+        ctx.save_for_backward(vectors_BVD)
+        rows, columns = torch.triu_indices(size, size, offset=1, device=vectors_BVD.device)
+        return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, rows * size + columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        (vectors_BVD,) = ctx.saved_tensors
+        batch, size, _ = vectors_BVD.shape
+        rows, columns = torch.triu_indices(size, size, offset=1, device=vectors_BVD.device)
+        matrix_BVV = grad_outputs[0].new_zeros(batch, size, size)
+        matrix_BVV[:, rows, columns] = grad_outputs[0]
+        return torch.bmm(matrix_BVV + matrix_BVV.transpose(1, 2), vectors_BVD)

@@ -1,0 +1,35 @@
+"""Loads the compiled operators, torch.ops.dlrm, where they were built."""
+
+import os
+from functools import cache
+
+import torch
+
+from dlrm.kernels.build import library_path
+
+
+@cache
+def load_native() -> str | None:
+    """Loads the operators; None, or in words why there are none."""
+    if os.environ.get("DLRM_KERNELS") == "none":
+        return "DLRM_KERNELS=none"
+    path = library_path()
+    if not path.exists():
+        return "not compiled for this PyTorch; run `python -m dlrm.kernels.build`"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{error} ({error.__cause__})".splitlines()[0]
+    return None
+
+
+def has_native() -> bool:
+    """Whether torch.ops.dlrm can be called, on CPU tensors."""
+    return load_native() is None
+
+
+def describe_kernels() -> str:
+    """For the start of a run: which operators compute on this CPU."""
+    if (why := load_native()) is not None:
+        return f"PyTorch's and FBGEMM's operators ({why})"
+    return f"{torch.ops.dlrm.instruction_set()} kernels"

@@ -1,0 +1,291 @@
+"""The compiled operators against PyTorch in float64.
+
+Shapes: B samples, F features, D columns of a table, V vectors.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch.testing import assert_close
+
+from dlrm.kernels import build, native
+from dlrm.kernels.embedding import HostTables
+from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction
+from dlrm.kernels.mlp import mlp, plain_mlp
+
+RATE, EPS = 0.1, 1e-8
+OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+TOLERANCE: dict[torch.dtype, dict[str, float]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler: there is nothing to test")
+    assert build.main() == 0
+    native.load_native.cache_clear()
+    assert native.has_native(), native.describe_kernels()
+
+
+def make_tables(rows: list[int], dims: list[int], optimizer: str) -> SplitTableBatchedEmbeddingBagsCodegen:
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        [(r, d, EmbeddingLocation.HOST, ComputeDevice.CPU) for r, d in zip(rows, dims, strict=True)],
+        optimizer=OPTIMIZERS[optimizer],
+        learning_rate=RATE,
+        eps=EPS,
+        device=torch.device("cpu"),
+    )
+    for weights in module.split_embedding_weights():
+        weights.normal_()
+    return module
+
+
+def draw_ids(rows: list[int], batch: int, most: int, ids_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bags of 0 to `most` ids, many of them the same."""
+    lengths = torch.randint(0, most + 1, (len(rows) * batch,))
+    ids = [torch.randint(0, r, (int(lengths[f * batch : (f + 1) * batch].sum()),)) for f, r in enumerate(rows)]
+    ids = [torch.where(torch.rand(len(part)) < 0.3, part.new_zeros(()), part) for part in ids]
+    return torch.cat(ids).to(ids_type), torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(ids_type)
+
+
+def bag_matrices(rows: list[int], batch: int, ids: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
+    """For each feature [B, rows]: how often each row is in each bag."""
+    matrices = []
+    for f, r in enumerate(rows):
+        counts = torch.zeros(batch, r, dtype=torch.float64)
+        for b in range(batch):
+            own = ids[offsets[f * batch + b] : offsets[f * batch + b + 1]].long()
+            counts[b].index_add_(0, own, torch.ones(len(own), dtype=torch.float64))
+        matrices.append(counts)
+    return matrices
+
+
+def step_float64(optimizer: str, weight: torch.Tensor, state: Any, grad: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """One step from zero state or what the last one left."""
+    match optimizer:
+        case "sgd":
+            return weight - RATE * grad, None
+        case "adagrad":
+            state = state + grad**2
+        case _:
+            state = state + (grad**2).mean(dim=1, keepdim=True)
+    return weight - RATE * grad / (state.sqrt() + EPS), state
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("grad_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("most", "ids_type"), [(1, torch.int32), (5, torch.int64)])
+def test_tables_are_those_of_float64(
+    optimizer: str, threads: int, grad_type: torch.dtype, most: int, ids_type: torch.dtype
+) -> None:
+    torch.manual_seed(7)
+    rows, dims, batch = [3, 1000, 5_000, 17, 1], [128, 4, 36, 260, 16], 37
+    module = make_tables(rows, dims, optimizer)
+    tables = HostTables.of(module)
+    assert tables is not None
+    expected = [weights.double() for weights in module.split_embedding_weights()]
+    states: list[Any] = [0.0] * len(rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            ids, offsets = draw_ids(rows, batch, most, ids_type)
+            matrices = bag_matrices(rows, batch, ids, offsets)
+            pooled = tables.pool(ids, offsets, torch.float32)
+            assert_close(pooled, torch.cat([m @ w for m, w in zip(matrices, expected, strict=True)], 1).float())
+            grad = torch.randn(batch, sum(dims)).to(grad_type)
+            tables.update(ids, offsets, grad, RATE)
+            for f, part in enumerate(grad.double().split(dims, dim=1)):
+                expected[f], states[f] = step_float64(optimizer, expected[f], states[f], matrices[f].t() @ part)
+    finally:
+        torch.set_num_threads(before)
+    for weights, own in zip(module.split_embedding_weights(), expected, strict=True):
+        assert_close(weights, own.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_tables_are_those_of_fbgemm(optimizer: str) -> None:
+    torch.manual_seed(3)
+    rows, dims, batch = [500, 20], [64, 64], 128
+    ours, theirs = make_tables(rows, dims, optimizer), make_tables(rows, dims, optimizer)
+    for own, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
+        other.copy_(own)
+    tables = HostTables.of(ours)
+    assert tables is not None
+    for _ in range(3):
+        ids, offsets = draw_ids(rows, batch, 3, torch.int64)
+        grad = torch.randn(batch, sum(dims))
+        pooled = theirs(ids, offsets)
+        assert_close(tables.pool(ids, offsets, torch.float32), pooled.detach())
+        pooled.backward(grad)
+        tables.update(ids, offsets, grad, RATE)
+    for own, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
+        assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_update_does_not_depend_on_the_number_of_threads(optimizer: str) -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.manual_seed(1)
+        module = make_tables([50, 9], [32, 32], optimizer)
+        tables = HostTables.of(module)
+        assert tables is not None
+        ids, offsets = draw_ids([50, 9], 400, 4, torch.int32)
+        grad = torch.randn(400, 64)
+        torch.set_num_threads(threads)
+        tables.update(ids, offsets, grad, RATE)
+        results.append(module.weights_host.detach().clone())
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_rows_near_overflow_and_rounded_ones() -> None:
+    module = make_tables([2], [16], "sgd")
+    tables = HostTables.of(module)
+    assert tables is not None
+    module.split_embedding_weights()[0][0] = 3e38
+    module.split_embedding_weights()[0][1] = torch.linspace(-2.0, 2.0, 16)
+    ids, offsets = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2, 3, 4])
+    pooled = tables.pool(ids, offsets, torch.float32)
+    assert pooled[0].isinf().all()
+    assert (pooled[1] == 3e38).all()
+    assert torch.equal(tables.pool(ids, offsets, torch.bfloat16), pooled.bfloat16())
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 2**31 - 1])
+def test_an_id_outside_its_table_is_refused(bad: int) -> None:
+    module = make_tables([5, 2], [16, 16], "sgd")
+    tables = HostTables.of(module)
+    assert tables is not None
+    with pytest.raises(IndexError, match=f"id {bad} of feature 1 is outside its table of 2 rows"):
+        tables.pool(torch.tensor([0, bad]), torch.tensor([0, 1, 2]), torch.float32)
+
+
+def test_offsets_that_run_backwards_are_refused() -> None:
+    tables = HostTables.of(make_tables([5], [16], "sgd"))
+    assert tables is not None
+    with pytest.raises(ValueError, match="offsets: expected ascending"):
+        tables.pool(torch.tensor([0, 1]), torch.tensor([0, 2, 1]), torch.float32)
+
+
+def interaction_case(batch: int, dim: int, counts: list[int], dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    dense = torch.randn(batch, dim).to(dtype).requires_grad_()
+    sources = [torch.randn(batch, count * dim).requires_grad_() for count in counts]
+    columns = [(torch.randperm(count) * dim).tolist() for count in counts]
+    return dense, sources, columns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "dim", "counts"),
+    [(5, 128, [26]), (33, 64, [26, 13]), (1, 4, [1]), (70, 16, [3, 2, 1]), (2, 20, [6]), (3, 132, [27]), (0, 8, [2])],
+)
+def test_interaction_is_that_of_float64(batch: int, dim: int, counts: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    dense, sources, columns = interaction_case(batch, dim, counts, dtype)
+    output = dot_interaction(dense, sources, columns)
+    exact_inputs = [dense.detach().double().requires_grad_(), *(s.detach().double().requires_grad_() for s in sources)]
+    exact = plain_dot_interaction(exact_inputs[0], exact_inputs[1:], columns)
+    assert output.dtype == dtype
+    scale = dim**0.5
+    assert_close(output.double() / scale, exact / scale, **TOLERANCE[dtype])
+    grad = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, [dense, *sources], grad)
+    for own, other in zip(gradients, torch.autograd.grad(exact, exact_inputs, grad.double()), strict=True):
+        assert_close(own.double() / 10, other / 10, **TOLERANCE[own.dtype])
+
+
+def test_columns_that_no_vector_uses_have_no_gradient() -> None:
+    dense, source = torch.randn(3, 8), torch.randn(3, 24, requires_grad=True)
+    dot_interaction(dense, [source], [[16]]).sum().backward()
+    assert source.grad is not None
+    assert (source.grad[:, :16] == 0).all()
+    assert_close(source.grad[:, 16:], dense)
+
+
+@pytest.mark.parametrize("columns", [[[1, 9]], [[-1, 0]]])
+def test_a_vector_outside_its_matrix_is_refused(columns: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="columns: got"):
+        dot_interaction(torch.randn(3, 8), [torch.randn(3, 16)], columns)
+
+
+@pytest.mark.parametrize("batch", [1, 300, 777])
+@pytest.mark.parametrize("sizes", [[13, 512, 256, 128], [479, 33, 5], [7, 1]])
+def test_layers_are_those_of_float64(batch: int, sizes: list[int]) -> None:
+    torch.manual_seed(2)
+    given = torch.randn(batch, sizes[0], requires_grad=True)
+    weights = [torch.randn(o, i).div(i**0.5).requires_grad_() for i, o in pairwise(sizes)]
+    biases = [torch.randn(o, requires_grad=True) for o in sizes[1:]]
+    leaves = [given, *weights, *biases]
+    output = mlp(given, weights, biases)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = plain_mlp(exact[0], exact[1 : 1 + len(weights)], exact[1 + len(weights) :])
+    assert_close(output, expected.float())
+    grad = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, leaves, grad)
+    for own, other in zip(gradients, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        assert_close(own, other.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_in_bfloat16_are_those_of_autocast() -> None:
+    torch.manual_seed(2)
+    given = torch.randn(64, 32)
+    weights, biases = [torch.randn(48, 32) / 6, torch.randn(8, 48) / 7], [torch.randn(48), torch.randn(8)]
+    leaves = [*weights, *biases]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = mlp(given, weights, biases), plain_mlp(given, weights, biases)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert_close(ours, theirs, **TOLERANCE[torch.bfloat16])
+    grad = torch.ones_like(ours)
+    for own, other in zip(
+        torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad), strict=True
+    ):
+        assert own.dtype == torch.float32
+        assert_close(own / 64, other / 64, **TOLERANCE[torch.bfloat16])
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    given = torch.full((2, 3), float("nan"))
+    assert mlp(given, [torch.ones(4, 3)], [torch.zeros(4)]).isnan().all()
+    assert dot_interaction(given, [given], [[0]]).isnan().all()
+    assert dot_interaction(given.bfloat16(), [given], [[0]]).isnan().all()
+
+
+def test_the_caller_keeps_its_gradient() -> None:
+    given, grad = torch.randn(4, 3), torch.ones(4, 2)
+    output = mlp(given, [torch.randn(2, 3, requires_grad=True)], [torch.zeros(2, requires_grad=True)])
+    output.backward(grad)
+    assert (grad == 1).all()
+
+
+@pytest.mark.skipif("DLRM_KERNELS" in os.environ, reason="runs once, from the run that names no instruction set")
+@pytest.mark.parametrize("instruction_set", ["AVX2", "baseline"])
+def test_other_instruction_sets_pass_these_tests(instruction_set: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "DLRM_KERNELS": instruction_set}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
