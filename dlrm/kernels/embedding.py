@@ -25,8 +25,8 @@ _OPTIMIZERS = {
     EmbOptimType.EXACT_ROWWISE_ADAGRAD: 2,
 }
 """As csrc/kernels.h counts them."""
-_ROUNDED_SHARDINGS = ("table_wise", "column_wise", "table_column_wise")
-"""Those whose pooled rows are whole; of others the parts on several ranks are added up."""
+_WHOLE_ROWS = ("table_wise", "column_wise", "table_column_wise")
+"""Sharding types in which a pooled row, or some columns of it, come from one rank; in others ranks' parts are added."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,12 @@ class HostTables:
 
     @staticmethod
     def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
-        """The tensors of a module; None where it does what the operators do not."""
+        """The tensors of a module; None where it does what the operators do not, or there are none."""
         buffers = cast(Any, module)  # which FBGEMM registers by name
         features = module.feature_table_map
         supported = (
-            module.optimizer in _OPTIMIZERS
+            has_native()
+            and module.optimizer in _OPTIMIZERS
             and module.pooling_mode == PoolingMode.SUM
             and buffers.weights_host.dtype == torch.float32
             and buffers.weights_host.numel() > 0
@@ -123,11 +124,16 @@ class _Lookup(torch.autograd.Function):
         return (None,) * 6
 
 
-class NativeEmbeddingBag(BatchedFusedEmbeddingBag):
-    """TorchRec's fused embedding bags with this package's operators. `use_native_lookups` makes it of one of those."""
+class HostEmbeddingBag(BatchedFusedEmbeddingBag):
+    """TorchRec's fused embedding bags with this package's operators. `replace_lookups` makes it of one of those.
 
-    host_tables: HostTables
-    rounds: bool
+    Attributes:
+        host_tables: what the operators work on; None where FBGEMM does.
+        pooled_type: of pooled rows; sums are in float32.
+    """
+
+    host_tables: HostTables | None
+    pooled_type: torch.dtype
 
     def forward(
         self,
@@ -135,39 +141,34 @@ class NativeEmbeddingBag(BatchedFusedEmbeddingBag):
         vbe_output: torch.Tensor | None = None,
         vbe_output_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Pooled rows, [B, T]; in autocast's type under autocast where they are final."""
-        if features.variable_stride_per_key() or features.weights_or_none() is not None:
-            return super().forward(features, vbe_output, vbe_output_offsets)
-        is_rounded = self.rounds and torch.is_autocast_enabled("cpu")
+        """Pooled rows, [B, T]."""
+        tables = self.host_tables
+        if tables is None or features.variable_stride_per_key() or features.weights_or_none() is not None:
+            return super().forward(features, vbe_output, vbe_output_offsets).to(self.pooled_type)
         return _Lookup.apply(
             self.emb_module.placeholder_autograd_tensor,
-            self.host_tables,
+            tables,
             features.values(),
             features.offsets(),
             self.emb_module.learning_rate_tensor,
-            torch.get_autocast_dtype("cpu") if is_rounded else torch.float32,
+            self.pooled_type,
         )
 
 
-def use_native_lookups(model: nn.Module, *, may_round: bool) -> None:
-    """Replaces the lookups of a sharded model's tables in host memory, where the operators can do the same.
+def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
+    """Has a sharded model's tables in host memory looked up and updated by the operators, where they can.
 
     Args:
-        may_round: pooled rows may be in autocast's type already when they travel.
+        pooled_type: of pooled rows that are whole when they leave their rank. All ranks must give the same.
     """
-    if not has_native():
-        return
     for module in model.modules():
-        lookups = getattr(module, "_lookups", ())
-        for lookup, sharding_type in zip(lookups, getattr(module, "_sharding_types", ()), strict=False):
+        for lookup, sharding_type in zip(
+            getattr(module, "_lookups", ()), getattr(module, "_sharding_types", ()), strict=False
+        ):
+            own_type = pooled_type if sharding_type in _WHOLE_ROWS else torch.float32
+            if hasattr(lookup, "_dummy_embs_tensor"):  # what a rank without tables sends
+                lookup._dummy_embs_tensor = lookup._dummy_embs_tensor.detach().to(own_type).requires_grad_()
             for bags in getattr(lookup, "_emb_modules", ()):
-                _replace(bags, rounds=may_round and sharding_type in _ROUNDED_SHARDINGS)
-
-
-def _replace(bags: nn.Module, *, rounds: bool) -> None:
-    if type(bags) is not BatchedFusedEmbeddingBag or not bags.emb_module.use_cpu:
-        return
-    tables = HostTables.of(bags.emb_module)
-    if tables is not None:
-        bags.__class__ = NativeEmbeddingBag
-        vars(bags).update(host_tables=tables, rounds=rounds)
+                if type(bags) is BatchedFusedEmbeddingBag:
+                    bags.__class__ = HostEmbeddingBag
+                    vars(bags).update(host_tables=HostTables.of(bags.emb_module), pooled_type=own_type)

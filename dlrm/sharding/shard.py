@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from dlrm.kernels.embedding import use_native_lookups
+from dlrm.kernels.embedding import replace_lookups
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.sharder import TableSharder
@@ -39,7 +39,8 @@ def shard_model(
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
     for name, weight in tables.items():
         _fill_table(weight, name.split(".embedding_bags.")[1], seed)
-    use_native_lookups(sharded, may_round=not sharder.quantizes)
+    if device.type == "cpu":
+        replace_lookups(sharded, sharder.pooled_type)
     return sharded
 
 

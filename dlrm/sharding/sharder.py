@@ -8,7 +8,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
-from dlrm.config import CommPrecision
+from dlrm.config import CommPrecision, Precision
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -25,6 +25,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
         *,
         batch_size: int = 1,
         prefetches: bool = False,
+        arithmetic: Precision = "fp32",
     ) -> None:
         """Makes a sharder.
 
@@ -32,9 +33,10 @@ class TableSharder(EmbeddingBagCollectionSharder):
             forward: precision in which pooled embeddings travel.
             backward: precision in which their gradients do.
             batch_size: samples of a rank in a step, over which gradients are averaged.
+            arithmetic: of matrix products; pooled rows that are final take the type in which these use them.
             prefetches: cache lines stay locked until the step that they were fetched for is over.
         """
-        self.quantizes = not forward == backward == "fp32"
+        self.pooled_type = torch.bfloat16 if arithmetic == "bf16" and forward == backward == "fp32" else torch.float32
         super().__init__(
             fused_params={"prefetch_pipeline": True} if prefetches else None,
             qcomm_codecs_registry=_codecs(forward, backward, batch_size),

@@ -39,6 +39,7 @@ def make_sharder(config: Config) -> TableSharder:
         sharding.backward_comm_precision,
         batch_size=config.data.batch_size,
         prefetches=prefetches,
+        arithmetic=config.training.arithmetic,
     )
 
 
