@@ -233,10 +233,10 @@ class ShardingConfig:
     reserved_memory_share: Annotated[float, Ge(0.0), Lt(1.0)] = 0.15
     """Share of that memory that tables leave free for dense layers, activations and batches."""
 
-    intra_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 600.0
+    intra_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9)] = 600.0
     """Bandwidth between two devices of a host, in GiB/s, that a plan reckons with."""
 
-    inter_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 12.5
+    inter_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9)] = 12.5
     """Bandwidth between two hosts, in GiB/s, that a plan reckons with."""
 
     forward_comm_precision: CommPrecision = "fp32"
@@ -286,6 +286,11 @@ class OptimizerConfig:
     def algorithm(self) -> OptimizerName:
         """What --optimizer and --adagrad say together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
+
+    @property
+    def dense_rate(self) -> float:
+        """Step size of the dense parts."""
+        return self.learning_rate if self.dense_learning_rate is None else self.dense_learning_rate
 
 
 @dataclass(frozen=True)
@@ -355,7 +360,7 @@ class OutputConfig:
     """Show step, samples/s, time left, loss, learning rate and last AUROC while training."""
 
     print_lr: bool = False
-    """Print each parameter group's learning rate at every step."""
+    """Print the learning rates of the tables and of the dense parts at every step."""
 
     print_sharding_plan: bool = False
     """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""

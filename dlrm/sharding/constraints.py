@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder
 
+from dlrm.console import plural
 from dlrm.errors import PlanError
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -47,8 +48,8 @@ def to_parameter_constraints(
         )
     if (splits := _row_splits(sharding, cluster)) > 1 and -(-rows // splits) * (splits - 1) >= rows:
         raise PlanError(
-            f"--table_constraints: {sharding} of {table}, whose {rows:,} rows leave one of {splits} ranks without any. "
-            "Use table_wise."
+            f"--table_constraints: {sharding} of {table} would split {plural(rows, 'row')} over {splits} ranks and "
+            "leave one without any. Use table_wise."
         )
     parts = {
         "column_wise": len(rule.ranks) if rule.ranks else cluster.world_size,

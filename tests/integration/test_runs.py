@@ -33,7 +33,7 @@ def test_validations_within_and_after_each_epoch(tmp_path: Path, days: str) -> N
     assert len(summary["val_auroc"]) == 6
     assert (summary["num_train_steps"], summary["num_train_samples"], summary["num_test_samples"]) == (20, 320, 20)
     assert output.count("lr: ") == 2 * 20
-    assert "lr: 0 0 0.100000" in output
+    assert "lr: 0 tables 0.100000\nlr: 0 dense 0.100000\n" in output
 
 
 def test_config_json_loads_back_equal(tmp_path: Path, days: str) -> None:

@@ -114,6 +114,8 @@ def test_json_of_another_dlrm_is_refused(change, words):
         ("undersampling_rate", 0.0, "expected more than 0.0"),
         ("undersampling_rate", 1.01, "expected 1.0 or less"),
         ("undersampling_rate", float("nan"), "expected a finite number"),
+        ("intra_host_bandwidth", 1e-320, "expected 0.001 or more"),
+        ("inter_host_bandwidth", 1e-320, "expected 0.001 or more"),
         ("num_embeddings", 0, "expected more than 0"),
         ("num_embeddings", 2**31, "expected less than 2147483648"),
         ("num_embeddings_per_feature", (1,) * 25, "got 25 sizes, expected 26"),
