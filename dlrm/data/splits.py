@@ -148,7 +148,7 @@ def open_run_splits(config: Config, runtime: Runtime, companions: Companions | N
     """Opens, checks and (unless mapped) loads what the run reads. `config.training.seed` is set.
 
     Args:
-        companions: what `draw_run_companions` gave; drawn for this rank alone where needed and not given.
+        companions: what `draw_run_companions` gave.
 
     Raises:
         DatasetError: if the data is missing or wrong, or does not fit into memory.
@@ -157,12 +157,9 @@ def open_run_splits(config: Config, runtime: Runtime, companions: Companions | N
     data, table_rows = config.data, config.model.table_rows
     days = None if config.is_random else _open_days(data, table_rows, config.recipe)
     expansion = expansion_of(data, table_rows)
+    assert (expansion is None) == (companions is None)
     available = runtime.host_memory_bytes // runtime.local_world_size
-    if expansion is not None and companions is None:
-        expansion.check_memory(1, available)
-        companions = expansion.draw(_label(config, runtime, "Drawing companions"))
-        available -= expansion.num_bytes
-    elif expansion is not None:
+    if expansion is not None:
         available -= expansion.num_bytes // runtime.local_world_size
     if data.collect_multi_hot_freqs_stats:
         available -= _check_counts(table_rows, available)
