@@ -6,20 +6,17 @@ The names and defaults of the public TorchRec DLRM example hold. No torch here.
 import dataclasses
 import json
 import math
-import os
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import annotated_types
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from dlrm.errors import ConfigError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
-from dlrm.table_constraints import parse_rules, read_rules
+from dlrm.table_constraints import read_rules
 
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
@@ -233,10 +230,10 @@ class ShardingConfig:
     reserved_memory_share: Annotated[float, Ge(0.0), Lt(1.0)] = 0.15
     """Share of that memory that tables leave free for dense layers, activations and batches."""
 
-    intra_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 600.0
+    intra_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9)] = 600.0
     """Bandwidth between two devices of a host, in GiB/s, that a plan reckons with."""
 
-    inter_host_bandwidth: Annotated[float, Gt(0.0), Lt(1e9)] = 12.5
+    inter_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9)] = 12.5
     """Bandwidth between two hosts, in GiB/s, that a plan reckons with."""
 
     forward_comm_precision: CommPrecision = "fp32"
@@ -287,6 +284,11 @@ class OptimizerConfig:
         """What --optimizer and --adagrad say together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
+    @property
+    def dense_rate(self) -> float:
+        """Step size of the dense parts."""
+        return self.learning_rate if self.dense_learning_rate is None else self.dense_learning_rate
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -333,6 +335,11 @@ class EvaluationConfig:
     evaluate_on_training_end: bool = True
     """Score the test set after training."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether the validation set is scored at all."""
+        return self.evaluate_on_epoch_end or self.validation_freq_within_epoch is not None
+
 
 @dataclass(frozen=True)
 class OutputConfig:
@@ -355,7 +362,7 @@ class OutputConfig:
     """Show step, samples/s, time left, loss, learning rate and last AUROC while training."""
 
     print_lr: bool = False
-    """Print each parameter group's learning rate at every step."""
+    """Print the learning rates of the tables and of the dense parts at every step."""
 
     print_sharding_plan: bool = False
     """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""
@@ -367,7 +374,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run, complete. Refuses what makes no sense, and flags that would have no effect."""
+    """A run, complete. `config_checks.check_config` says whether it makes sense."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -385,35 +392,6 @@ class Config:
     def is_random(self) -> bool:
         """Whether samples are generated rather than read."""
         return self.data.folder is None
-
-    def validate(self) -> None:
-        """Refuses values out of range and combinations that make no sense.
-
-        Raises:
-            ConfigError: naming the flag, what it got, what was expected, and what to do.
-        """
-        for section in dataclasses.fields(self):
-            if dataclasses.is_dataclass(owner := getattr(self, section.name)):
-                _check_ranges(owner)
-        if self.sharding.table_constraints is not None:
-            parse_rules(self.sharding.table_constraints)
-        if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
-            raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
-        _check_layers(self.model)
-        _check_optimizer(self.optimizer)
-        if self.training.allow_tf32 and self.training.precision not in (None, "tf32"):
-            raise ConfigError(f"--allow_tf32 with --precision {self.training.precision}: give one of the two")
-        for owner, name in (
-            (self.data, "in_memory_binary_criteo_path"),
-            (self.data, "synthetic_multi_hot_criteo_path"),
-            (self.output, "run_dir"),
-        ):
-            path = getattr(owner, name)
-            if path is not None and not path.strip():
-                raise ConfigError(f"--{name} {path!r}: expected a folder's name")
-            if path is not None and any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
-                raise ConfigError(f"--{name} {path[:40]}...: expected names of at most 255 bytes")
-        _check_effects(self)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_json` restores an equal config."""
@@ -452,156 +430,3 @@ _Section = TypeVar("_Section")
 
 def _restore(section: type[_Section], content: dict[str, Any]) -> _Section:
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
-
-
-def _check_ranges(section: Any) -> None:
-    hints = typing.get_type_hints(type(section), include_extras=True)
-    for name, hint in hints.items():
-        value = getattr(section, name)
-        if isinstance(value, tuple):
-            if not value or min(value) <= 0:
-                raise ConfigError(
-                    f"--{name} {','.join(map(str, value))}: expected positive integers, as in 512,256,128"
-                )
-            if name != "num_embeddings_per_feature" and max(value) >= 2**20:
-                raise ConfigError(f"--{name}: got {max(value)}, expected sizes of less than {2**20}")
-            continue
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"--{name} {value}: expected a finite number")
-        for bound in getattr(hint, "__metadata__", ()):
-            _check_bound(name, value, bound)
-
-
-def _check_bound(name: str, value: float, bound: object) -> None:
-    match bound:
-        case annotated_types.Gt(gt=limit):
-            holds, words = value > limit, f"more than {limit}"  # type: ignore[operator]
-        case annotated_types.Ge(ge=limit):
-            holds, words = value >= limit, f"{limit} or more"  # type: ignore[operator]
-        case annotated_types.Lt(lt=limit):
-            holds, words = value < limit, f"less than {limit}"  # type: ignore[operator]
-        case annotated_types.Le(le=limit):
-            holds, words = value <= limit, f"{limit} or less"  # type: ignore[operator]
-        case _:
-            return
-    if not holds:
-        raise ConfigError(f"--{name} {value}: expected {words}")
-
-
-def _check_layers(model: ModelConfig) -> None:
-    dim = model.embedding_dim
-    if dim % 4:
-        raise ConfigError(
-            f"--embedding_dim {dim}: expected a multiple of 4, as FBGEMM's kernels need. Try {-(-dim // 4) * 4}."
-        )
-    rows = model.num_embeddings_per_feature
-    if rows is not None and len(rows) != NUM_CATEGORICAL_FEATURES:
-        raise ConfigError(f"--num_embeddings_per_feature: got {len(rows)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
-    if rows is not None and max(rows) >= 2**31:
-        raise ConfigError(
-            f"--num_embeddings_per_feature: {max(rows)} rows, expected less than {2**31} (ids are 32 bits)"
-        )
-    if model.dense_arch_layer_sizes[-1] != dim:
-        raise ConfigError(
-            f"--dense_arch_layer_sizes ends in {model.dense_arch_layer_sizes[-1]}, expected embedding_dim, which is "
-            f"{dim}. Change one of the two."
-        )
-    over = model.over_arch_layer_sizes
-    if len(over) < 2 or over[-1] != 1:
-        raise ConfigError(
-            f"--over_arch_layer_sizes {','.join(map(str, over))}: expected two or more layers, the last of size 1"
-        )
-    if model.interaction_type == "projection":
-        for branch in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
-            if (last := getattr(model, branch)[-1]) % dim:
-                raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
-
-
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    if optimizer.adagrad and optimizer.optimizer not in (None, "adagrad"):
-        raise ConfigError(f"--adagrad with --optimizer {optimizer.optimizer}: give one of the two")
-    warmup, start = optimizer.lr_warmup_steps, optimizer.lr_decay_start
-    if optimizer.lr_decay_steps and start < warmup:
-        raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
-
-
-def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Fields that differ from their defaults and would change nothing: section, field, and why."""
-    for section, name, is_idle, why in _idle_fields(config):
-        owner = getattr(config, section)
-        default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
-        if is_idle and getattr(owner, name) != default:
-            yield section, name, why
-
-
-def _idle_fields(config: Config) -> list[tuple[str, str, bool, str]]:
-    needs_folder = "needs --in_memory_binary_criteo_path; data is random without it"
-    is_for_random = "is for random data; leave out --in_memory_binary_criteo_path"
-    is_binary = not config.is_random
-    is_multi_hot_folder = config.data.synthetic_multi_hot_criteo_path is not None
-    is_expanded = max(config.data.multi_hot_sizes or (1,)) > 1 and not is_multi_hot_folder
-    drawn_already = "with --synthetic_multi_hot_criteo_path: its ids are drawn already. Drop one of them"
-    kind, evaluation = config.model.interaction_type, config.evaluation
-    validates = evaluation.evaluate_on_epoch_end or evaluation.validation_freq_within_epoch is not None
-    validates_not = (
-        "with --no_evaluate_on_epoch_end: nothing validates. Give --validation_freq_within_epoch, or drop one"
-    )
-    tests_not = "with --no_evaluate_on_training_end: nothing tests. Drop one of them"
-    has_sizes = config.model.num_embeddings_per_feature is not None
-    rules = parse_rules(config.sharding.table_constraints) if config.sharding.table_constraints else {}
-    algorithm = config.optimizer.algorithm
-    return [
-        ("data", "mmap_mode", config.is_random, needs_folder),
-        ("data", "shuffle_batches", config.is_random, needs_folder),
-        ("data", "dataset_name", config.is_random, needs_folder),
-        ("data", "drop_last_training_batch", config.is_random, needs_folder),
-        ("data", "num_generated_batches", is_binary, is_for_random),
-        ("data", "zipf_exponent", is_binary, is_for_random),
-        ("data", "shuffle_training_set", config.is_random, needs_folder),
-        ("data", "undersampling_rate", config.is_random, needs_folder),
-        ("data", "multi_hot_distribution_type", is_multi_hot_folder, drawn_already),
-        ("data", "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes of more than one id"),
-        (
-            "data",
-            "collect_multi_hot_freqs_stats",
-            config.data.multi_hot_sizes is None and not is_multi_hot_folder,
-            "needs --multi_hot_sizes or --synthetic_multi_hot_criteo_path",
-        ),
-        ("data", "limit_val_batches", not validates, validates_not),
-        ("data", "limit_test_batches", not evaluation.evaluate_on_training_end, tests_not),
-        (
-            "model",
-            "num_embeddings",
-            has_sizes,
-            "has no effect beside --num_embeddings_per_feature; give one of the two",
-        ),
-        ("model", "dcn_num_layers", kind != "dcn", "needs --interaction_type dcn"),
-        ("model", "dcn_low_rank_dim", kind != "dcn", "needs --interaction_type dcn"),
-        ("model", "interaction_branch1_layer_sizes", kind != "projection", "needs --interaction_type projection"),
-        ("model", "interaction_branch2_layer_sizes", kind != "projection", "needs --interaction_type projection"),
-        ("sharding", "large_table_gib", "large" not in rules, "needs a rule of `large` in --table_constraints"),
-        ("optimizer", "eps", algorithm == "sgd", "needs --optimizer adagrad, rowwise_adagrad or adam"),
-        (
-            "optimizer",
-            "weight_decay",
-            algorithm in ("sgd", "adagrad"),
-            "needs --optimizer rowwise_adagrad or adam: no other fused kernel has weight decay",
-        ),
-        ("optimizer", "lr_decay_start", config.optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
-        ("evaluation", "validation_auroc", not validates, validates_not),
-        (
-            "output",
-            "mlperf_log",
-            evaluation.validation_auroc is None,
-            "needs --validation_auroc: MLPerf times a run to its target",
-        ),
-    ]
-
-
-def _check_effects(config: Config) -> None:
-    for section, name, why in fields_without_effect(config):
-        value = getattr(getattr(config, section), name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise ConfigError(f"--{name}{'' if value is True else f' {shown}'} {why}")

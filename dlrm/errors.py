@@ -13,6 +13,10 @@ class DlrmError(Exception):
 
     everywhere: bool = False
 
+    def __str__(self) -> str:
+        """What was said, newlines as spaces; all else stays, so that a path can be copied from it."""
+        return " ".join(super().__str__().splitlines())
+
 
 class ConfigError(DlrmError):
     """A flag, or a combination of flags, that makes no sense."""

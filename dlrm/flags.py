@@ -8,7 +8,8 @@ from typing import NoReturn, TypeVar
 import tyro
 from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
 
-from dlrm.config import Config, fields_without_effect
+from dlrm.config import Config
+from dlrm.config_checks import check_config, fields_without_effect
 from dlrm.errors import ConfigError
 from dlrm.recipes import RECIPES
 
@@ -39,7 +40,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     for section, name, _ in fields_without_effect(config):
         if section != "data" and not _names(argv, name):
             config = _reset(config, section, name)
-    config.validate()
+    check_config(config)
     return config
 
 

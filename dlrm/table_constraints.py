@@ -111,16 +111,23 @@ def _parse_words(rule: str, words: Sequence[str]) -> TableConstraint:
         elif re.fullmatch(r"ranks=\d{1,9}(,\d{1,9})*", word):
             add("ranks", tuple(sorted({int(rank) for rank in word[6:].split(",")})))
         else:
-            raise _refusal(
-                rule,
-                f"{word[:40]}: expected a sharding type ({', '.join(SHARDING_TYPES)}), a kernel "
-                f"({', '.join(COMPUTE_KERNELS)}), cache=SHARE above 0 and up to 1, or ranks=0,1",
-            )
+            raise _refusal(rule, f"{word[:40]}: expected {_expected_instead(word)}")
     if found.get("compute_kernel") == "dense":
         found.setdefault("sharding_type", "data_parallel")  # the only one that has it
     constraint = TableConstraint(**found)  # type: ignore[arg-type]
     _check(rule, constraint)
     return constraint
+
+
+def _expected_instead(word: str) -> str:
+    if word.startswith("ranks="):
+        return "numbers of ranks with commas between them, as in ranks=0,1"
+    if word.startswith("cache="):
+        return "a share above 0 and up to 1, as in cache=0.2"
+    return (
+        f"a sharding type ({', '.join(SHARDING_TYPES)}), a kernel ({', '.join(COMPUTE_KERNELS)}), cache=SHARE or "
+        "ranks=RANK,RANK,..."
+    )
 
 
 def _check(rule: str, constraint: TableConstraint) -> None:

@@ -62,17 +62,16 @@ class Expansion:
                 progress.advance(len(piece))
         progress.close()
 
-    def check_memory(self, num_tables: int, available_bytes: int) -> None:
+    def check_memory(self, available_bytes: int) -> None:
         """Refuses tables that don't fit into the memory of a host.
 
         Raises:
             DatasetError: saying how much is missing, and what to do instead.
         """
-        needed = num_tables * self.num_bytes
-        if needed > available_bytes:
+        if self.num_bytes > available_bytes:
             raise DatasetError(
-                f"--multi_hot_sizes: {show_bytes(needed)} of companions a host, {show_bytes(available_bytes)} free. "
-                "Write the ids once with `dlrm materialize`, and give --synthetic_multi_hot_criteo_path."
+                f"--multi_hot_sizes: {show_bytes(self.num_bytes)} of companions a host, {show_bytes(available_bytes)} "
+                "free. Write the ids once with `dlrm materialize`, and give --synthetic_multi_hot_criteo_path."
             )
 
 
@@ -104,7 +103,7 @@ def share_companions(expansion: Expansion, runtime: Runtime, label: str) -> Comp
         DatasetError: if it does not fit into what is free, or can't be opened.
     """
     if runtime.local_world_size == 1:
-        expansion.check_memory(1, runtime.host_memory_bytes)
+        expansion.check_memory(runtime.host_memory_bytes)
         return expansion.draw(label)
     handle = on_every_rank(runtime, partial(_draw_shared, expansion, runtime, label))
     handles: list[tuple[int, int | None]] = [(0, None)] * runtime.world_size
@@ -120,7 +119,7 @@ def _draw_shared(expansion: Expansion, runtime: Runtime, label: str) -> int | No
     """Descriptor of the memory, on the first rank of a host."""
     if runtime.local_rank != 0:
         return None
-    expansion.check_memory(1, runtime.host_memory_bytes)
+    expansion.check_memory(runtime.host_memory_bytes)
     handle = os.memfd_create("companions")
     os.ftruncate(handle, expansion.num_bytes)
     with mmap.mmap(handle, expansion.num_bytes) as memory:

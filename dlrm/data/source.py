@@ -1,5 +1,9 @@
-"""Where a split's rows come from: generated, in this rank's memory, or on disk."""
+"""Where a split's rows come from: generated, in this rank's memory, or on disk.
 
+Shapes: B rows of a span, N rows of several.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,10 +50,10 @@ def bytes_per_row(widths: tuple[int, ...]) -> int:
 
 
 class Source(Protocol):
-    """Gives the rows of a span in an epoch."""
+    """Gives the rows of spans in an epoch."""
 
-    def read(self, span: Span, epoch: int) -> Rows:
-        """Rows [span.start, span.stop), ids already inside their tables."""
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
+        """Rows [start, stop) of each span in turn, read when they are asked for; ids already inside their tables."""
         ...
 
 
@@ -60,10 +64,10 @@ class RandomSplit:
     source: RandomSource
     rows_per_epoch: int
 
-    def read(self, span: Span, epoch: int) -> Rows:
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
         """See `Source`."""
         first = epoch * self.rows_per_epoch
-        return self.source.read(first + span.start, first + span.stop)
+        return (self.source.read(first + span.start, first + span.stop) for span in spans)
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,14 @@ class MappedSplit:
     rows: RowSet
     table_rows: npt.NDArray[np.int64]
 
-    def read(self, span: Span, epoch: int) -> Rows:
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
         """See `Source`.
 
         Raises:
             DatasetError: at a value out of range.
         """
         del epoch
-        return fold_ids(self.rows.read(span.start, span.stop), self.table_rows)
+        return (fold_ids(self.rows.read(span.start, span.stop), self.table_rows) for span in spans)
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,18 @@ class ShuffledSplit:
     table_rows: npt.NDArray[np.int64]
     seed: int
 
-    def read(self, span: Span, epoch: int) -> Rows:
-        """See `Source`.
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
+        """See `Source`. Where many small spans stand is calculated at once: numpy's price is by the call.
 
         Raises:
             DatasetError: at a value out of range.
         """
         permutation = Permutation(self.rows.num_rows, derive_seed(self.seed, "shuffle_training_set", epoch))
-        rows_B = permutation.at(np.arange(span.start, span.stop))
-        rows_B.sort()
-        return fold_ids(self.rows.take(rows_B), self.table_rows)
+        rows_N = permutation.at(np.concatenate([np.arange(span.start, span.stop) for span in spans]))
+        ends = np.cumsum([span.rows for span in spans])
+        for rows_B in np.split(rows_N, ends[:-1]):
+            rows_B.sort()
+            yield fold_ids(self.rows.take(rows_B), self.table_rows)
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,10 @@ class ExpandedSplit:
     source: Source
     companions: Companions
 
-    def read(self, span: Span, epoch: int) -> Rows:
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
         """See `Source`."""
-        rows = self.source.read(span, epoch)
-        return Rows(rows.dense_BI, self.companions.expand(rows.ids[0]), rows.labels_B)
+        for rows in self.source.read(spans, epoch):
+            yield Rows(rows.dense_BI, self.companions.expand(rows.ids[0]), rows.labels_B)
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,11 @@ class MemorySplit:
     rows: Rows
     batch_size: int
 
-    def read(self, span: Span, epoch: int) -> Rows:
+    def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
         """See `Source`."""
         del epoch
-        own = slice(span.step * self.batch_size, span.step * self.batch_size + span.rows)
-        return self.rows.take(own)
+        starts = (span.step * self.batch_size for span in spans)
+        return (self.rows.take(slice(start, start + span.rows)) for start, span in zip(starts, spans, strict=True))
 
 
 def load_split(

@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder
 
+from dlrm.console import plural
 from dlrm.errors import PlanError
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -47,8 +48,8 @@ def to_parameter_constraints(
         )
     if (splits := _row_splits(sharding, cluster)) > 1 and -(-rows // splits) * (splits - 1) >= rows:
         raise PlanError(
-            f"--table_constraints: {sharding} of {table}, whose {rows:,} rows leave one of {splits} ranks without any. "
-            "Use table_wise."
+            f"--table_constraints: {sharding} of {table} would split {plural(rows, 'row')} over {splits} ranks and "
+            "leave one without any. Use table_wise."
         )
     parts = {
         "column_wise": len(rule.ranks) if rule.ranks else cluster.world_size,
@@ -105,13 +106,18 @@ class Enumerator(EmbeddingEnumerator):
         self._sharding_types = sharding_types
         self._ruled = {name for name, constraint in constraints.items() if constraint.sharding_types}
 
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
+        """Here, and not once all are enumerated: most of a plan's time goes into the costs of options."""
+        if name not in self._ruled:
+            allowed_sharding_types = [kind for kind in allowed_sharding_types if kind in self._sharding_types]
+        return super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
+
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """See TorchRec's EmbeddingEnumerator. No split leaves a rank without rows: FBGEMM's kernels err there."""
         options = [
             option
             for option in super().enumerate(module, sharders)
-            if (option.name in self._ruled or option.sharding_type in self._sharding_types)
-            and all(shard.size[0] > 0 for shard in option.shards)
+            if all(shard.size[0] > 0 for shard in option.shards)
         ]
         return sorted(options, key=_order)
 

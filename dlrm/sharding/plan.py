@@ -2,17 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -23,10 +22,14 @@ from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.constraints import Enumerator, PinnedPartitioner, to_parameter_constraints
 from dlrm.sharding.sharder import TableSharder
-from dlrm.table_constraints import ROW_SPLITS, SHARDING_TYPES, TableConstraint, constraints_of_tables, parse_rules
+from dlrm.table_constraints import ROW_SPLITS, TableConstraint, constraints_of_tables, parse_rules
 
 _BYTES_PER_WEIGHT = 4
 _PLENTY = 1 << 60
+_TOO_LITTLE_MEMORY = (
+    PlannerErrorType.INSUFFICIENT_STORAGE,  # all ranks together
+    PlannerErrorType.STRICT_CONSTRAINTS,  # enough in all, and no rank left with room for some table
+)
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,19 @@ class Placement:
     @property
     def gib_per_rank(self) -> list[float]:
         """Weights and optimizer state of tables, by rank."""
+        return self._gib_per_rank_of(self.tables)
+
+    def _gib_per_rank_of(self, tables: Iterable[TablePlacement]) -> list[float]:
         totals = [0.0] * self.world_size
-        for table in self.tables:
+        for table in tables:
             for rank, gib in zip(table.ranks, table.gib_by_rank, strict=True):
                 totals[rank] += gib
         return totals
 
     def host_bytes(self, cluster: Cluster) -> int:
         """Most memory that tables take of a host, with optimizer state: all of them on a CPU, beside GPUs some."""
-        totals = [0.0] * self.world_size
-        for table in self.tables:
-            if cluster.device == "cpu" or "uvm" in table.kernel:
-                for rank, gib in zip(table.ranks, table.gib_by_rank, strict=True):
-                    totals[rank] += gib
+        on_host = (table for table in self.tables if cluster.device == "cpu" or "uvm" in table.kernel)
+        totals = self._gib_per_rank_of(on_host)
         hosts = range(0, self.world_size, cluster.local_world_size)
         return int(max(sum(totals[first : first + cluster.local_world_size]) for first in hosts) * GIB)
 
@@ -139,9 +142,9 @@ def plan_sharding(
     cluster: Cluster,
     sharder: TableSharder,
     batch_size: int,
-    hotness: Sequence[int] = (1,) * len(TABLE_NAMES),
-    constraints: Mapping[str, TableConstraint] = MappingProxyType({}),
-    sharding_types: Sequence[str] = SHARDING_TYPES,
+    hotness: Sequence[int],
+    constraints: Mapping[str, TableConstraint],
+    sharding_types: Sequence[str],
 ) -> ShardingPlan:
     """Chooses a place for each table of `model`, whose parameters carry their fused optimizers.
 
@@ -159,68 +162,105 @@ def plan_sharding(
     """
     tables = {name.split(".")[-2]: p for name, p in model.named_parameters() if ".embedding_bags." in name}
     hotness_of_table = dict(zip(TABLE_NAMES, hotness, strict=True))
-    parameter_constraints = {
+    limits = {
         name: to_parameter_constraints(
             name, constraints.get(name, TableConstraint()), tuple(table.shape), hotness_of_table[name], cluster
         )
         for name, table in tables.items()
     }
     pinned = {name: constraint.ranks for name, constraint in constraints.items() if constraint.ranks is not None}
+    search = _Search(model, sharder, batch_size, limits, pinned, sharding_types)
+    with _quiet_planner():
+        try:
+            plan = search.plan(cluster)
+        except PlannerError as error:
+            shortage = _find_shortage(cluster, search.fits)
+            if shortage is None:
+                raise PlanError(f"no sharding plan, however much memory there is: {_first_line(error)}") from None
+            refusal = _describe_shortfall(list(tables.values()), cluster, shortage, is_constrained=bool(constraints))
+            raise PlanError(refusal) from None
+    assert sum(len(cast(EmbeddingModuleShardingPlan, part)) for part in plan.plan.values()) == len(tables)
+    return plan
 
-    def attempt(cluster: Cluster) -> ShardingPlan | None:
+
+@dataclass(frozen=True)
+class _Search:
+    """What a plan depends on, beside the ranks."""
+
+    model: nn.Module
+    sharder: TableSharder
+    batch_size: int
+    constraints: dict[str, ParameterConstraints]
+    pinned: dict[str, tuple[int, ...]]
+    sharding_types: Sequence[str]
+
+    def plan(self, cluster: Cluster) -> ShardingPlan:
+        """The planner's choice.
+
+        Raises:
+            PlannerError: if there is too little memory.
+            PlanError: if the planner fails in another way.
+        """
         if cluster.device == "cpu":  # where a split by rows is the slower way, for tables that need it
-            unsplit = [kind for kind in sharding_types if kind not in ROW_SPLITS]
-            if (plan := attempt_with(unsplit, cluster)) is not None:
-                return plan
-        return attempt_with(sharding_types, cluster)
+            with suppress(PlannerError):
+                return self._plan_with([kind for kind in self.sharding_types if kind not in ROW_SPLITS], cluster)
+        return self._plan_with(self.sharding_types, cluster)
 
-    def attempt_with(sharding_types: Sequence[str], cluster: Cluster) -> ShardingPlan | None:
+    def fits(self, cluster: Cluster) -> bool:
+        """Whether there is a plan."""
+        try:
+            self.plan(cluster)
+        except PlannerError:
+            return False
+        return True
+
+    def _plan_with(self, sharding_types: Sequence[str], cluster: Cluster) -> ShardingPlan:
         topology = cluster.topology()
         planner = EmbeddingShardingPlanner(
             topology=topology,
-            batch_size=batch_size,
-            enumerator=Enumerator(topology, batch_size, parameter_constraints, sharding_types),
+            batch_size=self.batch_size,
+            enumerator=Enumerator(topology, self.batch_size, self.constraints, sharding_types),
             storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
-            constraints=parameter_constraints,
-            partitioner=PinnedPartitioner(pinned),
+            constraints=self.constraints,
+            partitioner=PinnedPartitioner(self.pinned),
         )
         try:
-            return planner.plan(model, [sharder])  # type: ignore[list-item]
-        except PlannerError:
-            return None
-
-    with _quiet_planner():
-        if (plan := attempt(cluster)) is not None:
-            assert sum(len(cast(EmbeddingModuleShardingPlan, part)) for part in plan.plan.values()) == len(tables)
-            return plan
-        shortage = _find_shortage(cluster, lambda larger: attempt(larger) is not None)
-    weights = sum(p.numel() * p.element_size() for p in tables.values())
-    classes = {kind for p in tables.values() for kind in getattr(p, "_optimizer_classes", [])}
-    has_state = classes != {torch.optim.SGD}
-    raise PlanError(
-        _describe_shortfall(weights, cluster, shortage, is_constrained=bool(constraints), has_state=has_state)
-    )
+            return planner.plan(self.model, [self.sharder])  # type: ignore[list-item]
+        except PlannerError as error:
+            if error.error_type in _TOO_LITTLE_MEMORY:
+                raise
+            raise PlanError(f"no sharding plan: {_first_line(error)}") from None
 
 
-def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> str:
-    """What there is too little of on a rank, and how much more it takes."""
+def _first_line(error: PlannerError) -> str:
+    return f"TorchRec's planner says: {(str(error).strip().splitlines() or [error.error_type.value])[0]}"
+
+
+def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> str | None:
+    """What there is too little of on a rank, and how much more it takes; None where no amount would do."""
     if cluster.device == "cuda" and fits(replace(cluster, host_bytes=_PLENTY)):
         where, there = " of the host", cluster.host_bytes
         needed = _smallest_that_fits(lambda size: fits(replace(cluster, host_bytes=size)), there)
     else:
         where, there = " of the GPU" if cluster.device == "cuda" else "", cluster.table_bytes
         needed = _smallest_that_fits(lambda size: fits(replace(cluster, table_bytes=size)), there)
-    missing = "far more" if needed is None else f"{(needed - there) / GIB:.2f} GiB a rank more"
-    return f"of {there / GIB:.2f} GiB{where} (after {cluster.reserved_share:.0%} reserve), {missing} needed"
+    if needed is None:
+        return None
+    missing = f"{(needed - there) / GIB:.2f} GiB a rank more needed"
+    return f"of {there / GIB:.2f} GiB{where} (after {cluster.reserved_share:.0%} reserve), {missing}"
 
 
-def _describe_shortfall(weights: int, cluster: Cluster, shortage: str, *, is_constrained: bool, has_state: bool) -> str:
+def _describe_shortfall(
+    tables: Sequence[nn.Parameter], cluster: Cluster, shortage: str, *, is_constrained: bool
+) -> str:
+    weights = sum(table.numel() * table.element_size() for table in tables)
+    classes = {kind for table in tables for kind in getattr(table, "_optimizer_classes", [])}
     remedies = ["more ranks or hosts", "smaller --num_embeddings or --embedding_dim"]
     if is_constrained:
         remedies.append("other --table_constraints, or none")
     elif cluster.device == "cuda":
         remedies.append("--table_constraints 'large = fused_uvm_caching' (rows in host memory)")
-    if has_state:
+    if classes != {torch.optim.SGD}:
         remedies.append("--optimizer with less state (rowwise_adagrad: a number a row; sgd: none)")
     if cluster.reserved_share > 0:
         remedies.append("a smaller --reserved_memory_share")

@@ -2,11 +2,16 @@
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.overrides import TorchFunctionMode
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
@@ -25,7 +30,7 @@ def shard_model(
 
     Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _NothingDrawn():
         # TorchRec hands DistributedDataParallel an argument that newer torch spells otherwise.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         sharded = DistributedModelParallel(
@@ -37,29 +42,72 @@ def shard_model(
         )
     tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
-    for name, weight in tables.items():
-        _fill_table(weight, name.split(".embedding_bags.")[1], seed)
+    blocks = (
+        block for name, weight in tables.items() for block in _blocks(weight, name.split(".embedding_bags.")[1], seed)
+    )
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for _ in threads.map(_Block.fill, blocks):
+            pass
     if device.type == "cpu":
         replace_lookups(sharded, sharder.pooled_type)
     return sharded
 
 
-@torch.no_grad()
-def _fill_table(weight: torch.Tensor | ShardedTensor, name: str, seed: int) -> None:
-    """Draws this rank's part; each block of rows has a seed of its own, so that every sharding gives the same table."""
+class _NothingDrawn(TorchFunctionMode):
+    """TorchRec draws weights for its tables, one after the other, which are then replaced: as long as all else here."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls `func`, unless it draws."""
+        del types
+        return args[0] if func is torch.Tensor.uniform_ else func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What this rank has of a block of a table's rows.
+
+    Attributes:
+        part: rows from `row` of the block, columns from `column` of the table.
+        rows: of the block.
+        dim: columns of the table.
+    """
+
+    part: torch.Tensor
+    row: int
+    column: int
+    rows: int
+    dim: int
+    bound: float
+    seed: int
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Draws the whole block, whatever is wanted of it, so that every sharding gives the same table."""
+        generator = torch.Generator(self.part.device).manual_seed(self.seed)
+        if self.part.shape == (self.rows, self.dim) and self.part.is_contiguous():
+            self.part.uniform_(-self.bound, self.bound, generator=generator)
+            return
+        drawn = torch.empty(self.rows, self.dim, device=self.part.device)
+        drawn.uniform_(-self.bound, self.bound, generator=generator)
+        rows, columns = self.part.shape
+        self.part.copy_(drawn[self.row : self.row + rows, self.column : self.column + columns])
+
+
+def _blocks(weight: torch.Tensor | ShardedTensor, name: str, seed: int) -> Iterator[_Block]:
+    """This rank's part of a table; each block of rows has a seed of its own."""
     if isinstance(weight, ShardedTensor):
         rows, dim = weight.metadata().size
         shards = [(s.tensor, s.metadata.shard_offsets[0], s.metadata.shard_offsets[1]) for s in weight.local_shards()]
     else:
         rows, dim = weight.shape
         shards = [(weight, 0, 0)]
-    bound = 1 / math.sqrt(rows)
     for local, first_row, first_column in shards:
         stop_row = first_row + local.size(0)
         for block in range(first_row // _BLOCK_ROWS, -(-stop_row // _BLOCK_ROWS)):
             start, stop = block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, rows)
-            generator = torch.Generator(local.device).manual_seed(derive_seed(seed, "table", name, block))
-            drawn = torch.empty(stop - start, dim, device=local.device).uniform_(-bound, bound, generator=generator)
             low, high = max(start, first_row), min(stop, stop_row)
-            columns = slice(first_column, first_column + local.size(1))
-            local[low - first_row : high - first_row].copy_(drawn[low - start : high - start, columns])
+            part = local[low - first_row : high - first_row]
+            block_seed = derive_seed(seed, "table", name, block)
+            yield _Block(part, low - start, first_column, stop - start, dim, 1 / math.sqrt(rows), block_seed)

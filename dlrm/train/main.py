@@ -56,7 +56,7 @@ def _errors_as_one_line() -> Iterator[None]:
     except DlrmError as error:
         if error.everywhere or not _has_peers():
             if os.environ.get("RANK", "0") == "0" or not _has_peers():
-                print(f"dlrm: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
             else:
                 # The launcher ends all ranks when the first one leaves: let that be rank 0, which says why.
                 time.sleep(_SECONDS_FOR_LAUNCHER)

@@ -82,10 +82,9 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     tables, dense = {}, {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         (tables if ".embedding_bags." in name else dense)[name] = parameter
-    dense_rate = config.dense_learning_rate or config.learning_rate
     parts = [
         (tables, _TABLE_CLASSES | {"adam": torch.optim.AdamW}, config.learning_rate),
-        (dense, _DENSE_CLASSES, dense_rate),
+        (dense, _DENSE_CLASSES, config.dense_rate),
     ]
     return CombinedOptimizer(
         [

@@ -17,7 +17,7 @@ from dlrm.allocator import describe_allocator
 from dlrm.config import Config
 from dlrm.data.binary_days import Stage
 from dlrm.data.splits import draw_run_companions, open_run_splits
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, RunDirectoryError
 from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
@@ -99,7 +99,10 @@ def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: Evaluati
     seconds = trainer.meter.seconds
     target = config.evaluation.validation_auroc
     return {
-        "val_auroc": [result.auroc for result in trainer.val_results],
+        **{
+            f"val_{metric}": [getattr(result, metric) for result in trainer.val_results]
+            for metric in ("auroc", "logloss", "ne", "calibration")
+        },
         "test_auroc": test and test.auroc,
         "test_logloss": test and test.logloss,
         "test_ne": test and test.ne,
@@ -131,17 +134,28 @@ def _precision(config: Config, runtime: Runtime) -> str:
 def _open_sinks(
     config: Config, runtime: Runtime, directory: RunDirectory, rows: dict[Stage, int], started: float, opened: float
 ) -> Iterator[Sink]:
-    """What the run's lines go to: on rank 0 metrics.jsonl and the views of it that the flags ask for."""
-    sinks: list[Sink] = [directory] if runtime.is_main else []
+    """What the run's lines go to: on rank 0 metrics.jsonl and the views of it that the flags ask for. Collective."""
     with ExitStack() as stack:
-        if runtime.is_main and config.output.tensorboard:
-            from dlrm.metrics.tensorboard import TensorBoardSink
 
-            sinks.append(TensorBoardSink(directory.path / "tensorboard"))
-        if runtime.is_main and config.output.mlperf_log:
-            facts = describe_run(config, device_name(runtime.device), runtime.world_size, rows["train"], rows["val"])
-            log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
-            sinks.append(stack.enter_context(closing(log)))
+        def open_all() -> list[Sink]:
+            sinks: list[Sink] = [directory]
+            if config.output.tensorboard:
+                from dlrm.metrics.tensorboard import TensorBoardSink
+
+                sinks.append(TensorBoardSink(directory.path / "tensorboard"))
+            if config.output.mlperf_log:
+                device = device_name(runtime.device)
+                facts = describe_run(config, device, runtime.world_size, rows["train"], rows["val"])
+                log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
+                sinks.append(stack.enter_context(closing(log)))
+            return sinks
+
+        try:
+            sinks = on_every_rank(runtime, lambda: open_all() if runtime.is_main else [])
+        except RunDirectoryError:
+            if runtime.is_main:
+                directory.discard()
+            raise
         yield Sinks(sinks)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -82,10 +83,15 @@ class RunDirectory:
         try:
             return reported(path, write)
         except RunDirectoryError:
-            with suppress(OSError):
-                for name in _FILES:  # `check` saw none of them: what is there is ours, and half a run
-                    (path / name).unlink(missing_ok=True)
+            RunDirectory(path).discard()
             raise
+
+    def discard(self) -> None:
+        """Removes what a run has written that can't begin, so that the folder can be used again."""
+        with suppress(OSError):
+            for name in (*_FILES, "mlperf_log.txt"):  # `check` saw none of them: what is there is ours
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl.

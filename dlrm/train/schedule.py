@@ -36,7 +36,7 @@ class LearningRateSchedule:
     def __init__(self, optimizer: CombinedOptimizer, config: OptimizerConfig) -> None:
         self._bases = [(group, group["lr"]) for group in optimizer.param_groups]
         self._config = config
-        self._dense_base = config.dense_learning_rate or config.learning_rate
+        self._dense_base = config.dense_rate
         self.learning_rate = config.learning_rate
         self.dense_learning_rate = self._dense_base
 

@@ -48,7 +48,6 @@ class Trainer:
         self.runtime = runtime
         self.splits = splits
         self.model = model
-        self.optimizer = optimizer
         self.sink = sink
         self.profiler = profiler
         self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
@@ -182,5 +181,6 @@ class Trainer:
         self.sink.append_metrics({**where, **fields, "elapsed_seconds": round(self.seconds, 3)})
 
     def _print_learning_rates(self, progress: Progress) -> None:
-        for group, parameters in enumerate(self.optimizer.param_groups):
-            progress.print(f"lr: {self.step} {group} {parameters['lr']:.6f}")
+        rates = {"tables": self.schedule.learning_rate, "dense": self.schedule.dense_learning_rate}
+        for group, rate in rates.items():
+            progress.print(f"lr: {self.step} {group} {rate:.6f}")

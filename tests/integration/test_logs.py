@@ -133,6 +133,32 @@ def test_a_diverging_run_is_aborted(tmp_path: Path) -> None:
     assert (last["key"], last["metadata"]["status"]) == ("run_stop", "aborted")
 
 
+def test_a_log_that_can_not_be_begun_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """The disk is full after the first event file and three lines."""
+    flags = [*TINY, "--validation_auroc", "0.99", "--mlperf_log", "--tensorboard", "--run_dir", str(tmp_path / "run")]
+    code = f"""
+import dlrm_main
+from dlrm.errors import RunDirectoryError
+from dlrm.metrics.mlperf import MlperfLog
+
+log, left = MlperfLog._log, [3]
+def fail_later(self, *arguments, **named):
+    left[0] -= 1
+    if left[0] < 0:
+        raise RunDirectoryError("no space left")
+    log(self, *arguments, **named)
+MlperfLog._log = fail_later
+dlrm_main.main({flags!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "dlrm: error: no space left\n")
+    assert done.stdout.count(TOKEN) == 3
+    assert list((tmp_path / "run").iterdir()) == []
+    done = run_main(*TINY, "--tensorboard", "--run_dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+
+
 def test_without_the_flags_neither_is_loaded_or_written(tmp_path: Path) -> None:
     flags = [*TINY, "--run_dir", str(tmp_path / "run")]
     code = f"import sys, dlrm_main; dlrm_main.main({flags!r}); print('tensorboard' in sys.modules)"

@@ -30,10 +30,12 @@ def test_validations_within_and_after_each_epoch(tmp_path: Path, days: str) -> N
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "val"] == [4, 8, 10, 14, 18, 20]
     summary = read_summary(tmp_path / "run")
+    for metric in ("auroc", "logloss", "ne", "calibration"):
+        assert summary[f"val_{metric}"] == [line[metric] for line in lines if line["kind"] == "val"]
     assert len(summary["val_auroc"]) == 6
     assert (summary["num_train_steps"], summary["num_train_samples"], summary["num_test_samples"]) == (20, 320, 20)
     assert output.count("lr: ") == 2 * 20
-    assert "lr: 0 0 0.100000" in output
+    assert "lr: 0 tables 0.100000\nlr: 0 dense 0.100000\n" in output
 
 
 def test_config_json_loads_back_equal(tmp_path: Path, days: str) -> None:

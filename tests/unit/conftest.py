@@ -8,6 +8,7 @@ import pytest
 
 from dlrm.data.batch import Rows
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from tests.unit.preprocessed import ROWS
 
 WriteDays = Callable[..., Rows]
 
@@ -56,3 +57,32 @@ def _criteo_lines(num_rows: int, seed: int = 0) -> list[str]:
 def criteo_lines() -> Callable[..., list[str]]:
     """`criteo_lines(num_rows)`: lines of raw Criteo text with missing values in them."""
     return _criteo_lines
+
+
+@pytest.fixture(scope="session")
+def lines() -> list[list[str]]:
+    """Lines of raw text of three days, with ids that come often, seldom and in the last day only."""
+    rng = np.random.default_rng(7)
+    days = []
+    for day, rows in enumerate(ROWS):
+        lines = []
+        for _ in range(rows):
+            integers = ["" if rng.random() < 0.2 else str(rng.integers(-2 - day // 2, 5000)) for _ in range(13)]
+            ids = []
+            for column in range(26):
+                rank = int(rng.pareto(0.6)) % (3 + 40 * column)
+                name = (rank * 0x9E3779B1 + column * 77 + (day == 2 and rng.random() < 0.1)) % 2**32
+                ids.append("" if rng.random() < 0.1 else f"{name:08x}")
+            lines.append("\t".join([str(int(rng.random() < 0.3)), *integers, *ids]) + "\n")
+        days.append(lines)
+    return days
+
+
+@pytest.fixture
+def raw(tmp_path, lines) -> Path:
+    """A folder with day_0.tsv, day_1.tsv, day_2.tsv."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for day, text in enumerate(lines):
+        (folder / f"day_{day}.tsv").write_text("".join(text))
+    return folder

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from dlrm.config import CONFIG_VERSION, Config, DataConfig, ModelConfig, OutputConfig
+from dlrm.config_checks import check_config
 from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, RECIPES
 
@@ -114,6 +115,8 @@ def test_json_of_another_dlrm_is_refused(change, words):
         ("undersampling_rate", 0.0, "expected more than 0.0"),
         ("undersampling_rate", 1.01, "expected 1.0 or less"),
         ("undersampling_rate", float("nan"), "expected a finite number"),
+        ("intra_host_bandwidth", 1e-320, "expected 0.001 or more"),
+        ("inter_host_bandwidth", 1e-320, "expected 0.001 or more"),
         ("num_embeddings", 0, "expected more than 0"),
         ("num_embeddings", 2**31, "expected less than 2147483648"),
         ("num_embeddings_per_feature", (1,) * 25, "got 25 sizes, expected 26"),
@@ -146,14 +149,14 @@ def test_json_of_another_dlrm_is_refused(change, words):
 )
 def test_values_out_of_range_are_refused(field, value, words):
     with pytest.raises(ConfigError, match=f"--{field}\\b.*{words}"):
-        config_with(**{field: value}).validate()
+        check_config(config_with(**{field: value}))
 
 
 @pytest.mark.parametrize("branch", ["interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"])
 def test_projection_branches_end_in_a_multiple_of_the_embedding_dim(branch):
-    config_with(interaction_type="projection", **{branch: (100, 128)}).validate()
+    check_config(config_with(interaction_type="projection", **{branch: (100, 128)}))
     with pytest.raises(ConfigError, match=f"--{branch} ends in 100, expected a multiple of embedding_dim.*64"):
-        config_with(interaction_type="projection", **{branch: (128, 100)}).validate()
+        check_config(config_with(interaction_type="projection", **{branch: (128, 100)}))
 
 
 PATH = {"in_memory_binary_criteo_path": "days"}
@@ -214,7 +217,7 @@ PATH = {"in_memory_binary_criteo_path": "days"}
 )
 def test_flags_without_effect_are_refused(fields, words):
     with pytest.raises(ConfigError, match=words):
-        config_with(**fields).validate()
+        check_config(config_with(**fields))
 
 
 @pytest.mark.parametrize(
@@ -240,18 +243,18 @@ def test_flags_without_effect_are_refused(fields, words):
 )
 def test_what_makes_sense_is_accepted(fields):
     config = config_with(**fields)
-    config.validate()
+    check_config(config)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_folder_name_is_refused(name):
     with pytest.raises(ConfigError, match=r"--run_dir .*expected a folder's name"):
-        Config(output=OutputConfig(run_dir=name)).validate()
+        check_config(Config(output=OutputConfig(run_dir=name)))
     with pytest.raises(ConfigError, match=r"--in_memory_binary_criteo_path .*expected a folder's name"):
-        Config(data=DataConfig(in_memory_binary_criteo_path=name)).validate()
+        check_config(Config(data=DataConfig(in_memory_binary_criteo_path=name)))
 
 
 def test_sizes_beyond_any_machine_are_refused():
     with pytest.raises(ConfigError, match=r"--dense_arch_layer_sizes: got 99999999999, expected sizes of less than"):
-        Config(model=ModelConfig(dense_arch_layer_sizes=(99999999999, 64))).validate()
+        check_config(Config(model=ModelConfig(dense_arch_layer_sizes=(99999999999, 64))))

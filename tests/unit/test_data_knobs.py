@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dlrm.config import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
-from dlrm.data.splits import STAGES, draw_run_companions, open_run_splits
+from dlrm.data.binary_days import Stage
+from dlrm.data.splits import STAGES, Split, draw_run_companions, open_run_splits
 from dlrm.errors import DatasetError
 from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.runtime import Runtime
@@ -32,9 +33,15 @@ def config_of(folder, *, seed: int = 1, table_rows=TABLE_ROWS, **data: object) -
     )
 
 
+def open_splits_of(config: Config, runtime: Runtime) -> dict[Stage, Split]:
+    """As a run does, with companions that were drawn by a host's one rank."""
+    companions = draw_run_companions(config, dataclasses.replace(runtime, rank=0, world_size=1, local_world_size=1))
+    return open_run_splits(config, runtime, companions)
+
+
 def steps_of(config: Config, world_size: int, stage: str = "train", epoch: int = 0) -> list[list]:
     """Batches of each step, rank by rank."""
-    ranks = [open_run_splits(config, runtime_of(rank, world_size)) for rank in range(world_size)]
+    ranks = [open_splits_of(config, runtime_of(rank, world_size)) for rank in range(world_size)]
     return list(zip(*(splits[stage].batches(epoch) for splits in ranks), strict=True))
 
 
@@ -323,7 +330,7 @@ def test_memory_is_counted_before_it_is_taken(days):
 
     def open_with(num_bytes: int, world_size: int = 1, **more: object) -> None:
         runtime = dataclasses.replace(runtime_of(0, world_size), host_memory_bytes=num_bytes)
-        open_run_splits(config_of(days[0], **{**data, **more}), runtime)
+        open_splits_of(config_of(days[0], **{**data, **more}), runtime)
 
     open_with(tables)
     open_with(2 * tables, world_size=2)
@@ -364,7 +371,7 @@ def test_no_companions_where_none_are_needed(data, days):
 def test_counts_are_those_of_what_was_taken(days):
     config = config_of(days[0], batch_size=10, multi_hot_sizes=SIZES, collect_multi_hot_freqs_stats=True)
     runtime = runtime_of(0, 1)
-    split = open_run_splits(config, runtime)["train"]
+    split = open_splits_of(config, runtime)["train"]
     batches = split.batches()
     taken = ids_of([next(batches) for _ in range(7)])
     batches.close()
@@ -374,4 +381,4 @@ def test_counts_are_those_of_what_was_taken(days):
         before, after = arrays[f"before_cat_{feature}"], arrays[f"after_cat_{feature}"]
         np.testing.assert_array_equal(before, np.bincount(ids[:, 0], minlength=rows))
         np.testing.assert_array_equal(after, np.bincount(ids.ravel(), minlength=rows))
-    assert open_run_splits(config, runtime)["val"].frequencies is None
+    assert open_splits_of(config, runtime)["val"].frequencies is None

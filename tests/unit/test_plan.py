@@ -1,10 +1,14 @@
 """Plans are complete, honest about memory, and refused when they can't be had."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 import pytest
 import torch
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 
 from dlrm.config import Config, ModelConfig, OptimizerConfig, ShardingConfig
 from dlrm.errors import PlanError
@@ -84,6 +88,24 @@ def test_what_does_not_fit_is_refused_with_the_shortfall() -> None:
         make_plan(dataclasses.replace(config, optimizer=OptimizerConfig(adagrad=True)), cpus(2, 2.0))
 
 
+def refuse(kind: PlannerErrorType, text: str) -> Callable[..., NoReturn]:
+    def plan(*_: object) -> NoReturn:
+        raise PlannerError(text, kind)
+
+    return plan
+
+
+def test_what_is_not_for_want_of_memory_is_said_in_the_planners_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(model=ModelConfig(num_embeddings=1000))
+    refusal = refuse(PlannerErrorType.INVALID_RANK_ASSIGNMENT, "rank 7 of nothing\nand more")
+    monkeypatch.setattr(EmbeddingShardingPlanner, "plan", refusal)
+    with pytest.raises(PlanError, match=r"^no sharding plan: TorchRec's planner says: rank 7 of nothing$"):
+        make_plan(config, cpus(2))
+    monkeypatch.setattr(EmbeddingShardingPlanner, "plan", refuse(PlannerErrorType.STRICT_CONSTRAINTS, "no room"))
+    with pytest.raises(PlanError, match=r"^no sharding plan, however much memory there is: .* says: no room$"):
+        make_plan(config, cpus(2))
+
+
 def constrained(rules: str, optimizer: str = "sgd", **model: object) -> Config:
     return Config(
         model=ModelConfig(**{"num_embeddings": 100_000, "embedding_dim": 64, **model}),
@@ -125,7 +147,7 @@ def test_kernels_of_a_gpu_and_the_cache() -> None:
         ("large = fused_uvm_caching cache=0.5", cpus(1, 60.0), "fused_uvm_caching of t_cat_25 needs a GPU"),
         ("t_cat_0 = table_wise ranks=2", cpus(2), "rank 2 of t_cat_0, expected 0 to 1"),
         ("t_cat_0 = column_wise ranks=0,1,2", cpus(3), "3 ranks of t_cat_0 can't share its 64 columns"),
-        ("t_cat_1 = row_wise", cpus(2), "row_wise of t_cat_1, whose 1 rows leave one of 2 ranks without any"),
+        ("t_cat_1 = row_wise", cpus(2), "row_wise of t_cat_1 would split 1 row over 2 ranks and leave one without any"),
     ],
 )
 def test_rules_that_can_not_be_met_are_refused(rules: str, cluster: Cluster, message: str) -> None:

@@ -1,15 +1,10 @@
-"""`dlrm preprocess` as a whole, against a plain twin, torchrec's own functions, and interruptions."""
+"""`dlrm preprocess` as a whole, against a plain twin and torchrec's own functions; bad input."""
 
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,7 +21,6 @@ from dlrm.data.binary_days import open_splits
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess import command as command_module
 from dlrm.preprocess import config as config_module
-from dlrm.preprocess import pipeline as pipeline_module
 from dlrm.preprocess import workspace as workspace_module
 from dlrm.preprocess.command import preprocess
 from dlrm.preprocess.compat import rounded_rows
@@ -36,69 +30,9 @@ from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.stages import parsing, shuffling, verifying
 from dlrm.preprocess.verify import verify
-from tests.launching import BIN
+from tests.unit.preprocessed import PARTS, ROWS, assert_refused, config_of, digests, fields_of, load, write
 
-PARTS = ("dense", "sparse", "labels")
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
-ROWS = (700, 500, 300)
-
-
-@pytest.fixture(scope="module")
-def lines() -> list[list[str]]:
-    """Rows of three days, with ids that come often, seldom and in the last day only."""
-    rng = np.random.default_rng(7)
-    days = []
-    for day, rows in enumerate(ROWS):
-        lines = []
-        for _ in range(rows):
-            integers = ["" if rng.random() < 0.2 else str(rng.integers(-2 - day // 2, 5000)) for _ in range(13)]
-            ids = []
-            for column in range(26):
-                rank = int(rng.pareto(0.6)) % (3 + 40 * column)
-                name = (rank * 0x9E3779B1 + column * 77 + (day == 2 and rng.random() < 0.1)) % 2**32
-                ids.append("" if rng.random() < 0.1 else f"{name:08x}")
-            lines.append("\t".join([str(int(rng.random() < 0.3)), *integers, *ids]) + "\n")
-        days.append(lines)
-    return days
-
-
-@pytest.fixture
-def raw(tmp_path, lines) -> Path:
-    """A folder with day_0.tsv, day_1.tsv, day_2.tsv."""
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    for day, text in enumerate(lines):
-        (folder / f"day_{day}.tsv").write_text("".join(text))
-    return folder
-
-
-def config_of(raw: Path, *names: str, output: str = "days", **fields) -> PreprocessConfig:
-    names = names or ("day_0.tsv", "day_1.tsv", "day_2.tsv")
-    return PreprocessConfig(tuple(str(raw / name) for name in names), str(raw.parent / output), **fields)
-
-
-def write(raw: Path, *names: str, **fields) -> Path:
-    config = config_of(raw, *names, **fields)
-    config.validate()
-    preprocess(config, Ranks())
-    return Path(config.output)
-
-
-def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(np.load(folder / f"{name}_{part}.npy") for part in PARTS)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def fields_of(lines: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integers, ids and labels; 0 where missing."""
-    fields = [line.rstrip("\r\n").split("\t") for line in lines]
-    integers = np.array([[int(value or 0) for value in line[1:14]] for line in fields])
-    ids = np.array([[int(value or "0", 16) for value in line[14:]] for line in fields])
-    return integers, ids, np.array([int(line[0]) for line in fields])
 
 
 def encode(days: list[list[str]], threshold: int = 3, counted: int = 2) -> list[tuple[np.ndarray, ...]]:
@@ -327,14 +261,6 @@ def test_compat_says_which_ids_float32_merges(raw, capsys, monkeypatch):
 # Bad input
 
 
-def assert_refused(raw: Path, words: str, *names: str, error: type[Exception] = DatasetError, **fields) -> None:
-    """One line that names what is wrong, and no output."""
-    with pytest.raises(error, match=words) as caught:
-        write(raw, *names, **fields)
-    assert "\n" not in str(caught.value)
-    assert not (raw.parent / "days").exists()
-
-
 def change_row(raw: Path, change) -> None:
     lines = (raw / "day_1.tsv").read_text().splitlines(keepends=True)
     lines[406] = change(lines[406])
@@ -534,241 +460,6 @@ def test_output_of_other_flags_is_not_taken_for_finished(names, fields, message,
         preprocess(config_of(raw, *names, resume=True, **fields), Ranks())
     assert digests(raw.parent / "days") == before
     preprocess(config_of(raw, resume=True), Ranks())
-
-
-# Interruptions
-
-
-def command(raw: Path, output: str, *flags: str) -> list[str]:
-    files = [str(raw / f"day_{day}.tsv") for day in range(3)]
-    return [str(BIN / "dlrm"), "preprocess", *files, "--output", str(raw.parent / output), *flags]
-
-
-def test_an_unfinished_run_is_gone_on_with(raw, monkeypatch):
-    reference = digests(write(raw, output="undisturbed"))
-    for stage in ("count", "encode", "shuffle", "verify"):
-
-        def fail(*_, stage: str = stage) -> None:
-            raise KeyboardInterrupt(stage)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline_module, stage, fail)
-            with pytest.raises(KeyboardInterrupt):
-                preprocess(config_of(raw, resume=True), Ranks())
-        assert not (raw.parent / "days").exists()
-    with pytest.raises(ConfigError, match=r"days.partial: holds an unfinished run. Go on with --resume"):
-        preprocess(config_of(raw), Ranks())
-    with pytest.raises(ConfigError, match="--resume: seed was 0 and is 4"):
-        preprocess(config_of(raw, resume=True, seed=4), Ranks())
-    assert digests(write(raw, resume=True)) == reference
-    assert not (raw.parent / "days.partial").exists()
-    preprocess(config_of(raw, resume=True), Ranks())  # finished already
-    assert digests(raw.parent / "days") == reference
-
-
-@pytest.mark.parametrize("moment", ["rename", "rmtree"])
-def test_killed_while_the_output_gets_its_name(moment, raw, monkeypatch):
-    reference = digests(write(raw, output="undisturbed"))
-    owner = Path if moment == "rename" else workspace_module.shutil
-    usual = getattr(owner, moment)
-
-    def fail(path: Path, *arguments, **options) -> None:
-        if path.name in ("days", "done"):
-            raise KeyboardInterrupt
-        usual(path, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, moment, fail)
-        with pytest.raises(KeyboardInterrupt):
-            write(raw)
-    assert (raw.parent / "days.partial").exists()
-    assert digests(write(raw, resume=True)) == reference
-    assert not (raw.parent / "days.partial").exists()
-
-
-def test_raw_files_that_changed_are_not_gone_on_with(raw, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "count", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            preprocess(config_of(raw), Ranks())
-    with pytest.raises(ConfigError, match="--resume: order of raw files was"):
-        write(raw, "day_1.tsv", "day_0.tsv", "day_2.tsv", resume=True)
-    (raw / "day_0.tsv").write_text((raw / "day_1.tsv").read_text())
-    with pytest.raises(ConfigError, match=r"--resume: .*day_0.tsv is not the file that the run began with"):
-        preprocess(config_of(raw, resume=True), Ranks())
-
-
-def test_kill_at_any_moment_and_resume(raw, lines):
-    """A short version of `python -m benchmarks.preprocess kills`: killed once each stage has finished a part."""
-    for day, text in enumerate(lines):
-        (raw / f"day_{day}.tsv").write_text("".join(text) * 40)
-    reference = digests(write(raw, output="undisturbed"))
-    done = raw.parent / "killed.partial" / "done"
-    killed = 0
-    for stage in ("parse", "count", "encode", "scatter", "gather", "verify"):
-        process = subprocess.Popen(command(raw, "killed", "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and not (done / stage).exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode in (0, -signal.SIGKILL), (out, err)
-        killed += process.returncode != 0
-    assert killed >= 4
-    assert digests(write(raw, output="killed", resume=True)) == reference
-
-
-def test_two_runs_on_one_folder(raw):
-    with workspace_module.Workspace(raw.parent / "days") as workspace:
-        workspace.open({}, resume=False)
-        with pytest.raises(ConfigError, match=r"days.partial: another process is at work there"):
-            preprocess(config_of(raw, resume=True), Ranks())
-
-
-def test_two_ranks_write_the_same(raw):
-    reference = digests(write(raw, output="alone"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    done = subprocess.run(
-        [*launch, "--rdzv_endpoint", "localhost:0", "--no_python", *command(raw, "days")],
-        capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("rows/s)") == 1
-    assert digests(raw.parent / "days") == reference
-
-
-# Verify
-
-
-def test_verify_finds_what_is_wrong(raw):
-    folder = write(raw, rows=300)
-    assert verify(folder)["num_train_rows"] == 600
-
-    def flip(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[-9] ^= 4
-        path.write_bytes(content)
-
-    def cut(path: Path) -> None:
-        path.write_bytes(path.read_bytes()[:-4])
-
-    def swap(path: Path) -> None:
-        other = folder / "day_1_dense.npy"
-        content = path.read_bytes()
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-
-    faults = [
-        (flip, "day_0_dense.npy", "day_0_dense.npy: sha256|day_0_dense.npy: .* expected a finite"),
-        (flip, "vocabulary/cat_3.0000.parquet", "cat_3.0000.parquet: sha256"),
-        (cut, "day_2_labels.npy", "day_2_labels.npy: 1,324 bytes, expected 1,328"),
-        (Path.unlink, "day_1_sparse.npy", "day_1_sparse.npy: missing, though manifest.json lists it"),
-        (swap, "day_0_dense.npy", "day_[01]_dense.npy: sha256"),
-    ]
-    for fault, name, words in faults:
-        saved = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        fault(folder / name)
-        with pytest.raises(DatasetError, match=words):
-            verify(folder)
-        for path, content in saved.items():
-            path.write_bytes(content)
-    verify(folder)
-
-
-def change_manifest(folder: Path, change) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m["files"].update({"/etc/hostname": {"bytes": 1, "sha256": ""}}),
-        lambda m: m["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),
-        lambda m: m["files"]["day_0_dense.npy"].update(bytes="many"),
-        lambda m: m["files"]["day_0_dense.npy"].update(bytes=float("inf")),
-        lambda m: m["days"]["day_0"].update(rows=-1),
-        lambda m: m["days"]["day_0"].update(rows="700"),
-        lambda m: m["days"]["day_0"].update(positives=None),
-        lambda m: m.update(days={}),
-        lambda m: m.update(columns=[]),
-        lambda m: m["columns"].pop("cat_3"),
-        lambda m: m["columns"]["cat_3"].update(rows=1.5),
-    ],
-)
-def test_verify_takes_no_manifest_that_makes_no_sense(change, raw):
-    folder = write(raw)
-    change_manifest(folder, change)
-    with pytest.raises(DatasetError, match=r"manifest.json: not a manifest") as caught:
-        verify(folder)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", ["<f8", "<u4", ">i4", "S4"])
-def test_verify_takes_no_array_of_another_kind(dtype, raw):
-    folder = write(raw)
-    np.save(folder / "day_1_sparse.npy", np.load(folder / "day_1_sparse.npy").astype(dtype))
-    content = (folder / "day_1_sparse.npy").read_bytes()
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change_manifest(folder, lambda manifest: manifest["files"].update({"day_1_sparse.npy": entry}))
-    with pytest.raises(DatasetError, match=r"day_1_sparse.npy: .*, expected int32 \[500, 26\]"):
-        verify(folder)
-
-
-def test_verify_of_what_is_no_file(tmp_path):
-    os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(DatasetError, match=r"manifest.json: missing"):
-        verify(tmp_path)
-    with pytest.raises(DatasetError, match="no such folder"):
-        verify(tmp_path / "manifest.json")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        Path.unlink,
-        lambda path: path.write_bytes(b"PAR1"),
-        lambda path: path.rename(path.with_name("cat_0.0001.parquet")),
-    ],
-)
-def test_a_vocabulary_that_is_not_as_its_manifest_says(damage, raw):
-    folder = write(raw, output="first")
-    damage(folder / "vocabulary" / "cat_0.0000.parquet")
-    assert_refused(raw, r"vocabulary/cat_0.000[01].parquet: not as manifest.json states", vocabulary=str(folder))
-
-
-def test_a_raw_file_that_grows_while_it_is_read(raw, monkeypatch):
-    def grow(path: Path, *arguments):
-        yield from read_blocks(path, *arguments)
-        with path.open("a") as file:
-            file.write("\n")
-
-    monkeypatch.setattr(parsing, "read_blocks", grow)
-    assert_refused(raw, "day_0.tsv: changed while it was read")
-
-
-def test_verify_knows_ranges_even_where_the_checksum_fits(raw):
-    folder = write(raw)
-    for name, value, words in (
-        ("day_1_sparse.npy", 10**6, "1000000 at row 3, column 0, expected 0 or more, and less than"),
-        ("day_1_labels.npy", 2, "2 at row 3, column 0, expected 0 or 1"),
-        ("day_1_dense.npy", np.nan, "nan at row 3, column 0, expected a finite number"),
-    ):
-        path = folder / name
-        before = path.read_bytes()
-        array = np.load(path)
-        array[3, 0] = value
-        np.save(path, array)
-        with pytest.raises(DatasetError, match=words):
-            verify(folder)
-        path.write_bytes(before)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "files": 3, "days": {}}'])
-def test_verify_without_a_manifest_that_can_be_read(text, tmp_path):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"manifest.json: not a manifest"):
-        verify(tmp_path)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from dlrm.config import Config, OptimizerConfig
+from dlrm.config_checks import check_config
 from dlrm.errors import ConfigError
 from dlrm.train.schedule import FLOOR, learning_rate_at
 
@@ -53,4 +54,4 @@ def test_a_rate_below_the_floor_is_kept():
 )
 def test_schedules_that_make_no_sense(fields, words):
     with pytest.raises(ConfigError, match=words):
-        Config(optimizer=OptimizerConfig(**fields)).validate()
+        check_config(Config(optimizer=OptimizerConfig(**fields)))

@@ -5,9 +5,11 @@ from dlrm.data import source as source_module
 from dlrm.data.batch import Rows
 from dlrm.data.binary_days import open_splits
 from dlrm.data.partition import Partition
+from dlrm.data.permutation import Permutation
 from dlrm.data.random_source import RandomSource
-from dlrm.data.source import MappedSplit, RandomSplit, fold_ids, load_split
+from dlrm.data.source import MappedSplit, RandomSplit, ShuffledSplit, fold_ids, load_split
 from dlrm.errors import DatasetError
+from dlrm.runtime import derive_seed
 
 TABLE_ROWS = np.array([2**31 - 1, 2**24 + 3, 1000, 7, 1] + [50] * 21, dtype=np.int64)
 
@@ -36,9 +38,9 @@ def test_memory_and_mapped_rows_are_the_same(
             own = slice(span.start, span.stop)
             ids_BF = written.ids_BN[own].astype(object) % TABLE_ROWS.astype(object)
             expected = Rows(written.dense_BI[own], (ids_BF.astype(np.int32),), written.labels_B[own])
-            assert_same(loaded.read(span, epoch=0), expected)
-            assert_same(loaded.read(span, epoch=3), expected)
-            assert_same(mapped.read(span, epoch=2), expected)
+            assert_same(next(loaded.read([span], epoch=0)), expected)
+            assert_same(next(loaded.read([span], epoch=3)), expected)
+            assert_same(next(mapped.read([span], epoch=2)), expected)
 
 
 def test_a_limit_loads_only_what_is_used(tmp_path, write_days):
@@ -91,6 +93,20 @@ def test_random_epochs_follow_on_each_other():
     split = RandomSplit(random, partition.num_rows)
     for epoch in range(3):
         for rank in range(2):
-            for span in partition.spans(rank):
+            spans = list(partition.spans(rank))
+            for span, rows in zip(spans, split.read(spans, epoch), strict=True):
                 first = 12 * epoch
-                assert_same(split.read(span, epoch), random.read(first + span.start, first + span.stop))
+                assert_same(rows, random.read(first + span.start, first + span.stop))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_shuffled_rows_are_the_same_however_many_spans_are_read_at_once(batch_size, tmp_path, write_days):
+    write_days(tmp_path, [12, 11, 6])
+    rows = open_splits(tmp_path, "criteo_1t")["train"]
+    shuffled = ShuffledSplit(rows, TABLE_ROWS, seed=3)
+    spans = [span for rank in range(2) for span in Partition(rows.num_rows, batch_size, 2).spans(rank)]
+    assert spans[-1].rows < spans[0].padded_rows
+    for span, together in zip(spans, shuffled.read(spans, epoch=1), strict=True):
+        assert_same(together, next(shuffled.read([span], epoch=1)))
+        numbers_B = Permutation(23, derive_seed(3, "shuffle_training_set", 1)).at(np.arange(span.start, span.stop))
+        assert together.dense_BI[:, 0].tolist() == sorted(numbers_B.tolist())

@@ -1,0 +1,224 @@
+"""What is refused of a run's knobs before anything else happens: values out of range, combinations that make no sense.
+
+No torch here.
+"""
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import annotated_types
+
+from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig
+from dlrm.errors import ConfigError
+from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.table_constraints import parse_rules
+
+_Idle = tuple[str, bool, str]
+"""A field, whether it would change nothing, and why."""
+
+
+def check_config(config: Config) -> None:
+    """Refuses values out of range, combinations that make no sense, and flags that would have no effect.
+
+    Raises:
+        ConfigError: naming the flag, what it got, what was expected, and what to do.
+    """
+    for section in dataclasses.fields(config):
+        if dataclasses.is_dataclass(owner := getattr(config, section.name)):
+            check_ranges(owner)
+    if config.sharding.table_constraints is not None:
+        parse_rules(config.sharding.table_constraints)
+    if (sizes := config.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
+        raise ConfigError(f"--multi_hot_sizes: got {len(sizes)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
+    _check_tables(config.model)
+    _check_layers(config.model)
+    _check_optimizer(config.optimizer)
+    if config.training.allow_tf32 and config.training.precision not in (None, "tf32"):
+        raise ConfigError(f"--allow_tf32 with --precision {config.training.precision}: give one of the two")
+    _check_path("in_memory_binary_criteo_path", config.data.in_memory_binary_criteo_path)
+    _check_path("synthetic_multi_hot_criteo_path", config.data.synthetic_multi_hot_criteo_path)
+    _check_path("run_dir", config.output.run_dir)
+    _check_effects(config)
+
+
+def check_ranges(section: Any) -> None:
+    """Refuses a value outside the bounds in its field's type.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(section, name)
+        if isinstance(value, tuple):
+            _check_sizes(name, value)
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name} {value}: expected a finite number")
+        for bound in getattr(hint, "__metadata__", ()) if value is not None else ():
+            _check_bound(name, value, bound)
+
+
+def _check_sizes(name: str, sizes: tuple[int, ...]) -> None:
+    if not sizes or min(sizes) <= 0:
+        raise ConfigError(f"--{name} {','.join(map(str, sizes))}: expected positive integers, as in 512,256,128")
+    if name != "num_embeddings_per_feature" and max(sizes) >= 2**20:
+        raise ConfigError(f"--{name}: got {max(sizes)}, expected sizes of less than {2**20}")
+
+
+def _check_bound(name: str, value: float, bound: object) -> None:
+    match bound:
+        case annotated_types.Gt(gt=limit):
+            holds, words = value > limit, f"more than {limit}"  # type: ignore[operator]
+        case annotated_types.Ge(ge=limit):
+            holds, words = value >= limit, f"{limit} or more"  # type: ignore[operator]
+        case annotated_types.Lt(lt=limit):
+            holds, words = value < limit, f"less than {limit}"  # type: ignore[operator]
+        case annotated_types.Le(le=limit):
+            holds, words = value <= limit, f"{limit} or less"  # type: ignore[operator]
+        case _:
+            return
+    if not holds:
+        raise ConfigError(f"--{name} {value}: expected {words}")
+
+
+def _check_tables(model: ModelConfig) -> None:
+    dim, rows = model.embedding_dim, model.num_embeddings_per_feature
+    if dim % 4:
+        raise ConfigError(
+            f"--embedding_dim {dim}: expected a multiple of 4, as FBGEMM's kernels need. Try {-(-dim // 4) * 4}."
+        )
+    if rows is not None and len(rows) != NUM_CATEGORICAL_FEATURES:
+        raise ConfigError(f"--num_embeddings_per_feature: got {len(rows)} sizes, expected {NUM_CATEGORICAL_FEATURES}")
+    if rows is not None and max(rows) >= 2**31:
+        raise ConfigError(
+            f"--num_embeddings_per_feature: {max(rows)} rows, expected less than {2**31} (ids are 32 bits)"
+        )
+
+
+def _check_layers(model: ModelConfig) -> None:
+    dim = model.embedding_dim
+    if model.dense_arch_layer_sizes[-1] != dim:
+        raise ConfigError(
+            f"--dense_arch_layer_sizes ends in {model.dense_arch_layer_sizes[-1]}, expected embedding_dim, which is "
+            f"{dim}. Change one of the two."
+        )
+    over = model.over_arch_layer_sizes
+    if len(over) < 2 or over[-1] != 1:
+        raise ConfigError(
+            f"--over_arch_layer_sizes {','.join(map(str, over))}: expected two or more layers, the last of size 1"
+        )
+    if model.interaction_type == "projection":
+        for branch in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
+            if (last := getattr(model, branch)[-1]) % dim:
+                raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.adagrad and optimizer.optimizer not in (None, "adagrad"):
+        raise ConfigError(f"--adagrad with --optimizer {optimizer.optimizer}: give one of the two")
+    warmup, start = optimizer.lr_warmup_steps, optimizer.lr_decay_start
+    if optimizer.lr_decay_steps and start < warmup:
+        raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
+
+
+def _check_path(name: str, path: str | None) -> None:
+    if path is None:
+        return
+    if not path.strip():
+        raise ConfigError(f"--{name} {path!r}: expected a folder's name")
+    if any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ConfigError(f"--{name} {path[:40]}...: expected names of at most 255 bytes")
+
+
+def _check_effects(config: Config) -> None:
+    for section, name, why in fields_without_effect(config):
+        value = getattr(getattr(config, section), name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise ConfigError(f"--{name}{'' if value is True else f' {shown}'} {why}")
+
+
+def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Fields that differ from their defaults and would change nothing: section, field, and why."""
+    for section, fields in _idle_fields(config).items():
+        owner = getattr(config, section)
+        defaults = {field.name: field.default for field in dataclasses.fields(owner)}
+        for name, is_idle, why in fields:
+            if is_idle and getattr(owner, name) != defaults[name]:
+                yield section, name, why
+
+
+def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
+    rules = config.sharding.table_constraints
+    has_large = rules is not None and "large" in parse_rules(rules)
+    no_target = config.evaluation.validation_auroc is None
+    return {
+        "data": [*_idle_sources(config.data), *_idle_multi_hot(config.data), *_idle_limits(config.evaluation)],
+        "model": _idle_shapes(config.model),
+        "sharding": [("large_table_gib", not has_large, "needs a rule of `large` in --table_constraints")],
+        "optimizer": _idle_rates(config.optimizer),
+        "evaluation": [("validation_auroc", not config.evaluation.validates, _VALIDATES_NOT)],
+        "output": [("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target")],
+    }
+
+
+_VALIDATES_NOT = "with --no_evaluate_on_epoch_end: nothing validates. Give --validation_freq_within_epoch, or drop one"
+
+
+def _idle_sources(data: DataConfig) -> Iterator[_Idle]:
+    for name in (
+        "mmap_mode",
+        "shuffle_batches",
+        "dataset_name",
+        "drop_last_training_batch",
+        "shuffle_training_set",
+        "undersampling_rate",
+    ):
+        yield name, data.folder is None, "needs --in_memory_binary_criteo_path; data is random without it"
+    for name in ("num_generated_batches", "zipf_exponent"):
+        yield name, data.folder is not None, "is for random data; leave out --in_memory_binary_criteo_path"
+
+
+def _idle_multi_hot(data: DataConfig) -> Iterator[_Idle]:
+    is_folder = data.synthetic_multi_hot_criteo_path is not None
+    is_expanded = max(data.multi_hot_sizes or (1,)) > 1 and not is_folder
+    drawn_already = "with --synthetic_multi_hot_criteo_path: its ids are drawn already. Drop one of them"
+    yield "multi_hot_distribution_type", is_folder, drawn_already
+    yield "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes of more than one id"
+    is_one_hot = data.multi_hot_sizes is None and not is_folder
+    needs_several = "needs --multi_hot_sizes or --synthetic_multi_hot_criteo_path"
+    yield "collect_multi_hot_freqs_stats", is_one_hot, needs_several
+
+
+def _idle_limits(evaluation: EvaluationConfig) -> Iterator[_Idle]:
+    yield "limit_val_batches", not evaluation.validates, _VALIDATES_NOT
+    tests_not = "with --no_evaluate_on_training_end: nothing tests. Drop one of them"
+    yield "limit_test_batches", not evaluation.evaluate_on_training_end, tests_not
+
+
+def _idle_shapes(model: ModelConfig) -> list[_Idle]:
+    kind, has_sizes = model.interaction_type, model.num_embeddings_per_feature is not None
+    dcn = kind != "dcn", "needs --interaction_type dcn"
+    projection = kind != "projection", "needs --interaction_type projection"
+    return [
+        ("num_embeddings", has_sizes, "has no effect beside --num_embeddings_per_feature; give one of the two"),
+        ("dcn_num_layers", *dcn),
+        ("dcn_low_rank_dim", *dcn),
+        ("interaction_branch1_layer_sizes", *projection),
+        ("interaction_branch2_layer_sizes", *projection),
+    ]
+
+
+def _idle_rates(optimizer: OptimizerConfig) -> list[_Idle]:
+    algorithm = optimizer.algorithm
+    no_decay = "needs --optimizer rowwise_adagrad or adam: no other fused kernel has weight decay"
+    return [
+        ("eps", algorithm == "sgd", "needs --optimizer adagrad, rowwise_adagrad or adam"),
+        ("weight_decay", algorithm in ("sgd", "adagrad"), no_decay),
+        ("lr_decay_start", optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
+    ]
