@@ -103,9 +103,19 @@ def _builder(
     optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> Callable[[list[torch.Tensor | ShardedTensor]], torch.optim.Optimizer]:
     def build(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        return optimizer(parameters, **options)
+        owned = list(parameters)
+        return optimizer(owned, **options, **_kernel_options(optimizer, {parameter.device.type for parameter in owned}))
 
     return build
+
+
+def _kernel_options(optimizer: type[torch.optim.Optimizer], devices: set[str]) -> dict[str, Any]:
+    """On a GPU all parameters in one kernel: where there is none, Adagrad's, in one for each operation."""
+    if devices != {"cuda"}:
+        return {}
+    if optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        return {"fused": True}
+    return {"foreach": True} if optimizer is torch.optim.Adagrad else {}
 
 
 def _options(config: OptimizerConfig, learning_rate: float) -> dict[str, Any]:
