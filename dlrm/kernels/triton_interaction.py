@@ -19,8 +19,8 @@ from torch import Tensor
 
 MAX_VECTORS = 64
 DTYPES = (torch.float32, torch.bfloat16)
-SAMPLES_PER_PROGRAM = 1
-NUM_WARPS = 4
+SAMPLES_PER_PROGRAM: int = 1
+NUM_WARPS: int = 4
 _LEAST_TILE = 16  # of a matrix product
 _MOST_COLUMNS = 128  # of a tile of vectors; wider ones are taken in turn
 _WIDEST_LOAD = 16  # elements
