@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_VECTORS = 64
+from dlrm.kernels.interaction import MOST_TRITON_VECTORS
+
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES_PER_PROGRAM: int = 1
 NUM_WARPS: int = 4
@@ -30,7 +31,7 @@ def triton_dot_interaction(dense_BD: Tensor, sources: Sequence[Tensor], columns:
     """The dense vector beside the dot product of each pair of vectors.
 
     Vectors are taken in the precision of `dense_BD`; products are summed in fp32 (through tf32 where torch's matrix
-    products of fp32 are), and given in the precision of `dense_BD`. Twin of `dlrm.kernels.interaction`'s plain form.
+    products of fp32 are), and given in the precision of `dense_BD`. Twin of `plain_dot_interaction`.
 
     Args:
         dense_BD: vector 0; float32 or bfloat16.
@@ -58,8 +59,8 @@ def _check(dense_BD: Tensor, sources: list[Tensor], columns: list[int], counts: 
 
 @lru_cache(maxsize=64)
 def _check_columns(columns: tuple[int, ...], counts: tuple[int, ...], widths: tuple[int, ...], dim: int) -> None:
-    if not 2 <= 1 + len(columns) <= MAX_VECTORS:
-        raise ValueError(f"{1 + len(columns)} vectors, expected 2 to {MAX_VECTORS}")
+    if not 2 <= 1 + len(columns) <= MOST_TRITON_VECTORS:
+        raise ValueError(f"{1 + len(columns)} vectors, expected 2 to {MOST_TRITON_VECTORS}")
     rest = iter(columns)
     for count, width in zip(counts, widths, strict=True):
         ordered = sorted(islice(rest, count))

@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from dlrm.kernels.embedding import replace_lookups
+from dlrm.kernels.embedding import replace_lookups, round_lookups
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.sharder import TableSharder
@@ -41,6 +41,8 @@ def shard_model(
         _fill_table(weight, name.split(".embedding_bags.")[1], seed)
     if device.type == "cpu":
         replace_lookups(sharded, sharder.pooled_type)
+    else:
+        round_lookups(sharded, sharder.pooled_type)
     return sharded
 
 

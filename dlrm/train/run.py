@@ -43,13 +43,13 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     """
     config = on_main_rank(runtime, lambda: _with_seed(config))
     path = on_main_rank(runtime, lambda: _check_output(config))
+    on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
         if runtime.device.type == "cpu":
             print(f"{describe_kernels()}; {describe_allocator()}", flush=True)
         _note_idle_flags(config, runtime)
-    on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
     torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
 
     data_opened = time.time()

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm.config import Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
+from dlrm.kernels.interaction import dot_interaction
 from dlrm.runtime import start_runtime
 from dlrm.schema import CATEGORICAL_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -53,6 +54,8 @@ def check_interaction(case: InteractionCase, tolerance: float) -> None:
     dense_BD, sources = case.draw(DEVICE)
     torch.full((1 << 22,), float("nan"), device=DEVICE)  # what the allocator gives next
     out_BP = triton_dot_interaction(dense_BD, sources, case.columns)
+    if ON_GPU:  # where the model takes this kernel
+        assert torch.equal(out_BP, dot_interaction(dense_BD, sources, case.columns))
     expected_BP = dot_interaction_in_float64(dense_BD, sources, case.columns)
     upstream_BP = torch.randn_like(out_BP)
     inputs = [dense_BD, *sources]
