@@ -63,6 +63,7 @@ Rules = Annotated[
 CommPrecision = Literal["fp32", "fp16", "bf16"]
 OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
 Precision = Literal["fp32", "tf32", "bf16"]
+DenseExecution = Literal["eager", "compile", "cuda_graph"]
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class DataConfig:
     stay whole, and for them log(undersampling_rate) is added to each logit: reported log loss, NE and calibration are
     those of the original click rate. Needs binary days."""
 
-    pin_memory: bool = False
-    """Build batches in page-locked memory, which speeds up copies to a GPU. No effect without one."""
+    pin_memory: bool = True
+    """Build batches in page-locked memory, from which they are copied to a GPU while it computes. No effect without
+    one."""
 
     num_generated_batches: Annotated[int | None, Gt(0), optional("fresh ones every step", "INT")] = None
     """Random data only: generate this many batches once and cycle through them."""
@@ -312,6 +314,11 @@ class TrainingConfig:
 
     allow_tf32: bool = False
     """The same as --precision tf32. No effect without a GPU."""
+
+    dense_execution: DenseExecution = "eager"
+    """How the MLPs run on full training batches. eager: operator by operator. compile: by torch.compile, which takes
+    seconds to a minute at the first step. cuda_graph: compiled, and launched as one CUDA graph; pays with small
+    batches, whose kernels are shorter than their launches."""
 
     @property
     def arithmetic(self) -> Precision:

@@ -90,7 +90,7 @@ def mlperf_v1() -> Config:
     """MLPerf training v1: dot product, SGD 1.0, for 8 ranks; global batch 16,384, target AUROC 0.8025."""
     return Config(
         recipe="mlperf_v1",
-        data=DataConfig(batch_size=2048, test_batch_size=8192, pin_memory=True),
+        data=DataConfig(batch_size=2048, test_batch_size=8192),
         model=_criteo_1t_model(MLPERF_ROWS),
         optimizer=OptimizerConfig(learning_rate=1.0),
         evaluation=EvaluationConfig(
@@ -103,9 +103,7 @@ def mlperf_v2() -> Config:
     """MLPerf training v2: DCN v2, multi-hot, Adagrad 0.004, for 8 ranks; global batch 65,536, target AUROC 0.80275."""
     return Config(
         recipe="mlperf_v2",
-        data=DataConfig(
-            batch_size=8192, test_batch_size=16_384, pin_memory=True, multi_hot_sizes=MLPERF_MULTI_HOT_SIZES
-        ),
+        data=DataConfig(batch_size=8192, test_batch_size=16_384, multi_hot_sizes=MLPERF_MULTI_HOT_SIZES),
         model=_criteo_1t_model(MLPERF_ROWS, dcn=True),
         optimizer=OptimizerConfig(optimizer="adagrad", learning_rate=0.004),
         evaluation=EvaluationConfig(
@@ -117,7 +115,7 @@ def mlperf_v2() -> Config:
 def _spec(name: str, rows: tuple[int, ...], batch_size: int) -> Config:
     return Config(
         recipe=name,
-        data=DataConfig(batch_size=batch_size, pin_memory=True),
+        data=DataConfig(batch_size=batch_size),
         model=_criteo_1t_model(rows),
         optimizer=OptimizerConfig(learning_rate=15.0),
     )

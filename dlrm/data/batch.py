@@ -102,7 +102,7 @@ class _Jagged:
 
 
 @lru_cache(maxsize=8)
-def _jagged(hotness: tuple[int, ...], num_rows: int, padded_rows: int) -> _Jagged:
+def _jagged(hotness: tuple[int, ...], num_rows: int, padded_rows: int, pinned: bool) -> _Jagged:
     lengths_FB = torch.tensor(hotness, dtype=torch.int32)[:, None].repeat(1, padded_rows)
     lengths_FB[:, num_rows:] = 0
     lengths = lengths_FB.flatten()
@@ -110,19 +110,22 @@ def _jagged(hotness: tuple[int, ...], num_rows: int, padded_rows: int) -> _Jagge
     torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
     length_per_key = [size * num_rows for size in hotness]
     offset_per_key = [0, *np.cumsum(length_per_key).tolist()]
+    if pinned:
+        lengths, offsets = lengths.pin_memory(), offsets.pin_memory()
     return _Jagged(lengths, offsets, length_per_key, offset_per_key)
 
 
-def build_batch(rows: Rows, span: Span, hotness: Sequence[int]) -> Batch:
+def build_batch(rows: Rows, span: Span, hotness: Sequence[int], *, pinned: bool = False) -> Batch:
     """Rows become tensors; ids lie feature by feature, as TorchRec's input all-to-all wants them.
 
     Args:
         rows: this rank's own rows.
         span: sizes; `span.padded_rows` is B.
         hotness: ids per sample of each feature.
+        pinned: in page-locked memory.
     """
     padding = span.padded_rows - span.rows
-    jagged = _jagged(tuple(hotness), span.rows, span.padded_rows)
+    jagged = _jagged(tuple(hotness), span.rows, span.padded_rows, pinned)
     if len(rows.ids) == 1 and rows.ids[0].shape[1] == len(hotness):  # one id per feature: a transpose
         values = np.ascontiguousarray(rows.ids[0].T).reshape(-1)
     else:
@@ -133,7 +136,7 @@ def build_batch(rows: Rows, span: Span, hotness: Sequence[int]) -> Batch:
     if padding:
         dense_BI = torch.nn.functional.pad(dense_BI, (0, 0, 0, padding))
         labels_B = torch.nn.functional.pad(labels_B, (0, padding))
-    return Batch(
+    batch = Batch(
         dense_BI,
         KeyedJaggedTensor(
             keys=list(CATEGORICAL_NAMES),
@@ -149,3 +152,4 @@ def build_batch(rows: Rows, span: Span, hotness: Sequence[int]) -> Batch:
         span.rows,
         span.global_rows,
     )
+    return batch.pin_memory() if pinned else batch  # what is pinned already stays where it is

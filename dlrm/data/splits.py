@@ -89,8 +89,7 @@ class Split:
         if self.shuffle_seed is not None:
             seed = derive_seed(self.shuffle_seed, "shuffle_batches", self.rank, epoch, span.step)
             rows = rows.take(np.random.default_rng(seed).permutation(span.rows))
-        batch = build_batch(rows, span, self.hotness)
-        return batch.pin_memory() if self.pin_memory else batch
+        return build_batch(rows, span, self.hotness, pinned=self.pin_memory)
 
 
 def expansion_of(data: DataConfig, table_rows: tuple[int, ...]) -> Expansion | None:

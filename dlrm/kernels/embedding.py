@@ -6,11 +6,12 @@ forward and what its backward does.
 Shapes: B samples, F features, N ids, T columns of all features' pooled rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
@@ -161,6 +162,26 @@ def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
     Args:
         pooled_type: of pooled rows that are whole when they leave their rank. All ranks must give the same.
     """
+    for lookup, own_type in _set_pooled_types(model, pooled_type):
+        for bags in getattr(lookup, "_emb_modules", ()):
+            if type(bags) is BatchedFusedEmbeddingBag:
+                bags.__class__ = HostEmbeddingBag
+                vars(bags).update(host_tables=HostTables.of(bags.emb_module), pooled_type=own_type)
+
+
+def round_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
+    """Has FBGEMM's lookups on a GPU give pooled rows in this type where they are whole; sums stay in float32.
+
+    All ranks must give the same. They take half the memory traffic in bfloat16, and half the network's.
+    """
+    for lookup, own_type in _set_pooled_types(model, pooled_type):
+        for bags in getattr(lookup, "_emb_modules", ()):
+            if own_type != torch.float32:
+                bags.emb_module.output_dtype = SparseType.from_dtype(own_type).as_int()
+
+
+def _set_pooled_types(model: nn.Module, pooled_type: torch.dtype) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """Each lookup, and the type of its pooled rows: that, or float32 where ranks' parts are yet to be added."""
     for module in model.modules():
         for lookup, sharding_type in zip(
             getattr(module, "_lookups", ()), getattr(module, "_sharding_types", ()), strict=False
@@ -168,7 +189,4 @@ def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
             own_type = pooled_type if sharding_type in _WHOLE_ROWS else torch.float32
             if hasattr(lookup, "_dummy_embs_tensor"):  # what a rank without tables sends
                 lookup._dummy_embs_tensor = lookup._dummy_embs_tensor.detach().to(own_type).requires_grad_()
-            for bags in getattr(lookup, "_emb_modules", ()):
-                if type(bags) is BatchedFusedEmbeddingBag:
-                    bags.__class__ = HostEmbeddingBag
-                    vars(bags).update(host_tables=HostTables.of(bags.emb_module), pooled_type=own_type)
+            yield lookup, own_type

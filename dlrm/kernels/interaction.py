@@ -4,12 +4,17 @@ Shapes: B samples, D embedding dimension, V vectors, P = V * (V - 1) / 2 pairs. 
 are columns of `sources`: those that `columns` names of the first source, in that order, then those of the second, ...
 """
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
 from dlrm.kernels.native import has_native
+
+MOST_TRITON_VECTORS = 64
+"""What a program of the Triton kernel holds on the chip."""
 
 
 def dot_interaction(
@@ -28,7 +33,22 @@ def dot_interaction(
     if dense_BD.is_cpu and dense_BD.dtype in (torch.float32, torch.bfloat16) and has_native():
         flat = [number for starts in columns for number in (len(starts), *starts)]
         return _NativeInteraction.apply(flat, dense_BD, *sources)
+    if dense_BD.is_cuda and _is_for_triton(dense_BD, sources, columns):
+        from dlrm.kernels.triton_interaction import triton_dot_interaction  # which needs Triton
+
+        return triton_dot_interaction(dense_BD, sources, columns)
     return plain_dot_interaction(dense_BD, sources, columns)
+
+
+def _is_for_triton(dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]) -> bool:
+    dtypes = {tensor.dtype for tensor in (dense_BD, *sources)}
+    num_vectors = 1 + sum(len(starts) for starts in columns)
+    return dtypes <= {torch.float32, torch.bfloat16} and 2 <= num_vectors <= MOST_TRITON_VECTORS and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _NativeInteraction(torch.autograd.Function):

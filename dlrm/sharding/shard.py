@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from dlrm.kernels.embedding import replace_lookups
+from dlrm.kernels.embedding import replace_lookups, round_lookups
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.sharder import TableSharder
@@ -50,6 +50,8 @@ def shard_model(
             pass
     if device.type == "cpu":
         replace_lookups(sharded, sharder.pooled_type)
+    else:
+        round_lookups(sharded, sharder.pooled_type)
     return sharded
 
 

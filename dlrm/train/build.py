@@ -10,6 +10,7 @@ from dlrm.runtime import Runtime, derive_seed, on_main_rank
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import constraints_of, plan_sharding
 from dlrm.sharding.sharder import TableSharder
+from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
 
@@ -28,7 +29,9 @@ def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
             part.to(runtime.device)
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
     autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
-    return DLRMTrain(model, runtime.world_size, autocast)
+    train = DLRMTrain(model, runtime.world_size, autocast)
+    set_dense_execution(train, config.training.dense_execution, config.data.batch_size)
+    return train
 
 
 def make_sharder(config: Config) -> TableSharder:

@@ -77,6 +77,17 @@ def table_state_floats(config: OptimizerConfig, dim: int) -> float:
     return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[config.algorithm]
 
 
+class Optimizers(CombinedOptimizer):
+    """All optimizers of a model as one, whose gradients are dropped rather than overwritten with zeros.
+
+    A CUDA graph's backward writes gradients to the same memory each time; adding to them there would count them twice.
+    """
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See torch.optim.Optimizer; TorchRec's own default is to write zeros."""
+        super().zero_grad(set_to_none=set_to_none)
+
+
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
     """The tables' fused optimizer, one of the same kind for data-parallel tables, and one for everything else."""
     tables, dense = {}, {}
@@ -86,7 +97,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
         (tables, _TABLE_CLASSES | {"adam": torch.optim.AdamW}, config.learning_rate),
         (dense, _DENSE_CLASSES, config.dense_rate),
     ]
-    return CombinedOptimizer(
+    return Optimizers(
         [
             model.fused_optimizer,
             *(
@@ -102,9 +113,19 @@ def _builder(
     optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> Callable[[list[torch.Tensor | ShardedTensor]], torch.optim.Optimizer]:
     def build(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        return optimizer(parameters, **options)
+        owned = list(parameters)
+        return optimizer(owned, **options, **_kernel_options(optimizer, {parameter.device.type for parameter in owned}))
 
     return build
+
+
+def _kernel_options(optimizer: type[torch.optim.Optimizer], devices: set[str]) -> dict[str, Any]:
+    """On a GPU all parameters in one kernel: where there is none, Adagrad's, in one for each operation."""
+    if devices != {"cuda"}:
+        return {}
+    if optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        return {"fused": True}
+    return {"foreach": True} if optimizer is torch.optim.Adagrad else {}
 
 
 def _options(config: OptimizerConfig, learning_rate: float) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
+from dlrm.train.dense_execution import check_dense_execution
 from dlrm.train.optimizers import build_optimizer, table_state_floats
 from dlrm.train.pipeline import check_pipeline
 from dlrm.train.profiling import StepProfiler, check_profile
@@ -42,6 +43,7 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     """
     config = on_main_rank(runtime, lambda: _with_seed(config))
     path = on_main_rank(runtime, lambda: _check_output(config))
+    on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
@@ -176,13 +178,8 @@ def _note_idle_flags(config: Config, runtime: Runtime) -> None:
     sharding = config.sharding
     if runtime.world_size == 1 and {sharding.forward_comm_precision, sharding.backward_comm_precision} != {"fp32"}:
         print("One rank: precision of communication without effect.", flush=True)
-    idle = [
-        flag
-        for flag, given in (("--pin_memory", config.data.pin_memory), ("tf32", config.training.arithmetic == "tf32"))
-        if given and runtime.device.type != "cuda"
-    ]
-    if idle:
-        print(f"No CUDA device: {' and '.join(idle)} without effect.", flush=True)
+    if config.training.arithmetic == "tf32" and runtime.device.type != "cuda":
+        print("No CUDA device: tf32 without effect.", flush=True)
 
 
 def _announce(config: Config, placement: Placement, rows: dict[Stage, int]) -> None:

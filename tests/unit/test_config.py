@@ -40,7 +40,6 @@ def test_defaults_are_those_of_the_public_example():
         "dcn_num_layers": 3,
         "dcn_low_rank_dim": 512,
         "seed": None,
-        "pin_memory": False,
         "mmap_mode": False,
         "in_memory_binary_criteo_path": None,
         "learning_rate": 15.0,
