@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.provenance import write_result
+from dlrm.bench.provenance import write_result
 
 DAYS = 3
 STAGES = ("parse", "count", "encode", "create", "plan", "scatter", "gather", "verify")

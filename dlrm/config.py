@@ -394,7 +394,7 @@ class Config:
         """
         for section in dataclasses.fields(self):
             if dataclasses.is_dataclass(owner := getattr(self, section.name)):
-                _check_ranges(owner)
+                check_ranges(owner)
         if self.sharding.table_constraints is not None:
             parse_rules(self.sharding.table_constraints)
         if (sizes := self.data.multi_hot_sizes) is not None and len(sizes) != NUM_CATEGORICAL_FEATURES:
@@ -454,7 +454,12 @@ def _restore(section: type[_Section], content: dict[str, Any]) -> _Section:
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
-def _check_ranges(section: Any) -> None:
+def check_ranges(section: Any) -> None:
+    """Refuses a value outside the bounds in its field's type.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
     hints = typing.get_type_hints(type(section), include_extras=True)
     for name, hint in hints.items():
         value = getattr(section, name)

@@ -1,0 +1,112 @@
+"""Each case from flags to JSON, tiny, with both sides in this process: what runs in a worker is the same."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from dlrm.bench import ceilings, rounds
+from dlrm.bench.workers import Reply, Side
+from dlrm.cli import main
+
+# 2026-11-23: torchrec 1.8, put together as its documentation does, warns of itself; a worker ignores all warnings.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{start}")
+    for start in ("HeuristicalStorageReservation", "`broadcast_buffers` is deprecated", "The given NumPy array is not")
+]
+
+
+class InProcess:
+    """Stands for a side's processes."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self._context = side.open(*side.arguments)
+        self._turns = self._context.__enter__()
+
+    def open(self) -> None:
+        """Is open."""
+
+    def take_turn(self, name: str) -> list[Reply]:
+        return [Reply(self._turns[name](), 1.0)]
+
+
+@contextmanager
+def start_in_process(side: Side) -> Iterator[InProcess]:
+    yield InProcess(replace(side, ranks=1))
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """`bench(case, *flags)`: runs `dlrm bench` and gives what it wrote."""
+    monkeypatch.setattr(rounds, "start_workers", start_in_process)
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.0)
+    monkeypatch.setattr(ceilings, "_SIZES", (64,))
+    monkeypatch.setattr(ceilings, "_COPIED_BYTES", 1 << 20)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def run(case: str, *flags: str) -> dict:
+        path = tmp_path / "results" / f"{case}.json"
+        assert main(["bench", case, "--rounds", "2", "--json", str(path), *flags]) == 0
+        return json.loads(path.read_text())
+
+    yield run
+    dist.destroy_process_group()
+
+
+TINY = ("--ranks", "1", "--batch_size", "16", "--precision", "fp32")
+
+
+def check_top_level(result: dict, case: str) -> None:
+    assert result["case"] == case
+    assert result["ratio"] > 0
+    assert len(result["ratios"]) == 2
+    assert result["share_of_floor"] > 0
+    assert result["floor"]["bytes_per_second"] > 0
+    assert {"command", "commit", "versions", "machine"} <= result.keys()
+    for side in ("ours", "reference"):
+        content = result["sides"][side]
+        assert [len(times) for times in content["step_seconds"]] == [len(content["step_seconds"][0])] * 2
+        assert content["samples_per_second"]["min"] <= content["samples_per_second"]["median"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num_embeddings", "50", "--optimizer", "sgd"),
+        ("--rows", "mlperf", "--tables_gib", "0.001", "--optimizer", "rowwise_adagrad"),
+    ],
+)
+def test_train(bench, flags, capsys):
+    result = bench("train", *TINY, "--steps", "3", *flags)
+    check_top_level(result, "train")
+    for side in result["sides"].values():
+        assert len(side["step_seconds"][0]) == 3
+        assert side["peak_rss_gib"] == [1.0]
+        assert 0 < side["tables_gib"][0] <= 0.001 or flags[0] == "--num_embeddings"
+    optimizer = flags[-1]
+    assert (result["sides"]["ours"]["state_gib"] == [0.0]) == (optimizer == "sgd")
+    assert result["sides"]["ours"]["tables_gib"] == result["sides"]["reference"]["tables_gib"]
+    assert result["config"]["optimizer"]["optimizer"] == optimizer
+    assert "ratio by round" in capsys.readouterr().out
+
+
+def test_evaluate(bench):
+    result = bench("evaluate", *TINY, "--steps", "2", "--num_embeddings", "50")
+    check_top_level(result, "evaluate")
+    assert result["over_training"] > 0
+    assert result["sides"]["ours"]["samples_per_step"] == 32
+    assert [len(times) for times in result["training"]["step_seconds"]] == [2, 2]
+
+
+@pytest.mark.parametrize("flags", [(), ("--shuffle_training_set",)])
+def test_loader(bench, flags):
+    result = bench("loader", *TINY, "--num_embeddings", "50", "--num_rows", "165", *flags)
+    check_top_level(result, "loader")
+    assert result["over_training"] > 0
+    for side in result["sides"].values():
+        assert len(side["step_seconds"][0]) == 11
+        assert side["samples_per_step"] == 15.0
