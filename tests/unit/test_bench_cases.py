@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from dlrm.bench import ceilings, rounds
@@ -42,6 +43,9 @@ def start_in_process(side: Side) -> Iterator[InProcess]:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """`bench(case, *flags)`: runs `dlrm bench` and gives what it wrote."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as a worker's environment has it; threads waiting for each other crawl
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(rounds, "start_workers", start_in_process)
     monkeypatch.setattr(ceilings, "_SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "_SIZES", (64,))
@@ -55,6 +59,7 @@ def bench(monkeypatch, tmp_path):
 
     yield run
     dist.destroy_process_group()
+    torch.set_num_threads(threads)
 
 
 TINY = ("--ranks", "1", "--batch_size", "16", "--precision", "fp32")
