@@ -73,8 +73,8 @@ def take_turns(
         DlrmError: what a side raised.
     """
     results = {side.name: SideResult(side) for side in sides}
-    processes = sum(side.ranks for side in sides)
-    print(f"Starting {processes} processes: {', '.join(results)}.", flush=True)
+    count = sum(side.ranks for side in sides)
+    print(f"Starting {count} process{'es' * (count > 1)}: {', '.join(results)}.", flush=True)
     with ExitStack() as stack:
         started = time.monotonic()
         alive = [stack.enter_context(start_workers(side)) for side in sides] if at_once else []

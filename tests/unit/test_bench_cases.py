@@ -1,15 +1,18 @@
 """Each case from flags to JSON, tiny, with both sides in this process: what runs in a worker is the same."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm.bench import ceilings, rounds
+from dlrm.bench import ceilings, torchrec_preprocess
+from dlrm.bench import preprocess as preprocess_module
+from dlrm.bench import rounds as rounds_module
 from dlrm.bench.workers import Reply, Side
 from dlrm.cli import main
 
@@ -46,7 +49,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as a worker's environment has it; threads waiting for each other crawl
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(rounds, "start_workers", start_in_process)
+    monkeypatch.setattr(rounds_module, "start_workers", start_in_process)
     monkeypatch.setattr(ceilings, "_SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "_SIZES", (64,))
     monkeypatch.setattr(ceilings, "_COPIED_BYTES", 1 << 20)
@@ -65,16 +68,16 @@ def bench(monkeypatch, tmp_path):
 TINY = ("--ranks", "1", "--batch_size", "16", "--precision", "fp32")
 
 
-def check_top_level(result: dict, case: str) -> None:
+def check_top_level(result: dict, case: str, rounds: int = 2) -> None:
     assert result["case"] == case
     assert result["ratio"] > 0
-    assert len(result["ratios"]) == 2
+    assert len(result["ratios"]) == rounds
     assert result["share_of_floor"] > 0
     assert result["floor"]["bytes_per_second"] > 0
     assert {"command", "commit", "versions", "machine"} <= result.keys()
     for side in ("ours", "reference"):
         content = result["sides"][side]
-        assert [len(times) for times in content["step_seconds"]] == [len(content["step_seconds"][0])] * 2
+        assert [len(times) for times in content["step_seconds"]] == [len(content["step_seconds"][0])] * rounds
         assert content["samples_per_second"]["min"] <= content["samples_per_second"]["median"]
 
 
@@ -115,3 +118,19 @@ def test_loader(bench, flags):
     for side in result["sides"].values():
         assert len(side["step_seconds"][0]) == 11
         assert side["samples_per_step"] == 15.0
+
+
+def test_preprocess(bench, monkeypatch, capsys):
+    def run_torchrec(raw: Sequence[Path], folder: Path) -> dict:  # without a process's ten seconds of imports
+        stages = torchrec_preprocess.preprocess(raw, folder)
+        return {"stages": stages, "through_shuffle": sum(stages.values())}
+
+    monkeypatch.setattr(preprocess_module, "run_torchrec", run_torchrec)
+    result = bench("preprocess", "--num_rows", "300", "--rounds", "1")
+    check_top_level(result, "preprocess", rounds=1)
+    assert result["ratio_of_whole_process"] > 0
+    assert result["sides"]["reference"]["stages"][0]["stages"].keys() == {
+        *("tsv_to_npys", "sparse_to_contiguous", "shuffle")
+    }
+    assert "our whole process, verification and start-up included" in capsys.readouterr().out
+    assert "parsing" in result["sides"]["ours"]["stages"][0]["stages"]

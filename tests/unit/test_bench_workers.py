@@ -33,6 +33,20 @@ def open_side(text: str) -> Iterator[Turns]:
     yield {**turns, "environment": lambda: dict(os.environ), "cpu": time.process_time}
 
 
+@contextmanager
+def open_group() -> Iterator[Turns]:
+    """A turn in which the ranks meet."""
+    import torch
+    import torch.distributed as dist
+
+    def add() -> float:
+        total = torch.tensor([float(dist.get_rank() + 1)])
+        dist.all_reduce(total)
+        return total.item()
+
+    yield {"add": add}
+
+
 def light(name: str, **changes: object) -> Side:
     return Side(name, open_side, (name,), ("count",), has_group=False, **changes)  # type: ignore[arg-type]
 
@@ -52,6 +66,11 @@ def test_turns_of_two_sides():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_ranks_form_a_group():
+    with start_workers(Side("ours", open_group, (), ("add",), ranks=2)) as workers:
+        assert [reply.value for reply in workers.take_turn("add")] == [3.0, 3.0]
 
 
 def test_environment(monkeypatch):
