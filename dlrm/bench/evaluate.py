@@ -33,7 +33,7 @@ def run(bench: EvaluateBench) -> dict[str, Any]:
         rate = f"{samples[turn] * len(value) / sum(value):>11,.0f} samples/s" if turn in samples else None
         return rate and f"{side:<10} {turn:<9} {rate}"
 
-    at_once = fits_at_once(sides, memory_gib(config, shape.optimizer))
+    at_once = fits_at_once(sides, memory_gib(config, shape.optimizer), shape.batch_size)
     results = take_turns([*sides, ceilings_side(shape.arithmetic)], bench.repetition.rounds, show, at_once=at_once)
     training = Speed(shape.batch_size, results["ours"].turns["train"])
     speeds = {side.name: Speed(samples["evaluate"], results[side.name].turns["evaluate"]) for side in sides}

@@ -11,8 +11,11 @@ from dlrm.bench.floor import Ceilings
 from dlrm.bench.workers import Reply, Side, Workers, start_workers
 from dlrm.host import available_memory_bytes
 
-_GIB_BESIDE_TABLES = 2.0
-"""Of a rank: libraries, dense layers, activations, batches, and some room."""
+_GIB_BESIDE_TABLES = 1.5
+"""Of a rank: libraries, dense layers, small batches, and some room."""
+
+_BYTES_PER_SAMPLE = 100_000
+"""Of a step: activations and their gradients, some in several copies."""
 
 
 @dataclass
@@ -42,9 +45,16 @@ class SideResult:
         return {"ranks": self.side.ranks, "peak_rss_gib": self.peak_rss_gib, **facts}
 
 
-def fits_at_once(sides: Sequence[Side], tables_gib: float) -> bool:
-    """Whether all sides, each with tables of that size over all its ranks, fit into memory beside each other."""
-    needed = sum(tables_gib + side.ranks * _GIB_BESIDE_TABLES for side in sides)
+def fits_at_once(sides: Sequence[Side], tables_gib: float, samples: int) -> bool:
+    """Whether all sides fit into memory beside each other.
+
+    Args:
+        sides: all that hold tables.
+        tables_gib: of a side, with optimizer state, over its ranks.
+        samples: of a step, over its ranks.
+    """
+    activations_gib = samples * _BYTES_PER_SAMPLE / 2**30
+    needed = sum(tables_gib + activations_gib + side.ranks * _GIB_BESIDE_TABLES for side in sides)
     free = available_memory_bytes() / 2**30
     if needed > free:
         print(

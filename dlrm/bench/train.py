@@ -34,7 +34,7 @@ def run(bench: TrainBench) -> dict[str, Any]:
     config = make_config(shape, WARM_UP_STEPS + (bench.steps or shape.steps_per_turn))
     print(describe_sides(shape), flush=True)
     sides = make_sides(config, shape, TRAINING_TURNS)
-    at_once = fits_at_once(sides, memory_gib(config, shape.optimizer))
+    at_once = fits_at_once(sides, memory_gib(config, shape.optimizer), shape.batch_size)
     results = take_turns(
         [*sides, ceilings_side(shape.arithmetic)], bench.repetition.rounds, show_rate(shape.batch_size), at_once=at_once
     )

@@ -102,6 +102,14 @@ def test_train(bench, flags, capsys):
     assert "ratio by round" in capsys.readouterr().out
 
 
+def test_sides_that_do_not_fit_at_once(bench, monkeypatch, capsys):
+    monkeypatch.setattr(rounds_module, "available_memory_bytes", lambda: 1 << 30)
+    result = bench("train", *TINY, "--steps", "1", "--num_embeddings", "10")
+    check_top_level(result, "train")
+    assert result["at_once"] is False
+    assert "1.0 are free: each turn starts processes anew." in capsys.readouterr().out
+
+
 def test_evaluate(bench):
     result = bench("evaluate", *TINY, "--steps", "2", "--num_embeddings", "50")
     check_top_level(result, "evaluate")
