@@ -8,7 +8,7 @@ from dlrm.bench.ceilings import ceilings_side
 from dlrm.bench.config import EvaluateBench
 from dlrm.bench.floor import Floor, evaluation_work
 from dlrm.bench.provenance import write_result
-from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_speeds, ratios
+from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_means, print_speeds, ratios
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.shape import WARM_UP_STEPS, make_config, memory_gib
 from dlrm.bench.train import count_distinct_rows, describe_sides, make_sides
@@ -54,5 +54,6 @@ def run(bench: EvaluateBench) -> dict[str, Any]:
     print_speeds({"our training": training, "our evaluation": speeds["ours"], "reference": speeds["reference"]})
     print(f"ratio by round: {describe_spread(result['ratios'])}; over our training: {describe_spread(over_training)}")
     print_floor(floor, speeds["ours"], "a pass")
+    print_means("ours", result["sides"]["ours"])
     write_result(bench.repetition.json, result)
     return result

@@ -12,10 +12,12 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipeline
 from torchrec.streamable import Pipelineable
 
+from dlrm.allocator import describe_allocator
 from dlrm.bench.shape import WARM_UP_STEPS
 from dlrm.bench.workers import Turns
 from dlrm.config import Config, OptimizerConfig
 from dlrm.data.splits import open_run_splits
+from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.sinks import Sinks
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
@@ -90,7 +92,11 @@ def training_turns(trainer: Trainer, config: Config) -> dict[str, Any]:
         clock.seconds()
         return [elapsed]
 
-    return {"train": train, "evaluate": evaluate, "describe": lambda: describe(trainer.model, config.optimizer)}
+    def describe_ours() -> dict[str, Any]:
+        means = {"kernels": describe_kernels(), "allocator": describe_allocator()}
+        return {**describe(trainer.model, config.optimizer), **means}
+
+    return {"train": train, "evaluate": evaluate, "describe": describe_ours}
 
 
 def read_pass(open_batches: Callable[[], Iterator[object]]) -> list[float]:

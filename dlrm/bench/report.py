@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dlrm.bench.floor import Floor
+from dlrm.console import plural
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ def print_memory(name: str, facts: dict[str, Any]) -> None:
         f"{name}: peak RSS {peaks[rank]:.2f} GiB a rank = tables {tables:.2f} + optimizer state {state:.2f} + "
         f"{peaks[rank] - tables - state:.2f}"
     )
+
+
+def print_means(name: str, facts: dict[str, Any]) -> None:
+    """What a side's first rank computes with."""
+    print(f"{name}: {plural(facts['threads'][0], 'thread')} a rank, {facts['kernels'][0]}; {facts['allocator'][0]}")
 
 
 def print_floor(floor: Floor, speed: Speed, what: str) -> None:

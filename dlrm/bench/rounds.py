@@ -30,7 +30,7 @@ class SideResult:
 
     side: Side
     turns: dict[str, list[Any]] = field(default_factory=dict)
-    facts: list[Mapping[str, float]] = field(default_factory=list)
+    facts: list[Mapping[str, Any]] = field(default_factory=list)
     peak_rss_gib: list[float] = field(default_factory=list)
 
     def add(self, name: str, replies: Sequence[Reply]) -> None:
@@ -40,7 +40,7 @@ class SideResult:
         self.peak_rss_gib = [max(pair) for pair in zip(peaks, self.peak_rss_gib or peaks, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """For a result: memory and threads, by rank."""
+        """For a result: memory, threads, kernels, by rank."""
         facts = {name: [rank[name] for rank in self.facts] for name in (self.facts[0] if self.facts else ())}
         return {"ranks": self.side.ranks, "peak_rss_gib": self.peak_rss_gib, **facts}
 

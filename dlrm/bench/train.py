@@ -12,7 +12,7 @@ from dlrm.bench.floor import Floor, Work, training_work
 from dlrm.bench.ours import open_ours
 from dlrm.bench.provenance import write_result
 from dlrm.bench.reference import open_reference
-from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_memory, print_speeds
+from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_means, print_memory, print_speeds
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.shape import WARM_UP_STEPS, make_config, memory_gib
 from dlrm.bench.workers import Side
@@ -55,6 +55,7 @@ def run(bench: TrainBench) -> dict[str, Any]:
     print_floor(floor, speeds["ours"], "a step")
     for name, values in facts.items():
         print_memory(name, values)
+    print_means("ours", result["sides"]["ours"])
     write_result(bench.repetition.json, result)
     return result
 

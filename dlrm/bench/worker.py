@@ -1,4 +1,4 @@
-"""A process of a side: python -m dlrm.bench.worker SOCKET. `dlrm.bench.workers` is at the socket's other end."""
+"""A process of a side: python -m dlrm.bench.worker SOCKET plain|ours. `dlrm.bench.workers` is at the other end."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from dlrm.allocator import keep_freed_memory
 from dlrm.bench.workers import Reply
 from dlrm.errors import DlrmError
 
@@ -16,6 +17,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     warnings.simplefilter("ignore")
     connection = Connection(int(sys.argv[1]))
+    if sys.argv[2] == "ours":
+        keep_freed_memory()  # first of all, as dlrm_main.py does: what follows loads torch
     try:
         serve(connection)
     except DlrmError as error:

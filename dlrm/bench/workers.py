@@ -23,7 +23,7 @@ Turn = Callable[[], Any]
 Turns = Mapping[str, Turn]
 
 _TUNING_PREFIXES = ("MALLOC_", "OMP_", "GOMP_", "KMP_")
-_TUNING_NAMES = ("LD_PRELOAD", "GLIBC_TUNABLES")
+_TUNING_NAMES = ("LD_PRELOAD", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 _SECONDS_TO_LEAVE = 10.0
 
 
@@ -41,7 +41,8 @@ class Side:
         turns: those of them that each round takes, in order.
         ranks: processes, which share all cores.
         has_group: whether they form a gloo group before the side is opened.
-        is_plain: start without what the caller's environment says of malloc, threads and preloaded libraries.
+        is_plain: start as torchrun starts any program, a thread for each of the rank's cores, and without what the
+            caller's environment says of malloc, threads and preloaded libraries. Else start as dlrm_main.py does.
     """
 
     name: str
@@ -91,7 +92,8 @@ class Workers:
         for rank in range(side.ranks):
             ours, theirs = Pipe()
             with theirs:
-                command = [sys.executable, "-m", "dlrm.bench.worker", str(theirs.fileno())]
+                start = "plain" if side.is_plain else "ours"
+                command = [sys.executable, "-m", "dlrm.bench.worker", str(theirs.fileno()), start]
                 process = subprocess.Popen(command, env=environment(side, rank), pass_fds=(theirs.fileno(),))
             self._connections.append(ours)
             self._processes.append(process)
@@ -156,15 +158,18 @@ class Workers:
 
 
 def environment(side: Side, rank: int) -> dict[str, str]:
-    """The environment of a side's process: as torchrun sets it, with the rank's share of the cores, without GPUs."""
-    kept = {name: value for name, value in os.environ.items() if not (side.is_plain and is_tuning(name))}
+    """The environment of a side's process: ranks as torchrun sets them, no GPUs."""
+    if side.is_plain:
+        kept = {name: value for name, value in os.environ.items() if not is_tuning(name)}
+        kept["OMP_NUM_THREADS"] = str(side.threads_per_rank)
+    else:
+        kept = dict(os.environ)
     return {
         **kept,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(side.ranks),
         "LOCAL_WORLD_SIZE": str(side.ranks),
-        "OMP_NUM_THREADS": str(side.threads_per_rank),
         "CUDA_VISIBLE_DEVICES": "",
     }
 

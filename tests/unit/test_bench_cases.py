@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm.bench import ceilings, torchrec_preprocess
+from dlrm.bench import ceilings, micro, torchrec_preprocess
 from dlrm.bench import preprocess as preprocess_module
 from dlrm.bench import rounds as rounds_module
 from dlrm.bench.workers import Reply, Side
 from dlrm.cli import main
+from dlrm.kernels import build, native
 
 # 2026-11-23: torchrec 1.8, put together as its documentation does, warns of itself; a worker ignores all warnings.
 pytestmark = [
@@ -99,7 +100,9 @@ def test_train(bench, flags, capsys):
     assert (result["sides"]["ours"]["state_gib"] == [0.0]) == (optimizer == "sgd")
     assert result["sides"]["ours"]["tables_gib"] == result["sides"]["reference"]["tables_gib"]
     assert result["config"]["optimizer"]["optimizer"] == optimizer
-    assert "ratio by round" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ratio by round" in shown
+    assert f"ours: 1 thread a rank, {result['sides']['ours']['kernels'][0]}; memory by " in shown
 
 
 def test_sides_that_do_not_fit_at_once(bench, monkeypatch, capsys):
@@ -142,3 +145,33 @@ def test_preprocess(bench, monkeypatch, capsys):
     }
     assert "our whole process, verification and start-up included" in capsys.readouterr().out
     assert "parsing" in result["sides"]["ours"]["stages"][0]["stages"]
+
+
+def test_interaction(bench):
+    require_kernels()
+    result = bench("interaction", "--batch_size", "8", "--steps", "3", "--precision", "bf16")
+    check_top_level(result, "interaction")
+    assert result["over_twin"] > 0
+    assert len(result["sides"]["twin"]["step_seconds"][1]) == 3
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("rowwise_adagrad", "fp32"), ("sgd", "bf16")])
+def test_embedding(bench, optimizer, precision):
+    require_kernels()
+    flags = ("--optimizer", optimizer, "--precision", precision, "--num_embeddings", "20", "--zipf_exponent", "1.2")
+    result = bench("embedding", "--batch_size", "8", "--steps", "3", *flags)
+    check_top_level(result, "embedding")
+    assert result["bench"]["workload"]["optimizer"] == optimizer
+
+
+def test_no_kernels_to_measure(bench, monkeypatch, capsys):
+    monkeypatch.setattr(micro, "load_native", lambda: "not compiled")
+    assert main(["bench", "interaction"]) == 2
+    assert capsys.readouterr().err == "dlrm bench: error: no compiled operators to measure: not compiled\n"
+
+
+def require_kernels() -> None:
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler: there is nothing to measure")
+    assert build.main() == 0
+    native.load_native.cache_clear()
