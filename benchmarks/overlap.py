@@ -42,7 +42,6 @@ from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import PipelineName, build_pipeline
 from dlrm.train.profiling import StepProfiler
@@ -178,7 +177,6 @@ def steps_per_turn(steps: int) -> int:
 @contextmanager
 def open_sides(config: Config, steps: int) -> Iterator[Turns]:
     """In each rank: both sides' turns, and `describe`."""
-    quieten_libraries()
     with start_runtime() as runtime, tempfile.TemporaryDirectory() as folder:
         built = {name: build_side(side, config, runtime, steps) for name, side in SIDES.items()}
         turns = {name: partial(take_turn, Path(folder)) for name, take_turn in built.items()}

@@ -27,7 +27,6 @@ from dlrm.data.random_source import RandomSource
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import start_runtime
 from dlrm.schema import ONE_HOT
-from dlrm.train.main import quieten_libraries
 
 _CHUNK_ROWS = 1 << 18
 _PARTS = ("dense", "sparse", "labels")
@@ -105,7 +104,6 @@ def write_days(folder: Path, num_rows: int, shape: Shape) -> None:
 @contextmanager
 def open_reader(config: Config) -> Iterator[Turns]:
     """Our side's turns: `load`, all rows, and `train`."""
-    quieten_libraries()
     with start_runtime() as runtime:
         everything = replace(config, data=replace(config.data, limit_train_batches=None))
         split = open_run_splits(everything, runtime)["train"]

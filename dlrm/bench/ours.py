@@ -23,7 +23,6 @@ from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer, table_state_floats
 from dlrm.train.trainer import Trainer
 
@@ -58,7 +57,6 @@ class StepClock(TrainPipeline[In, Out]):
 @contextmanager
 def open_ours(config: Config) -> Iterator[Turns]:
     """A side of `train` (seconds of each step), `evaluate` (of a pass over the validation set), and `describe`."""
-    quieten_libraries()
     with start_runtime() as runtime:
         trainer = build_trainer(config, runtime)
         yield training_turns(trainer, config)

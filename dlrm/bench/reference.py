@@ -33,7 +33,6 @@ from dlrm.config import Config, ModelConfig, OptimizerConfig
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import Runtime
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
-from dlrm.train.main import quieten_libraries
 
 _TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -49,7 +48,6 @@ _DENSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 @contextmanager
 def open_reference(config: Config) -> Iterator[Turns]:
     """The same turns as `dlrm.bench.ours.open_ours`, of a plain TorchRec loop."""
-    quieten_libraries()
     device = torch.device("cpu")
     sharded = shard_reference(build_reference(config.model, device), config, device)
     pipeline = build_pipeline(sharded, config.optimizer, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from dlrm.allocator import keep_freed_memory
 from dlrm.bench.workers import Reply
 from dlrm.errors import DlrmError
+from dlrm.train.main import quieten_libraries
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def serve(connection: Connection) -> None:
     Raises:
         EOFError: when it is.
     """
-    side, store = connection.recv()
+    side, store = connection.recv()  # loads the side's module, and torch with it
+    quieten_libraries()
     if side.has_group:
         _join_group(side.ranks, store)
     with side.open(*side.arguments) as turns:
