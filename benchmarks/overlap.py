@@ -22,25 +22,26 @@ import re
 import statistics
 import tempfile
 import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from benchmarks.provenance import write_result
-from benchmarks.train import make_config
+from dlrm.bench.config import Shape
+from dlrm.bench.provenance import write_result
+from dlrm.bench.shape import make_config
+from dlrm.bench.workers import Side as Processes
+from dlrm.bench.workers import Turns, start_workers
 from dlrm.config import PROFILE_WARM_UP_STEPS, Config
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.main import quieten_libraries
 from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import PipelineName, build_pipeline
 from dlrm.train.profiling import StepProfiler
@@ -173,28 +174,19 @@ def steps_per_turn(steps: int) -> int:
     return WARM_UP_STEPS + steps + PROFILE_WARM_UP_STEPS + steps
 
 
-def measure(batch_size: int, steps: int, num_embeddings: int, rounds: int) -> dict[str, Any]:
-    """Runs in a worker: the sides in turn; this rank's measurements by side and round."""
-    warnings.simplefilter("ignore")
-    quieten_libraries()
-    more_than_enough = rounds * steps_per_turn(steps) + 100
-    config = make_config(batch_size, more_than_enough, num_embeddings)
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+@contextmanager
+def open_sides(config: Config, steps: int) -> Iterator[Turns]:
+    """In each rank: both sides' turns, and `describe`."""
     with start_runtime() as runtime, tempfile.TemporaryDirectory() as folder:
-        sides = {name: build_side(side, config, runtime, steps) for name, side in SIDES.items()}
-        for number in range(rounds):
-            for name, take_turn in sides.items():
-                turns[name].append(take_turn(Path(folder)))
-                if runtime.is_main:
-                    rate = turns[name][-1]["samples_per_second"]
-                    print(f"round {number + 1}/{rounds}  {name:<3}  {rate:>9,.0f} samples/s", flush=True)
-        return {"config": asdict(config), "threads_per_rank": torch.get_num_threads(), "turns": turns}
+        built = {name: build_side(side, config, runtime, steps) for name, side in SIDES.items()}
+        turns = {name: partial(take_turn, Path(folder)) for name, take_turn in built.items()}
+        yield {**turns, "describe": torch.get_num_threads}
 
 
-def combine(turns_by_rank: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+def combine(turns: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
     """By round, over ranks: samples/s, the share of each phase that is hidden, and the rest as a share of the steps."""
     combined: dict[str, list[float]] = {"samples_per_second": []}
-    for ranks in zip(*turns_by_rank, strict=True):
+    for ranks in turns:
         combined["samples_per_second"].append(ranks[0]["samples_per_second"])
         for name in PHASES:
             times = [turn["phases"][name] for turn in ranks]
@@ -227,21 +219,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the result")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=arguments.ranks,
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint=str(Path(folder, "rdzv")),
-            rdzv_configs={"store_type": "file"},
-        )
-        by_rank = elastic_launch(launch, measure)(
-            arguments.batch_size, arguments.steps, arguments.num_embeddings, arguments.rounds
-        )
-    results = [by_rank[rank] for rank in range(arguments.ranks)]
-    rounds = {name: combine([result["turns"][name] for result in results]) for name in SIDES}
+    ranks, steps = arguments.ranks, arguments.steps
+    shape = Shape(arguments.batch_size * ranks, precision="fp32", num_embeddings=arguments.num_embeddings, ranks=ranks)
+    more_than_enough = arguments.rounds * steps_per_turn(steps) + 100
+    config = make_config(shape, more_than_enough)
+    turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SIDES}
+    with start_workers(Processes("overlap", open_sides, (config, steps), (*SIDES,), ranks)) as workers:
+        threads = workers.take_turn("describe")[0].value
+        for number in range(arguments.rounds):
+            for name, taken in turns.items():
+                taken.append([reply.value for reply in workers.take_turn(name)])
+                rate = taken[-1][0]["samples_per_second"]
+                print(f"round {number + 1}/{arguments.rounds}  {name:<3}  {rate:>9,.0f} samples/s", flush=True)
+    rounds = {name: combine(taken) for name, taken in turns.items()}
     ratios = [on / off for on, off in zip(*(rounds[name]["samples_per_second"] for name in ("on", "off")), strict=True)]
     print_table(rounds)
     print(
@@ -252,16 +242,18 @@ def main() -> None:
         write_result(
             arguments.json,
             {
-                "ranks": arguments.ranks,
+                "ranks": ranks,
                 "sides": {name: asdict(side) for name, side in SIDES.items()},
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
                 "rounds": rounds,
-                "threads_per_rank": results[0]["threads_per_rank"],
-                "config": results[0]["config"],
+                "threads_per_rank": threads,
+                "config": asdict(config),
             },
         )
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import overlap  # by this name, and not as __main__, other processes find what they are to call
+
+    overlap.main()

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import read_summary, write_result
+from dlrm.bench.provenance import read_summary, write_result
 
 ROOT = Path(__file__).parent.parent
 TARGET = 0.8025

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.provenance import read_summary, write_result
+from dlrm.bench.provenance import read_summary, write_result
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "materialize": ("dlrm.preprocess.materialize", "give binary days several ids per feature, as MLPerf v2 has"),
     "verify": ("dlrm.preprocess.verify", "check binary days against their manifest"),
     "train": ("dlrm.train.main", "train, validate and test; the same as dlrm_main.py"),
+    "bench": ("dlrm.bench.command", "measure speed against plain TorchRec on this machine"),
     "doctor": ("dlrm.doctor", "say whether what is installed fits together and runs"),
 }
 

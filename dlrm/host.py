@@ -109,3 +109,10 @@ def _parse_cpus(text: str) -> list[int]:
 
 def _read_number(path: Path, default: int) -> int:
     return int(path.read_text()) if path.exists() else default
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this CPU, as Linux names them: avx2, avx512_bf16, amx_bf16, ..."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(flags.split())

@@ -9,7 +9,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for module in ("torch.distributed.optim", "torchrec.datasets.criteo", "torchrec.models.dlrm"):
+    for module in ("torch.distributed.optim", "torchrec.datasets.criteo", "torchrec.models.dlrm", "torchmetrics"):
         importlib.import_module(module)
 
 CRITEO = Path(__file__).parent.parent.parent / "shared" / "criteo"

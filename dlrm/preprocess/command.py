@@ -25,7 +25,7 @@ IF_INTERRUPTED = "Go on with --resume."
 KEPT_BYTES_PER_ROW = 160
 _COLUMN_BYTES_PER_ROW, _RECORD_BYTES_PER_ROW = 261, 168
 _STAGES_OVER_PARSE = 4.0
-"""Time of all stages over that of parsing, as benchmarks/preprocess.py measures it."""
+"""Time of all stages over that of parsing, as `dlrm bench preprocess` measures it."""
 
 
 def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:

@@ -47,7 +47,7 @@ def test_ranks_are_summed():
     phases = dict.fromkeys(("batch_building", "input_all_to_all", "output_all_to_all"), PhaseTime(10, 5))
     first = {"samples_per_second": 7.0, "traced_us": 100, "phases": phases}
     second = {"samples_per_second": 8.0, "traced_us": 50, "phases": dict.fromkeys(phases, PhaseTime(10, 10))}
-    combined = combine([[first], [second]])
+    combined = combine([[first, second]])
     assert combined["samples_per_second"] == [7.0]
     assert combined["input_all_to_all_hidden"] == [0.75]
     assert combined["input_all_to_all_exposed_of_step"] == [5 / 150]

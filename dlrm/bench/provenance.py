@@ -1,4 +1,4 @@
-"""What every benchmark's JSON says of where its figures come from."""
+"""What every result says of where its figures come from."""
 
 import json
 import os
@@ -12,21 +12,31 @@ from dlrm.artifacts import write_json
 from dlrm.train.run_directory import describe_software
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes `result` beside the command, the commit, the machine and the versions."""
+def write_result(path: Path | str | None, result: dict[str, Any]) -> None:
+    """Writes `result` beside the command, the commit, the machine and the versions. None: nowhere."""
+    if path is None:
+        return
+    path = Path(path)
     software = describe_software()
     machine = {"cpu": cpu_model(), "cpu_count": os.cpu_count(), "system": platform.platform()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
         {
-            "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+            "command": command_line(),
             **software,
             "machine": machine,
             **result,
         },
     )
     print(f"{path} written")
+
+
+def command_line() -> str:
+    """What was typed to get here: dlrm, or a module of benchmarks."""
+    program = Path(sys.argv[0])
+    start = ["python", "-m", f"benchmarks.{program.stem}"] if program.parent.name == "benchmarks" else ["dlrm"]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def cpu_model() -> str:

@@ -1,0 +1,88 @@
+"""The run that both sides make: the shape of the public example's results table, with tables that fit this machine."""
+
+from dlrm.bench.config import Shape, Workload
+from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, OutputConfig, TrainingConfig
+from dlrm.errors import ConfigError
+from dlrm.recipes import MLPERF_ROWS, spec_mlperf_a100x8
+from dlrm.schema import NUM_CATEGORICAL_FEATURES
+
+WARM_UP_STEPS = 5
+"""Steps at the start of a turn that are not timed: the pipeline fills, caches hold the other side's data."""
+
+NUM_CACHED_BATCHES = 10
+"""As the public example's random data set has."""
+
+_BYTES_PER_WEIGHT = 4
+_LEARNING_RATES = {"sgd": 0.1, "adagrad": 0.01, "rowwise_adagrad": 0.01}
+
+
+def make_config(shape: Shape, steps: int) -> Config:
+    """Our side's run of `steps` training steps, on random data.
+
+    Raises:
+        ConfigError: if the tables can't be made so small.
+    """
+    cached = NUM_CACHED_BATCHES if shape.exponent else None
+    return Config(
+        data=DataConfig(
+            batch_size=shape.batch_size // shape.ranks,
+            limit_train_batches=steps,
+            num_generated_batches=cached,
+            zipf_exponent=shape.exponent,
+        ),
+        model=make_model(table_rows(shape)),
+        optimizer=OptimizerConfig(optimizer=shape.optimizer, learning_rate=_LEARNING_RATES[shape.optimizer]),
+        training=TrainingConfig(seed=0, precision=shape.arithmetic),
+        evaluation=EvaluationConfig(evaluate_on_epoch_end=False, evaluate_on_training_end=False),
+        output=OutputConfig(log_every=100, print_progress=False),  # what a long run reports at
+    )
+
+
+def make_model(rows: tuple[int, ...]) -> ModelConfig:
+    """The layers of the results table over tables of these sizes."""
+    layers = spec_mlperf_a100x8().model
+    return ModelConfig(
+        num_embeddings_per_feature=rows,
+        embedding_dim=layers.embedding_dim,
+        dense_arch_layer_sizes=layers.dense_arch_layer_sizes,
+        over_arch_layer_sizes=layers.over_arch_layer_sizes,
+    )
+
+
+def table_rows(shape: Workload) -> tuple[int, ...]:
+    """Rows of each table.
+
+    Raises:
+        ConfigError: if --tables_gib holds no row of each table.
+    """
+    if shape.rows == "uniform100k":
+        return (shape.num_embeddings,) * NUM_CATEGORICAL_FEATURES
+    dim = spec_mlperf_a100x8().model.embedding_dim
+    bytes_per_row = _BYTES_PER_WEIGHT * (dim + state_floats(shape.optimizer, dim))
+    rows = scale_rows(MLPERF_ROWS, int(shape.tables_gib * 2**30 / bytes_per_row))
+    if rows is None:
+        raise ConfigError(f"--tables_gib {shape.tables_gib:g}: too little for a row in each table. Give more.")
+    return rows
+
+
+def scale_rows(rows: tuple[int, ...], total: int) -> tuple[int, ...] | None:
+    """The sizes times one factor, no table without a row, `total` rows in all at the most; None if that can't be."""
+    if total < len(rows):
+        return None
+    low, high = 0.0, total / sum(rows)
+    for _ in range(60):
+        middle = (low + high) / 2
+        scaled = [max(1, int(size * middle)) for size in rows]
+        low, high = (middle, high) if sum(scaled) <= total else (low, middle)
+    return tuple(max(1, int(size * low)) for size in rows)
+
+
+def state_floats(optimizer: str, dim: int) -> int:
+    """Optimizer state of a row of `dim` weights, in floats."""
+    return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1}[optimizer]
+
+
+def memory_gib(config: Config, optimizer: str) -> float:
+    """Tables and optimizer state of one side, all ranks together."""
+    dim = config.model.embedding_dim
+    return sum(config.model.table_rows) * _BYTES_PER_WEIGHT * (dim + state_floats(optimizer, dim)) / 2**30

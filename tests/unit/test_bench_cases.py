@@ -1,0 +1,177 @@
+"""Each case from flags to JSON, tiny, with both sides in this process: what runs in a worker is the same."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dlrm.bench import ceilings, micro, torchrec_preprocess
+from dlrm.bench import preprocess as preprocess_module
+from dlrm.bench import rounds as rounds_module
+from dlrm.bench.workers import Reply, Side
+from dlrm.cli import main
+from dlrm.kernels import build, native
+
+# 2026-11-23: torchrec 1.8, put together as its documentation does, warns of itself; a worker ignores all warnings.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{start}")
+    for start in ("HeuristicalStorageReservation", "`broadcast_buffers` is deprecated", "The given NumPy array is not")
+]
+
+
+class InProcess:
+    """Stands for a side's processes."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self._context = side.open(*side.arguments)
+        self._turns = self._context.__enter__()
+
+    def open(self) -> None:
+        """Is open."""
+
+    def take_turn(self, name: str) -> list[Reply]:
+        return [Reply(self._turns[name](), 1.0)]
+
+
+@contextmanager
+def start_in_process(side: Side) -> Iterator[InProcess]:
+    yield InProcess(replace(side, ranks=1))
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """`bench(case, *flags)`: runs `dlrm bench` and gives what it wrote."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as a worker's environment has it; threads waiting for each other crawl
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(rounds_module, "start_workers", start_in_process)
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.0)
+    monkeypatch.setattr(ceilings, "_SIZES", (64,))
+    monkeypatch.setattr(ceilings, "_COPIED_BYTES", 1 << 20)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def run(case: str, *flags: str) -> dict:
+        path = tmp_path / "results" / f"{case}.json"
+        assert main(["bench", case, "--rounds", "2", "--json", str(path), *flags]) == 0
+        return json.loads(path.read_text())
+
+    yield run
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+TINY = ("--ranks", "1", "--batch_size", "16", "--precision", "fp32")
+
+
+def check_top_level(result: dict, case: str, rounds: int = 2) -> None:
+    assert result["case"] == case
+    assert result["ratio"] > 0
+    assert len(result["ratios"]) == rounds
+    assert result["share_of_floor"] > 0
+    assert result["floor"]["bytes_per_second"] > 0
+    assert {"command", "commit", "versions", "machine"} <= result.keys()
+    for side in ("ours", "reference"):
+        content = result["sides"][side]
+        assert [len(times) for times in content["step_seconds"]] == [len(content["step_seconds"][0])] * rounds
+        assert content["samples_per_second"]["min"] <= content["samples_per_second"]["median"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num_embeddings", "50", "--optimizer", "sgd"),
+        ("--rows", "mlperf", "--tables_gib", "0.001", "--optimizer", "rowwise_adagrad"),
+    ],
+)
+def test_train(bench, flags, capsys):
+    result = bench("train", *TINY, "--steps", "3", *flags)
+    check_top_level(result, "train")
+    for side in result["sides"].values():
+        assert len(side["step_seconds"][0]) == 3
+        assert side["peak_rss_gib"] == [1.0]
+        assert 0 < side["tables_gib"][0] <= 0.001 or flags[0] == "--num_embeddings"
+    optimizer = flags[-1]
+    assert (result["sides"]["ours"]["state_gib"] == [0.0]) == (optimizer == "sgd")
+    assert result["sides"]["ours"]["tables_gib"] == result["sides"]["reference"]["tables_gib"]
+    assert result["config"]["optimizer"]["optimizer"] == optimizer
+    shown = capsys.readouterr().out
+    assert "ratio by round" in shown
+    assert f"ours: 1 thread a rank, {result['sides']['ours']['kernels'][0]}; memory by " in shown
+
+
+def test_sides_that_do_not_fit_at_once(bench, monkeypatch, capsys):
+    monkeypatch.setattr(rounds_module, "available_memory_bytes", lambda: 1 << 30)
+    result = bench("train", *TINY, "--steps", "1", "--num_embeddings", "10")
+    check_top_level(result, "train")
+    assert result["at_once"] is False
+    assert "1.0 are free: each turn starts processes anew." in capsys.readouterr().out
+
+
+def test_evaluate(bench):
+    result = bench("evaluate", *TINY, "--steps", "2", "--num_embeddings", "50")
+    check_top_level(result, "evaluate")
+    assert result["over_training"] > 0
+    assert result["sides"]["ours"]["samples_per_step"] == 32
+    assert [len(times) for times in result["training"]["step_seconds"]] == [2, 2]
+
+
+@pytest.mark.parametrize("flags", [(), ("--shuffle_training_set",)])
+def test_loader(bench, flags):
+    result = bench("loader", *TINY, "--num_embeddings", "50", "--num_rows", "165", *flags)
+    check_top_level(result, "loader")
+    assert result["over_training"] > 0
+    for side in result["sides"].values():
+        assert len(side["step_seconds"][0]) == 11
+        assert side["samples_per_step"] == 15.0
+
+
+def test_preprocess(bench, monkeypatch, capsys):
+    def run_torchrec(raw: Sequence[Path], folder: Path) -> dict:  # without a process's ten seconds of imports
+        stages = torchrec_preprocess.preprocess(raw, folder)
+        return {"stages": stages, "through_shuffle": sum(stages.values())}
+
+    monkeypatch.setattr(preprocess_module, "run_torchrec", run_torchrec)
+    result = bench("preprocess", "--num_rows", "300", "--rounds", "1")
+    check_top_level(result, "preprocess", rounds=1)
+    assert result["ratio_of_whole_process"] > 0
+    assert result["sides"]["reference"]["stages"][0]["stages"].keys() == {
+        *("tsv_to_npys", "sparse_to_contiguous", "shuffle")
+    }
+    assert "our whole process, verification and start-up included" in capsys.readouterr().out
+    assert "parsing" in result["sides"]["ours"]["stages"][0]["stages"]
+
+
+def test_interaction(bench):
+    require_kernels()
+    result = bench("interaction", "--batch_size", "8", "--steps", "3", "--precision", "bf16")
+    check_top_level(result, "interaction")
+    assert result["over_twin"] > 0
+    assert len(result["sides"]["twin"]["step_seconds"][1]) == 3
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("rowwise_adagrad", "fp32"), ("sgd", "bf16")])
+def test_embedding(bench, optimizer, precision):
+    require_kernels()
+    flags = ("--optimizer", optimizer, "--precision", precision, "--num_embeddings", "20", "--zipf_exponent", "1.2")
+    result = bench("embedding", "--batch_size", "8", "--steps", "3", *flags)
+    check_top_level(result, "embedding")
+    assert result["bench"]["workload"]["optimizer"] == optimizer
+
+
+def test_no_kernels_to_measure(bench, monkeypatch, capsys):
+    monkeypatch.setattr(micro, "load_native", lambda: "not compiled")
+    assert main(["bench", "interaction"]) == 2
+    assert capsys.readouterr().err == "dlrm bench: error: no compiled operators to measure: not compiled\n"
+
+
+def require_kernels() -> None:
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler: there is nothing to measure")
+    assert build.main() == 0
+    native.load_native.cache_clear()
