@@ -120,12 +120,12 @@ def _builder(
 
 
 def _kernel_options(optimizer: type[torch.optim.Optimizer], devices: set[str]) -> dict[str, Any]:
-    """On a GPU all parameters in one kernel: where there is none, Adagrad's, in one for each operation."""
-    if devices != {"cuda"}:
+    """One pass over each parameter; where there is no such kernel, Adagrad's on a GPU, one for each operation."""
+    if optimizer not in (torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW):
         return {}
-    if optimizer in (torch.optim.SGD, torch.optim.AdamW):
-        return {"fused": True}
-    return {"foreach": True} if optimizer is torch.optim.Adagrad else {}
+    if optimizer is torch.optim.Adagrad and devices == {"cuda"}:
+        return {"foreach": True}
+    return {"fused": True} if devices <= {"cpu", "cuda"} else {}
 
 
 def _options(config: OptimizerConfig, learning_rate: float) -> dict[str, Any]:

@@ -112,6 +112,6 @@ def test_what_a_device_can_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         (torch.optim.Adagrad, {"foreach": True}),
     ],
 )
-def test_dense_parameters_on_a_gpu_are_updated_together(optimizer, options) -> None:
+def test_dense_parameters_are_updated_in_one_pass(optimizer, options) -> None:
     assert _kernel_options(optimizer, {"cuda"}) == options
-    assert _kernel_options(optimizer, {"cpu"}) == {}
+    assert _kernel_options(optimizer, {"cpu"}) == {"fused": True}

@@ -1,0 +1,116 @@
+"""Where a training step's time goes on a CPU, with PyTorch's and FBGEMM's operators and with ours.
+
+    python -m benchmarks.step_profile --json benchmarks/results/step_profile.json
+
+One process, the shape of the public example's results table, 100,000 rows a table, batch 4096. The two sides are
+processes of their own, in turn: `before` has DLRM_KERNELS=none and the C library's own malloc settings, `after` is the
+default. Time is what torch's profiler attributes to each operator itself; the last line is the rest of a step.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from dlrm.bench.provenance import write_result
+
+STEPS = 10
+SIDES = {
+    "before": {"DLRM_KERNELS": "none", "THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TOP_PAD_": "131072"},
+    "after": {},
+}
+"""131,072 is glibc's own value: a setting in the environment keeps the trainer's hands off the allocator."""
+GROUPS = {
+    "matrix products": r"aten::(mm|addmm|bmm)$|dlrm::int16",
+    "table lookup": r"fbgemm::.*forward|dlrm::pool",
+    "table update": r"fbgemm::.*backward|SplitLookupFunction|dlrm::update",
+    "interaction and concatenation": r"aten::(cat|index_select|index|_index_put_impl_|stack)$|dlrm::interact",
+    "bias, ReLU and their gradients": r"aten::(relu|clamp_min|threshold_backward|sum)$|dlrm::(add_bias_|mask_)",
+    "dense optimizer": r"Optimizer\.step|aten::(_fused_sgd_|_fused_adagrad_|add_|_foreach.*)$",
+    "copies, fills": r"aten::(copy_|fill_|zero_|mul|div)$",
+}
+
+
+def profile_steps(optimizer: str, precision: str) -> dict[str, float]:
+    """Runs in a process of its own: milliseconds a step of each group."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from dlrm.allocator import keep_freed_memory
+    from dlrm.bench.config import Shape
+    from dlrm.bench.ours import StepClock, build_trainer
+    from dlrm.bench.shape import WARM_UP_STEPS, make_config
+    from dlrm.runtime import start_runtime
+    from dlrm.train.main import quieten_libraries
+
+    keep_freed_memory()
+    quieten_libraries()
+    options: Any = {"optimizer": optimizer, "precision": precision}
+    config = make_config(Shape(ranks=1, **options), WARM_UP_STEPS + STEPS)
+    with start_runtime() as runtime:
+        trainer = build_trainer(config, runtime)
+        clock = trainer.pipeline
+        assert isinstance(clock, StepClock)
+        trainer.train()
+        step_ms = 1e3 * statistics.median(clock.seconds())
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            trainer.train()
+    return {"step": step_ms, **group_times(profiler.key_averages(), WARM_UP_STEPS + STEPS, step_ms)}
+
+
+def group_times(averages: Any, steps: int, step_ms: float) -> dict[str, float]:
+    """Milliseconds a step of each group, and of what no group has."""
+    times: dict[str, float] = defaultdict(float)
+    for event in averages:
+        for group, pattern in GROUPS.items():
+            if re.match(pattern, event.key):
+                times[group] += event.self_cpu_time_total / 1e3 / steps
+    times["other operators, waiting and Python"] = max(0.0, step_ms - sum(times.values()))
+    return times
+
+
+def run_side(name: str, optimizer: str, precision: str) -> dict[str, float]:
+    """One side's process, and what it measured."""
+    command = [sys.executable, "-m", "benchmarks.step_profile", "--side", "--optimizer", optimizer]
+    command += ["--precision", "fp32" if name == "before" else precision]
+    done = subprocess.run(command, env={**os.environ, **SIDES[name]}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizer", default="sgd", help="of tables and dense parts (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", help="of `after`; before is fp32 (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(profile_steps(arguments.optimizer, arguments.precision)))
+        return
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    for number in range(arguments.rounds):
+        for name, measured in rounds.items():
+            measured.append(run_side(name, arguments.optimizer, arguments.precision))
+            print(f"round {number + 1}/{arguments.rounds}  {name}", flush=True)
+    medians = {
+        name: {group: statistics.median(times.get(group, 0.0) for times in measured) for group in measured[0]}
+        for name, measured in rounds.items()
+    }
+    whole = medians["before"]["step"]
+    print(f"{'share of the step before':<40}before  after")
+    for group in medians["before"]:
+        print(f"{group:<40}{medians['before'][group] / whole:>6.1%} {medians['after'].get(group, 0.0) / whole:>6.1%}")
+    shares = {name: {group: ms / whole for group, ms in times.items()} for name, times in medians.items()}
+    options = {"optimizer": arguments.optimizer, "precision": arguments.precision}
+    write_result(arguments.json, {**options, "share_of_step_before": shares, "milliseconds": rounds})
+
+
+if __name__ == "__main__":
+    main()
