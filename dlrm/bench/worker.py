@@ -21,10 +21,11 @@ def main() -> None:
     if sys.argv[2] == "ours":
         keep_freed_memory()  # first of all, as dlrm_main.py does: what follows loads torch
     try:
-        serve(connection)
-    except DlrmError as error:
-        connection.send(error)
-    except EOFError:
+        try:
+            serve(connection)
+        except DlrmError as error:
+            connection.send(error)
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody is at the other end any more
         return
 
 

@@ -9,6 +9,7 @@ from dlrm.bench.command import CASES
 from dlrm.bench.config import Shape, Workload
 from dlrm.bench.shape import make_config, memory_gib, scale_rows, table_rows
 from dlrm.cli import main
+from dlrm.config_checks import check_config
 from dlrm.recipes import MLPERF_ROWS
 
 USER_ERROR = 2
@@ -84,7 +85,7 @@ def test_tables_fill_what_they_are_given(optimizer):
 
 def test_run_of_our_side():
     config = make_config(Shape(batch_size=64, ranks=2, optimizer="rowwise_adagrad", precision="fp32"), 10)
-    config.validate()
+    check_config(config)
     assert config.data.batch_size == 32
     assert config.data.num_generated_batches is None
     assert config.model.over_arch_layer_sizes == (1024, 1024, 512, 256, 1)
