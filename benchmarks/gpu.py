@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report import floor_seconds, to_markdown
+from benchmarks.gpu_report import add_floor, to_markdown
 from benchmarks.gpu_step import Case
 from dlrm.artifacts import write_json
 from dlrm.errors import EXIT_USER_ERROR
@@ -117,10 +117,9 @@ def run_cases(session: Session, cases: Sequence[Case], announce: Callable[[str],
         if not outcome.lines:
             session.result["cases"].append({"case": asdict(case), "error": outcome.error or "no result"})
         for measured in outcome.lines:
-            for ids in measured["ids"].values():
-                if ceilings := session.result["device"].get("ceilings"):
-                    ids["floor_seconds"] = floor_seconds(measured, ids["distinct_rows"], ceilings)
-                    ids["share_of_floor"] = ids["floor_seconds"]["sum"] * 1000 / ids["median_step_ms"]
+            if rates := session.result["device"].get("ceilings"):
+                for ids in measured["ids"].values():
+                    add_floor(ids, case.precision, rates)
             session.result["cases"].append(measured)
         announce(case.name)
         session.save()

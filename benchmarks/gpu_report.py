@@ -1,33 +1,18 @@
 """What benchmarks/gpu.py makes of its measurements: floors, and the tables that people read."""
 
-from itertools import pairwise
 from typing import Any
+
+from dlrm.bench.floor import Ceilings, Floor, Work
 
 GOAL = 5.5e6
 """Samples/s of the public example on eight A100 GPUs."""
 
 
-def floor_seconds(result: dict[str, Any], distinct_rows: float, ceilings: dict[str, float]) -> dict[str, float]:
-    """Least seconds of a step: matrix work at the measured rate, bytes at the measured bandwidth, and their sum.
-
-    Operations are three products of each layer, less the gradient of the integers. Bytes are the distinct rows, read
-    and updated once; the vectors that interact, activations and their gradients, each written and read once.
-    """
-    case, model = result["case"], result["model"]
-    samples, dim, precision = case["batch_size"], model["embedding_dim"], case["precision"]
-    dense = (13, *model["dense_arch_layer_sizes"])
-    over = (dim + 27 * 26 // 2, *model["over_arch_layer_sizes"])
-    weights = sum(one * other for layers in (dense, over) for one, other in pairwise(layers))
-    pairs = 27 * 26 // 2
-    flop = samples * (2 * (3 * weights - dense[0] * dense[1]) + 6 * dim * pairs)
-    width = 2 if precision == "bf16" else 4
-    vectors = 2 * 2 * 27 * dim
-    activations = 2 * (sum(dense[1:-1]) + sum(over))
-    state = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[case["optimizer"]]
-    rows = distinct_rows * 4 * (3 * dim + 2 * state)
-    num_bytes = samples * (width * (vectors + activations) + 4 * (13 + 26 + 1)) + rows
-    matrix, memory = flop / ceilings[precision], num_bytes / ceilings["bytes"]
-    return {"flop": flop, "bytes": num_bytes, "matrix": matrix, "memory": memory, "sum": matrix + memory}
+def add_floor(ids: dict[str, Any], precision: str, rates: dict[str, float]) -> None:
+    """Puts the least time of a step beside its measured one: products at the measured rate, then bytes at a copy's."""
+    floor = Floor(Work(**ids["work"]), Ceilings(rates[precision], rates["bytes"]))
+    ids["floor"] = floor.to_json()
+    ids["share_of_floor"] = 1000 * floor.sum_seconds / ids["median_step_ms"]
 
 
 def to_markdown(result: dict[str, Any]) -> str:

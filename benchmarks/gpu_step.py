@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_kernels import Clock
+from dlrm.bench.floor import training_work
 from dlrm.config import (
     PROFILE_WARM_UP_STEPS,
     Config,
@@ -155,6 +156,15 @@ def measure_ids(loop: Loop, config: Config, case: Case, runtime: Runtime, expone
         "median_step_ms": statistics.median(laps),
         "first_step_ms": first_step_ms,
         "distinct_rows": statistics.mean(distinct),
+        "work": asdict(
+            training_work(
+                config.model,
+                case.optimizer,
+                case.batch_size,
+                round(statistics.mean(distinct)),
+                2 if case.precision == "bf16" else 4,
+            )
+        ),
         "host_syncs": find_host_syncs(loop, batches, runtime),
         "copy_batch_ms": time_copy(own[0], runtime.device),
     }

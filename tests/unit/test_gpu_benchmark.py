@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import CASES, CHECK_GROUPS, Outcome, Session, run_cases, run_checks
-from benchmarks.gpu_report import floor_seconds, to_markdown
+from benchmarks.gpu_report import add_floor, to_markdown
 from benchmarks.gpu_step import fit_rows, sum_kernels
 from dlrm.recipes import MLPERF_ROWS
 from tests.gpu.checks import CHECKS
@@ -27,21 +27,12 @@ def test_tables_fill_what_there_is() -> None:
     assert len({rows for rows, own in zip(cut, MLPERF_ROWS, strict=True) if rows < own}) == 1
 
 
-def test_floor_of_a_step_of_mlperfs_shape() -> None:
-    result = {
-        "case": {"batch_size": 65_536, "precision": "bf16", "optimizer": "sgd"},
-        "model": {
-            "embedding_dim": 128,
-            "dense_arch_layer_sizes": [512, 256, 128],
-            "over_arch_layer_sizes": [1024, 1024, 512, 256, 1],
-        },
-    }
-    floor = floor_seconds(result, 1_300_000, {"bf16": 790e12, "bytes": 4.3e12})
-    assert floor["flop"] / 65_536 == pytest.approx(14.5e6, rel=0.02)
-    assert floor["sum"] == pytest.approx(floor["matrix"] + floor["memory"])
-    assert 0.002 < floor["sum"] < 0.003
-    wide = floor_seconds({**result, "case": {**result["case"], "precision": "tf32"}}, 0, {"tf32": 1, "bytes": 1})
-    assert wide["bytes"] > 1.9 * floor_seconds(result, 0, {"bf16": 1, "bytes": 1})["bytes"]
+def test_a_step_is_held_against_its_floor() -> None:
+    work = {"flop": 14.5e6 * 65_536, "num_bytes": 100e3 * 65_536}
+    ids = {"work": work, "median_step_ms": 5.0}
+    add_floor(ids, "bf16", {"bf16": 790e12, "fp32": 1.0, "bytes": 4.3e12})
+    assert ids["floor"]["sum_seconds"] == pytest.approx(0.00273, rel=0.01)
+    assert ids["share_of_floor"] == pytest.approx(0.545, rel=0.01)
 
 
 def test_kernels_of_a_trace_are_summed_by_step() -> None:
