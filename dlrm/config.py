@@ -393,7 +393,8 @@ class Config:
 
     recipe: Annotated[str | None, optional("none", "NAME")] = None
     """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
-    spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80."""
+    spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80. With --help beside it, its values stand as the
+    defaults."""
 
     @property
     def is_random(self) -> bool:

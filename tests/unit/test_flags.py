@@ -182,3 +182,11 @@ def test_help_lists_every_field_with_its_docstring(capsys, monkeypatch):
 def test_help_names_every_recipe():
     names = re.findall(r"\w+_\w+|kaggle", field_docstrings()["recipe"].split(":", 1)[1])
     assert names == list(RECIPES)
+
+
+def test_help_beside_a_recipe_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--recipe", "kaggle_sample", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Training samples per rank per step. (default: 128)" in shown
+    assert "Step size of the embedding tables and the dense parts. (default: 0.02)" in shown
