@@ -87,16 +87,23 @@ class _PairwiseDots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors_BVD: torch.Tensor) -> torch.Tensor:
-        size = vectors_BVD.size(1)
         ctx.save_for_backward(vectors_BVD)
-        rows, columns = torch.triu_indices(size, size, offset=1, device=vectors_BVD.device)
-        return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, rows * size + columns)
+        cell_of_pair, _ = _places(vectors_BVD.size(1), vectors_BVD.device)
+        return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, cell_of_pair)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
         (vectors_BVD,) = ctx.saved_tensors
-        batch, size, _ = vectors_BVD.shape
-        rows, columns = torch.triu_indices(size, size, offset=1, device=vectors_BVD.device)
-        matrix_BVV = grad_outputs[0].new_zeros(batch, size, size)
-        matrix_BVV[:, rows, columns] = grad_outputs[0]
-        return torch.bmm(matrix_BVV + matrix_BVV.transpose(1, 2), vectors_BVD)
+        size = vectors_BVD.size(1)
+        _, pair_of_cell = _places(size, vectors_BVD.device)
+        padded = torch.nn.functional.pad(grad_outputs[0], (0, 1))  # the diagonal, which is no pair, reads this zero
+        return torch.bmm(padded.index_select(1, pair_of_cell).unflatten(1, (size, size)), vectors_BVD)
+
+
+@cache
+def _places(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each pair is in a flat matrix of `size` vectors' products, and for each cell of that which pair it is."""
+    rows, columns = torch.triu_indices(size, size, offset=1, device=device)
+    pair_of_cell = torch.full((size, size), len(rows), device=device)
+    pair_of_cell[rows, columns] = pair_of_cell[columns, rows] = torch.arange(len(rows), device=device)
+    return rows * size + columns, pair_of_cell.flatten()
