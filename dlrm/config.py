@@ -62,7 +62,7 @@ Rules = Annotated[
 
 CommPrecision = Literal["fp32", "fp16", "bf16"]
 OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "int16"]
 DenseExecution = Literal["eager", "compile", "cuda_graph"]
 
 
@@ -308,9 +308,11 @@ class TrainingConfig:
     input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The numbers are the
     same."""
 
-    precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16}")] = None
+    precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16,int16}")] = None
     """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
-    and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32."""
+    and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32. int16: for CPUs with
+    AVX-512 VNNI, but without AMX or AVX-512 BF16: the MLPs' matrix products, but for the last layer's, from operands
+    rounded to int16 in blocks of 192 with a scale each; all else stays in fp32."""
 
     allow_tf32: bool = False
     """The same as --precision tf32. No effect without a GPU."""

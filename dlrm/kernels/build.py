@@ -1,7 +1,8 @@
 """Compiles the operators for the PyTorch that is installed: `python -m dlrm.kernels.build`.
 
 One library beside this file, named after what it was compiled from, so that it is never loaded for other sources or
-another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run.
+another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run. Those of int16
+products are compiled for AVX-512 VNNI only.
 """
 
 import hashlib
@@ -11,11 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from dlrm.host import available_cores
 
 SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi")
@@ -26,6 +30,8 @@ _INSTRUCTION_SETS = {
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     }
 }
+_INT16 = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
+_OPERATORS = ("ops", "int16_ops")
 
 
 def library_path() -> Path:
@@ -33,7 +39,7 @@ def library_path() -> Path:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS)).encode())
+    digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS, _INT16)).encode())
     return SOURCES.parent / f"native_{digest.hexdigest()[:16]}.so"
 
 
@@ -50,15 +56,14 @@ def build(compiler: str) -> Path:
     """
     path = library_path()
     with tempfile.TemporaryDirectory() as folder:
-        objects = [Path(folder, "ops.o")]
-        # at::parallel_for needs -fopenmp. Linking with it would load a second OpenMP beside torch's.
-        includes = [f"-isystem{folder}" for folder in include_paths()]
-        commands = [[*_FLAGS, "-fopenmp", *includes, "-c", str(SOURCES / "ops.cpp"), "-o", str(objects[0])]]
-        for name, flags in _INSTRUCTION_SETS.get(platform.machine(), {"baseline": ()}).items():
-            objects.append(Path(folder, f"{name}.o"))
-            commands.append([*_FLAGS, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(objects[-1])])
-        for command in commands:
-            _run([compiler, *command])
+        parts = list(_parts())
+        objects = [Path(folder, f"{number}.o") for number in range(len(parts))]
+        commands = [
+            [compiler, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(target)]
+            for (source, flags), target in zip(parts, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(available_cores()) as threads:
+            list(threads.map(_run, commands))
         linked = Path(folder, "native.so")
         libraries = [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
         _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(linked)])
@@ -69,6 +74,19 @@ def build(compiler: str) -> Path:
         if other != path:
             other.unlink()
     return path
+
+
+def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each compilation's source and flags."""
+    # at::parallel_for needs -fopenmp. Linking with it would load a second OpenMP beside torch's.
+    includes = [f"-isystem{folder}" for folder in include_paths()]
+    for name in _OPERATORS:
+        yield f"{name}.cpp", ("-fopenmp", *includes)
+    machine = platform.machine()
+    for flags in _INSTRUCTION_SETS.get(machine, {"baseline": ()}).values():
+        yield "kernels.cpp", flags
+    if machine in _INT16:
+        yield "int16.cpp", _INT16[machine]
 
 
 def _run(command: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Linear layers with ReLU, forward and backward in one step each.
 
-Shapes: B samples.
+Shapes: B samples, N outputs, K inputs of a layer.
 """
 
 from collections.abc import Sequence
@@ -11,40 +11,57 @@ from torch.nn.functional import linear, relu
 
 from dlrm.kernels.native import has_native
 
+LEAST_INT16_SIZE = 64
+"""Of a layer's inputs and outputs: narrower layers gain nothing from int16 products, or lose."""
 
-def mlp(input_B: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+
+def mlp(
+    input_B: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    *,
+    uses_int16: bool = False,
+) -> torch.Tensor:
     """Each layer a matrix product, a bias and a ReLU; matrix products in autocast's type under autocast.
 
     Args:
         input_B: [B, in_features] float32 or bfloat16.
         weights: of each layer, [out_features, in_features] float32.
         biases: of each layer, [out_features] float32.
+        uses_int16: products of fp32 through int16 where a layer is wide enough, on CPUs for which
+            torch.ops.dlrm.has_int16() holds.
 
     Returns:
         [B, out_features of the last layer].
+
+    Raises:
+        RuntimeError: for int16 without the compiled operators, or on a CPU without AVX-512 VNNI.
     """
     # torch.compile fuses what lies between the products itself.
     if torch.compiler.is_compiling() or not (input_B.is_cpu and has_native()):
+        if uses_int16:
+            raise RuntimeError("int16 products: expected CPU tensors, the compiled operators, and no torch.compile")
         return plain_mlp(input_B, weights, biases)
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else torch.float32
-    return _NativeMlp.apply(dtype, input_B, *(part for layer in zip(weights, biases, strict=True) for part in layer))
+    layers = (part for layer in zip(weights, biases, strict=True) for part in layer)
+    return _NativeMlp.apply(dtype, uses_int16 and not is_cast, input_B, *layers)
 
 
 class _NativeMlp(torch.autograd.Function):
     """What lies between two matrix products is one pass over the activations, in place."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, input_B: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, dtype: torch.dtype, uses_int16: bool, input_B: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
         weights = [weight.to(dtype) for weight in parameters[::2]]
         activations = [input_B.to(dtype).contiguous()]
         with torch.autocast("cpu", enabled=False):
             for weight, bias in zip(weights, parameters[1::2], strict=True):
-                output = torch.mm(activations[-1], weight.t())
-                torch.ops.dlrm.add_bias_(output, bias, True)
-                activations.append(output)
+                activations.append(_linear(activations[-1], weight, bias, uses_int16 and _is_wide(weight)))
         ctx.save_for_backward(*weights, *activations)
-        ctx.input_dtype = input_B.dtype
+        ctx.uses_int16, ctx.input_dtype = uses_int16, input_B.dtype
         return activations[-1]
 
     @staticmethod
@@ -55,11 +72,35 @@ class _NativeMlp(torch.autograd.Function):
         grad_B = grad_outputs[0].to(activations[-1].dtype, copy=True, memory_format=torch.contiguous_format)
         for layer in reversed(range(num_layers)):
             grad_bias = torch.ops.dlrm.mask_(grad_B, activations[layer + 1])
-            grad_weight = torch.mm(grad_B.t(), activations[layer]).float()
-            gradients[:0] = [grad_weight, grad_bias]
-            if layer > 0 or ctx.needs_input_grad[1]:
-                grad_B = torch.mm(grad_B, weights[layer])
-        return None, grad_B.to(ctx.input_dtype) if ctx.needs_input_grad[1] else None, *gradients
+            uses_int16 = ctx.uses_int16 and _is_wide(weights[layer])
+            gradients[:0] = [_grad_weight(grad_B, activations[layer], uses_int16), grad_bias]
+            if layer > 0 or ctx.needs_input_grad[2]:
+                grad_B = _grad_input(grad_B, weights[layer], uses_int16)
+        return None, None, grad_B.to(ctx.input_dtype) if ctx.needs_input_grad[2] else None, *gradients
+
+
+def _is_wide(weight_NK: torch.Tensor) -> bool:
+    return min(weight_NK.shape) >= LEAST_INT16_SIZE
+
+
+def _linear(input_BK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor, uses_int16: bool) -> torch.Tensor:
+    if uses_int16:
+        return torch.ops.dlrm.int16_linear(input_BK, weight_NK, bias_N, True)
+    output_BN = torch.mm(input_BK, weight_NK.t())
+    torch.ops.dlrm.add_bias_(output_BN, bias_N, True)
+    return output_BN
+
+
+def _grad_weight(grad_BN: torch.Tensor, input_BK: torch.Tensor, uses_int16: bool) -> torch.Tensor:
+    if uses_int16:
+        return torch.ops.dlrm.int16_grad_weight(grad_BN, input_BK)
+    return torch.mm(grad_BN.t(), input_BK).float()
+
+
+def _grad_input(grad_BN: torch.Tensor, weight_NK: torch.Tensor, uses_int16: bool) -> torch.Tensor:
+    if uses_int16:
+        return torch.ops.dlrm.int16_grad_input(grad_BN, weight_NK)
+    return torch.mm(grad_BN, weight_NK)
 
 
 def plain_mlp(input_B: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:

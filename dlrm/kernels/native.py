@@ -28,6 +28,13 @@ def has_native() -> bool:
     return load_native() is None
 
 
+def why_no_int16() -> str | None:
+    """None where int16 products can be computed, or in words why not."""
+    if (why := load_native()) is not None:
+        return f"no compiled operators: {why}"
+    return None if torch.ops.dlrm.has_int16() else "this CPU has no AVX-512 VNNI"
+
+
 def describe_kernels() -> str:
     """For the start of a run: which operators compute on this CPU."""
     if (why := load_native()) is not None:

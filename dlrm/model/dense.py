@@ -15,12 +15,19 @@ from dlrm.schema import MISSING_DENSE
 
 
 class ReluMLP(MLP):
-    """TorchRec's MLP, with its parameters and their names, computed layer by layer in few passes over memory."""
+    """TorchRec's MLP, with its parameters and their names, computed layer by layer in few passes over memory.
+
+    Attributes:
+        uses_int16: matrix products of wide layers through int16; see dlrm.kernels.mlp.
+    """
+
+    uses_int16: bool = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - MLP's name
         """Returns [B, size of the last layer]."""
         layers = [perceptron._linear for perceptron in self._mlp]  # type: ignore[union-attr]
-        return mlp(input, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return mlp(input, weights, biases, uses_int16=self.uses_int16)
 
 
 class StandardizedDense(nn.Module):

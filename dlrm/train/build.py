@@ -5,6 +5,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config
 from dlrm.data.splits import hotness_of, measure_dense
+from dlrm.model.dense import ReluMLP
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_main_rank
 from dlrm.sharding.cluster import Cluster
@@ -28,6 +29,10 @@ def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
         if name != "embedding_bag_collection":
             part.to(runtime.device)
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
+    if config.training.arithmetic == "int16":
+        for part in model.modules():
+            if isinstance(part, ReluMLP):
+                part.uses_int16 = True
     autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
     train = DLRMTrain(model, runtime.world_size, autocast)
     set_dense_execution(train, config.training.dense_execution, config.data.batch_size)

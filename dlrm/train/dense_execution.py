@@ -1,4 +1,4 @@
-"""How the MLPs run: operator by operator, compiled, or compiled and replayed as CUDA graphs.
+"""How the MLPs run: operator by operator, compiled, or compiled and replayed as CUDA graphs; and in what arithmetic.
 
 The tables' lookup, the input's all-to-all and the loss stay as they are.
 """
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlrm.config import DenseExecution
+from dlrm.config import DenseExecution, TrainingConfig
 from dlrm.errors import ConfigError
+from dlrm.kernels.native import why_no_int16
 from dlrm.model.dlrm import DLRMTrain
 from dlrm.model.interaction import DotInteraction
 
@@ -36,6 +37,25 @@ def check_dense_execution(execution: DenseExecution, device: torch.device) -> No
         raise ConfigError(
             "--dense_execution compile: torch.compile needs a C++ compiler on a CPU, and there is none. Install g++, "
             "or use eager."
+        )
+
+
+def check_arithmetic(training: TrainingConfig, device: torch.device) -> None:
+    """Refuses int16 where it can't be computed.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if training.arithmetic != "int16":
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"--precision int16: expected a CPU, got {device.type}. Use bf16 or tf32.")
+    if (why := why_no_int16()) is not None:
+        raise ConfigError(f"--precision int16: {why}. Use fp32, or bf16 where the CPU has AMX or AVX-512 BF16.")
+    if training.dense_execution != "eager":
+        raise ConfigError(
+            f"--precision int16 with --dense_execution {training.dense_execution}: int16 products are not compiled. "
+            "Drop one of the two."
         )
 
 

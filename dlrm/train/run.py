@@ -27,7 +27,7 @@ from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.dense_execution import check_dense_execution
+from dlrm.train.dense_execution import check_arithmetic, check_dense_execution
 from dlrm.train.optimizers import build_optimizer, table_state_floats
 from dlrm.train.pipeline import check_pipeline
 from dlrm.train.profiling import StepProfiler, check_profile
@@ -44,6 +44,7 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
     config = on_main_rank(runtime, lambda: _with_seed(config))
     path = on_main_rank(runtime, lambda: _check_output(config))
     on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
+    on_every_rank(runtime, lambda: check_arithmetic(config.training, runtime.device))
     assert config.training.seed is not None
     if runtime.is_main:
         print(runtime.describe(), flush=True)
