@@ -10,6 +10,7 @@ from dlrm.bench.config import (
     InteractionBench,
     LoaderBench,
     PreprocessBench,
+    ProductsBench,
     TrainBench,
 )
 from dlrm.errors import EXIT_USER_ERROR, ConfigError
@@ -20,6 +21,7 @@ CASES: dict[str, tuple[type[Any], str]] = {
     "loader": (LoaderBench, "rows/s read from mapped days, against TorchRec's reader and against training"),
     "evaluate": (EvaluateBench, "samples/s of an evaluation pass, against TorchRec with torchmetrics, and training"),
     "interaction": (InteractionBench, "pairwise dots, forward and backward, against TorchRec's module"),
+    "products": (ProductsBench, "the MLPs' matrix products through int16, against torch.mm in fp32"),
     "embedding": (EmbeddingBench, "table lookup, backward and update, against FBGEMM"),
     "preprocess": (PreprocessBench, "rows/s from raw text to shuffled days, against torchrec's three functions"),
 }

@@ -16,12 +16,22 @@ DEFAULT_NUM_EMBEDDINGS = 100_000
 MLPERF_ZIPF_EXPONENT = 1.1
 _SAMPLES_PER_TURN = 80_000
 
-Arithmetic = Literal["fp32", "bf16"]
+Stored = Literal["fp32", "bf16"]
+"""Precision of activations."""
+
+Arithmetic = Literal["fp32", "bf16", "int16"]
+"""Of matrix products. Activations of int16 are fp32."""
+
+
+def best_storage() -> Stored:
+    """bf16 where this CPU multiplies matrices in it."""
+    return "bf16" if {"amx_bf16", "avx512_bf16"} & cpu_flags() else "fp32"
 
 
 def best_precision() -> Arithmetic:
-    """bf16 where this CPU multiplies matrices in it."""
-    return "bf16" if {"amx_bf16", "avx512_bf16"} & cpu_flags() else "fp32"
+    """bf16 or int16 where this CPU multiplies matrices faster in it."""
+    storage = best_storage()
+    return "int16" if storage == "fp32" and "avx512_vnni" in cpu_flags() else storage
 
 
 @dataclass(frozen=True)
@@ -50,21 +60,22 @@ class Rounds:
             raise ConfigError(f"--json {self.json}: can't be written. Expected a file's name in a folder of yours.")
 
 
-PrecisionFlag = Annotated[Arithmetic | None, optional("bf16 where the CPU has AMX or AVX-512 BF16", "{fp32,bf16}")]
+_BF16_UNITS = "bf16 where the CPU has AMX or AVX-512 BF16"
+StoredFlag = Annotated[Stored | None, optional(_BF16_UNITS, "{fp32,bf16}")]
+ArithmeticFlag = Annotated[
+    Arithmetic | None, optional(f"{_BF16_UNITS}, else int16 where it has AVX-512 VNNI", "{fp32,bf16,int16}")
+]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch, the tables that its ids point into, and arithmetic."""
+    """A batch, and the tables that its ids point into."""
 
     batch_size: Annotated[int, Gt(0), Lt(2**24)] = 4096
     """Samples per step over all ranks."""
 
     optimizer: Literal["sgd", "rowwise_adagrad", "adagrad"] = "sgd"
     """Of the tables; dense parts have sgd, or else Adagrad."""
-
-    precision: PrecisionFlag = None
-    """Matrix products and activations of our side. The reference always computes in fp32."""
 
     rows: Literal["uniform100k", "mlperf"] = "uniform100k"
     """uniform100k: num_embeddings rows in every table. mlperf: the cardinalities of MLPerf's data set (the largest
@@ -80,11 +91,6 @@ class Workload:
     """Id k of a table is drawn with probability falling as (k + 1)^-exponent. At 0, uniform, our side draws fresh
     batches every step, and the reference cycles ten of torchrec's random data set, as the public example does.
     Otherwise both sides cycle ten batches of ours."""
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """Of our side's matrix products."""
-        return self.precision or best_precision()
 
     @property
     def exponent(self) -> float:
@@ -120,6 +126,14 @@ class Shape(Workload):
 
     ranks: Annotated[int, Gt(0), Le(1024)] = 2
     """Processes of each side, which share the cores; a divisor of batch_size."""
+
+    precision: ArithmeticFlag = None
+    """Matrix products of our side, and in bf16 activations too. The reference always computes in fp32."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Of our side's matrix products."""
+        return self.precision or best_precision()
 
     def validate(self) -> None:
         """See `Workload`."""
@@ -209,16 +223,34 @@ class InteractionBench:
     batch_size: Annotated[int, Gt(0), Lt(2**24)] = 4096
     """Samples of a call."""
 
-    precision: PrecisionFlag = None
+    precision: StoredFlag = None
     """Of our kernel and its twin. TorchRec's module computes in fp32."""
 
     steps: CallsFlag = 20
     """Timed calls of a turn, after 5 that warm up."""
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def arithmetic(self) -> Stored:
         """Of our side."""
-        return self.precision or best_precision()
+        return self.precision or best_storage()
+
+    def validate(self) -> None:
+        """See `Rounds`."""
+        _validate(self, self.repetition)
+
+
+@dataclass(frozen=True)
+class ProductsBench:
+    """Matrix products of the MLPs' layers, forward with bias and ReLU, and both gradients: through int16 against
+    torch.mm in fp32, layer by layer in turn. One process with all cores; needs a CPU with AVX-512 VNNI."""
+
+    repetition: Rounds = field(default_factory=Rounds)
+
+    batch_size: Annotated[int, Gt(0), Lt(2**24)] = 4096
+    """Samples of a call."""
+
+    steps: CallsFlag = 10
+    """Timed calls of a turn, after 5 that warm up."""
 
     def validate(self) -> None:
         """See `Rounds`."""
@@ -235,6 +267,14 @@ class EmbeddingBench:
 
     steps: CallsFlag = 20
     """Timed calls of a turn, after 5 that warm up. They cycle ten batches of ids."""
+
+    precision: StoredFlag = None
+    """Of our side's pooled rows and their gradients. FBGEMM's are fp32."""
+
+    @property
+    def arithmetic(self) -> Stored:
+        """Of our side."""
+        return self.precision or best_storage()
 
     def validate(self) -> None:
         """See `Rounds` and `Workload`."""

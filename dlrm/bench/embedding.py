@@ -17,7 +17,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from dlrm.bench.ceilings import ceilings_side
-from dlrm.bench.config import EmbeddingBench, Shape, Workload
+from dlrm.bench.config import EmbeddingBench, Shape
 from dlrm.bench.floor import ID, Floor, Work, embedding_work
 from dlrm.bench.micro import repeat, require_kernels
 from dlrm.bench.provenance import write_result
@@ -48,7 +48,7 @@ def run(bench: EmbeddingBench) -> dict[str, Any]:
         DlrmError: what a side raised.
     """
     workload = bench.workload
-    config = make_config(Shape(**asdict(workload), ranks=1), NUM_CACHED_BATCHES)
+    config = make_config(Shape(**asdict(workload), ranks=1, precision=bench.arithmetic), NUM_CACHED_BATCHES)
     sides = [
         Side("ours", open_kernel, (config, bench), ("update",)),
         Side("reference", open_fbgemm, (config, bench), ("update",), is_plain=True),
@@ -58,13 +58,13 @@ def run(bench: EmbeddingBench) -> dict[str, Any]:
         [*sides, ceilings_side("fp32")], bench.repetition.rounds, show_rate(workload.batch_size), at_once=at_once
     )
     speeds = {side.name: Speed(workload.batch_size, results[side.name].turns["update"]) for side in sides}
-    floor = Floor(count_update(config, workload), best_ceilings(results))
+    floor = Floor(count_update(config, bench), best_ceilings(results))
     result: dict[str, Any] = {
         "case": "embedding",
         **compare(speeds["ours"], speeds["reference"], floor),
         "sides": {name: {**results[name].to_json(), **speed.to_json()} for name, speed in speeds.items()},
         "bench": asdict(bench),
-        "precision": workload.arithmetic,
+        "precision": bench.arithmetic,
         "at_once": at_once,
     }
     print_speeds(speeds)
@@ -74,11 +74,12 @@ def run(bench: EmbeddingBench) -> dict[str, Any]:
     return result
 
 
-def count_update(config: Config, workload: Workload) -> Work:
+def count_update(config: Config, bench: EmbeddingBench) -> Work:
     """Rows and their state; each sample's ids read, pooled rows written, their gradients read."""
+    workload = bench.workload
     rows = count_distinct_rows(config, workload.batch_size)
     dim = config.model.embedding_dim
-    pooled = 2 * dim * BYTES[workload.arithmetic]
+    pooled = 2 * dim * BYTES[bench.arithmetic]
     per_sample = NUM_CATEGORICAL_FEATURES * (ID + pooled)
     return embedding_work(dim, workload.optimizer, rows) + Work(0, workload.batch_size * per_sample)
 
@@ -90,7 +91,7 @@ def open_kernel(config: Config, bench: EmbeddingBench) -> Iterator[Turns]:
     tables = HostTables.of(make_tables(config))
     assert tables is not None, "FBGEMM's tables, of a kind that the operators take"
     batches = draw_batches(config)
-    dtype = _DTYPES[bench.workload.arithmetic]
+    dtype = _DTYPES[bench.arithmetic]
     grad_BT = draw_gradient(config).to(dtype)
 
     def update(number: int) -> None:

@@ -20,7 +20,9 @@ from dlrm.config import Config
 from dlrm.data.random_source import RandomSource
 from dlrm.schema import ONE_HOT
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "int16": 4}
+"""Of an activation."""
+
 TRAINING_TURNS = ("train", "describe")
 
 
@@ -70,7 +72,8 @@ def make_sides(config: Config, shape: Shape, turns: tuple[str, ...]) -> list[Sid
 
 def describe_sides(shape: Shape) -> str:
     """What runs against what."""
-    why = "as asked" if shape.precision else f"the CPU {'has' if shape.arithmetic == 'bf16' else 'lacks'} bf16 units"
+    units = {"bf16": "has bf16 units", "int16": "has VNNI, but no bf16 units", "fp32": "lacks bf16 units and VNNI"}
+    why = "as asked" if shape.precision else f"the CPU {units[shape.arithmetic]}"
     return (
         f"Ours in {shape.arithmetic} ({why}) against torchrec.models.dlrm in fp32: {shape.optimizer}, batch "
         f"{shape.batch_size:,} over {shape.ranks} rank{'s' * (shape.ranks > 1)} a side."
