@@ -14,7 +14,7 @@ import torch
 from dlrm.bench.ceilings import ceilings_side
 from dlrm.bench.config import ProductsBench
 from dlrm.bench.floor import Floor, Work
-from dlrm.bench.micro import repeat
+from dlrm.bench.micro import repeat, require_kernels
 from dlrm.bench.provenance import write_result
 from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_speeds, ratios
 from dlrm.bench.rounds import SideResult, best_ceilings, take_turns
@@ -94,6 +94,7 @@ def _name(kind: str, layer: Layer) -> str:
 @contextmanager
 def open_products(bench: ProductsBench, layers: list[Layer]) -> Iterator[Turns]:
     """Of each layer both ways: forward with bias and ReLU, the input's gradient, the weight's gradient."""
+    require_kernels()
     turns = {}
     for k, n in layers:
         input_BK, grad_BN = torch.randn(bench.batch_size, k).relu_(), torch.randn(bench.batch_size, n)
