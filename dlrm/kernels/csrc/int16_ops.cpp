@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -15,8 +17,11 @@
 namespace dlrm {
 namespace {
 
+// Not where DLRM_KERNELS names lesser instructions.
 bool has_int16() {
 #if defined(__x86_64__)
+  const char* asked = std::getenv("DLRM_KERNELS");
+  if (asked != nullptr && std::string(asked) != "AVX-512") return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -33,7 +38,7 @@ void check_matrix(const at::Tensor& tensor, const char* name) {
 
 void check_pair(const at::Tensor& left, const char* left_name, int64_t left_size, const at::Tensor& right,
                 const char* right_name, int64_t right_size) {
-  TORCH_CHECK(has_int16(), "int16 products: this CPU has no AVX-512 VNNI");
+  TORCH_CHECK(has_int16(), "int16 products: this CPU has no AVX-512 VNNI, or DLRM_KERNELS names lesser instructions");
   TORCH_CHECK_VALUE(left_size == right_size, left_name, " and ", right_name, ": got ", left.sizes(), " and ",
                     right.sizes(), ", which do not fit each other");
 }
