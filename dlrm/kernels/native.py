@@ -32,7 +32,10 @@ def why_no_int16() -> str | None:
     """None where int16 products can be computed, or in words why not."""
     if (why := load_native()) is not None:
         return f"no compiled operators: {why}"
-    return None if torch.ops.dlrm.has_int16() else "this CPU has no AVX-512 VNNI"
+    if torch.ops.dlrm.has_int16():
+        return None
+    asked = os.environ.get("DLRM_KERNELS")
+    return "this CPU has no AVX-512 VNNI" if asked in (None, "AVX-512") else f"DLRM_KERNELS={asked}"
 
 
 def describe_kernels() -> str:

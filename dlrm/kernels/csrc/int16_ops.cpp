@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "int16.h"
@@ -14,8 +17,11 @@
 namespace dlrm {
 namespace {
 
+// Not where DLRM_KERNELS names lesser instructions.
 bool has_int16() {
 #if defined(__x86_64__)
+  const char* asked = std::getenv("DLRM_KERNELS");
+  if (asked != nullptr && std::string(asked) != "AVX-512") return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -32,7 +38,7 @@ void check_matrix(const at::Tensor& tensor, const char* name) {
 
 void check_pair(const at::Tensor& left, const char* left_name, int64_t left_size, const at::Tensor& right,
                 const char* right_name, int64_t right_size) {
-  TORCH_CHECK(has_int16(), "int16 products: this CPU has no AVX-512 VNNI");
+  TORCH_CHECK(has_int16(), "int16 products: this CPU has no AVX-512 VNNI, or DLRM_KERNELS names lesser instructions");
   TORCH_CHECK_VALUE(left_size == right_size, left_name, " and ", right_name, ": got ", left.sizes(), " and ",
                     right.sizes(), ", which do not fit each other");
 }
@@ -42,12 +48,20 @@ void check_pair(const at::Tensor& left, const char* left_name, int64_t left_size
 constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kSlice = 32 * int16::kBlock;  // samples at once in a weight's gradient: bounds the scratch memory
 
-// Calls body(slot, task) for all tasks as threads come free; calls at the same time have different slots.
-template <class Body>
-void share_out(int64_t tasks, Body body) {
-  std::atomic<int64_t> next{0};
+// Calls prepare(task) for all its tasks, and when these are done multiply(slot, task) for all of its own, as threads come
+// free; calls at the same time have different slots. One parallel region: a thread that comes late is not waited for.
+template <class Prepare, class Multiply>
+void share_out(int64_t preparations, Prepare prepare, int64_t products, Multiply multiply) {
+  const int64_t tasks = preparations + products;
+  std::atomic<int64_t> next{0}, prepared{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t slot, int64_t) {
-    for (int64_t task; (task = next++) < tasks;) body(slot, task);
+    int64_t task = next++;
+    for (; task < preparations; task = next++) {
+      prepare(task);
+      prepared.fetch_add(1, std::memory_order_release);
+    }
+    while (prepared.load(std::memory_order_acquire) < preparations) std::this_thread::yield();
+    for (; task < tasks; task = next++) multiply(slot, task - preparations);
   });
 }
 
@@ -74,16 +88,20 @@ struct Stored : int16::Operand {
 
 at::Tensor partials() { return at::empty({at::get_num_threads(), int16::kPartialFloats}, at::kFloat); }
 
-// out = left right^T; rows of left are quantized a few at a time by the thread that multiplies them.
-void multiply_rows(const at::Tensor& left, const int16::Operand& right, const int16::Output& output) {
+// out = left right^T, where prepare(part) quantizes a part of right; rows of left are quantized a few at a time by the
+// thread that multiplies them.
+template <class Prepare>
+void multiply_rows(const at::Tensor& left, const int16::Operand& right, int64_t parts, Prepare prepare,
+                   const int16::Output& output) {
   const int64_t rows = left.size(0), columns = right.vectors, own = rows_of_part(rows, 1);
+  const float* source = left.const_data_ptr<float>();
   const at::Tensor memory = partials();
   std::vector<Stored> slots;
   for (int i = 0; i < at::get_num_threads(); ++i) slots.emplace_back(int16::Layout::kRows, own, right.contracted);
-  share_out(parts_of(rows, own), [&](int64_t slot, int64_t task) {
+  share_out(parts, prepare, parts_of(rows, own), [&](int64_t slot, int64_t task) {
     int16::Operand part = slots[slot];
     part.vectors = std::min(own, rows - task * own);
-    int16::quantize_rows(left.const_data_ptr<float>() + task * own * right.contracted, part);
+    int16::quantize_rows(source + task * own * right.contracted, part);
     int16::Output here = output;
     here.out += task * own * output.stride;
     for (int64_t column = 0; column < columns; column += int16::kColumnChunk) {
@@ -93,44 +111,47 @@ void multiply_rows(const at::Tensor& left, const int16::Operand& right, const in
   });
 }
 
-void multiply(const int16::Operand& left, const int16::Operand& right, const int16::Output& output) {
-  const int64_t across = parts_of(right.vectors, int16::kColumnChunk), own = rows_of_part(left.vectors, across);
-  const at::Tensor memory = partials();
-  share_out(parts_of(left.vectors, own) * across, [&](int64_t slot, int64_t task) {
-    const int64_t row = task / across * own, column = task % across * int16::kColumnChunk;
-    int16::multiply(left, right, row, std::min(left.vectors, row + own), column,
-                    std::min<int64_t>(right.vectors, column + int16::kColumnChunk), output,
-                    memory.mutable_data_ptr<float>() + slot * int16::kPartialFloats);
-  });
-}
-
-void quantize_columns(const float* source, const int16::Operand& out) {
-  share_out(int16::column_parts(out), [&](int64_t, int64_t part) { int16::quantize_columns(source, part, out); });
-}
-
 void linear_into(at::Tensor& output, const at::Tensor& input, const at::Tensor& weight, const float* bias,
                  bool rectified) {
   const Stored right(int16::Layout::kWide, weight.size(0), weight.size(1));
   const float* source = weight.const_data_ptr<float>();
-  share_out(int16::wide_row_parts(right),
-            [&](int64_t, int64_t part) { int16::quantize_wide_rows(source, part, right); });
-  multiply_rows(input, right, {output.mutable_data_ptr<float>(), weight.size(0), bias, rectified, false});
+  multiply_rows(
+      input, right, int16::wide_row_parts(right), [&](int64_t part) { int16::quantize_wide_rows(source, part, right); },
+      {output.mutable_data_ptr<float>(), weight.size(0), bias, rectified, false});
 }
 
 void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& weight) {
   const Stored right(int16::Layout::kWide, weight.size(1), weight.size(0));
-  quantize_columns(weight.const_data_ptr<float>(), right);
-  multiply_rows(gradient, right, {output.mutable_data_ptr<float>(), weight.size(1), nullptr, false, false});
+  const float* source = weight.const_data_ptr<float>();
+  multiply_rows(
+      gradient, right, int16::column_parts(right), [&](int64_t part) { int16::quantize_columns(source, part, right); },
+      {output.mutable_data_ptr<float>(), weight.size(1), nullptr, false, false});
+}
+
+// out += gradient^T input of some samples, or = of the first.
+void add_grad_weight(float* out, const float* gradient, int64_t outputs, const float* input, int64_t inputs,
+                     int64_t samples, bool adds) {
+  const Stored left(int16::Layout::kNarrow, outputs, samples), right(int16::Layout::kWide, inputs, samples);
+  const int64_t left_parts = int16::column_parts(left), parts = left_parts + int16::column_parts(right);
+  const int64_t across = parts_of(inputs, int16::kColumnChunk), own = rows_of_part(outputs, across);
+  const at::Tensor memory = partials();
+  const auto quantize = [&](int64_t part) {
+    part < left_parts ? int16::quantize_columns(gradient, part, left)
+                      : int16::quantize_columns(input, part - left_parts, right);
+  };
+  share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
+    const int64_t row = task / across * own, column = task % across * int16::kColumnChunk;
+    int16::multiply(left, right, row, std::min(outputs, row + own), column,
+                    std::min<int64_t>(inputs, column + int16::kColumnChunk), {out, inputs, nullptr, false, adds},
+                    memory.mutable_data_ptr<float>() + slot * int16::kPartialFloats);
+  });
 }
 
 void grad_weight_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& input) {
   const int64_t batch = input.size(0), outputs = gradient.size(1), inputs = input.size(1);
   for (int64_t first = 0; first < batch; first += kSlice) {
-    const int64_t samples = std::min(kSlice, batch - first);
-    const Stored left(int16::Layout::kNarrow, outputs, samples), right(int16::Layout::kWide, inputs, samples);
-    quantize_columns(gradient.const_data_ptr<float>() + first * outputs, left);
-    quantize_columns(input.const_data_ptr<float>() + first * inputs, right);
-    multiply(left, right, {output.mutable_data_ptr<float>(), inputs, nullptr, false, first > 0});
+    add_grad_weight(output.mutable_data_ptr<float>(), gradient.const_data_ptr<float>() + first * outputs, outputs,
+                    input.const_data_ptr<float>() + first * inputs, inputs, std::min(kSlice, batch - first), first > 0);
   }
 }
 
