@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
+from dlrm.kernels.draw import draw_uniform
 from dlrm.kernels.embedding import replace_lookups, round_lookups
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
@@ -87,12 +88,11 @@ class _Block:
     @torch.no_grad()
     def fill(self) -> None:
         """Draws the whole block, whatever is wanted of it, so that every sharding gives the same table."""
-        generator = torch.Generator(self.part.device).manual_seed(self.seed)
         if self.part.shape == (self.rows, self.dim) and self.part.is_contiguous():
-            self.part.uniform_(-self.bound, self.bound, generator=generator)
+            draw_uniform(self.part, self.bound, self.seed)
             return
         drawn = torch.empty(self.rows, self.dim, device=self.part.device)
-        drawn.uniform_(-self.bound, self.bound, generator=generator)
+        draw_uniform(drawn, self.bound, self.seed)
         rows, columns = self.part.shape
         self.part.copy_(drawn[self.row : self.row + rows, self.column : self.column + columns])
 

@@ -20,6 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch.testing import assert_close
 
 from dlrm.kernels import build, native
+from dlrm.kernels.draw import draw_uniform, plain_draw_uniform
 from dlrm.kernels.embedding import HostTables
 from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction
 from dlrm.kernels.mlp import mlp, plain_mlp
@@ -279,6 +280,17 @@ def test_the_caller_keeps_its_gradient() -> None:
     output = mlp(given, [torch.randn(2, 3, requires_grad=True)], [torch.zeros(2, requires_grad=True)])
     output.backward(grad)
     assert (grad == 1).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 227, 623, 624, 625, 40_000])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 9])
+def test_random_weights_are_those_of_pytorch(size: int, seed: int) -> None:
+    drawn, expected = torch.empty(size), torch.empty(size)
+    draw_uniform(drawn, 0.003, seed)
+    plain_draw_uniform(expected, 0.003, seed)
+    # Without FMA there is one rounding more than in what PyTorch uses on a CPU that has it.
+    one_rounding = 0.003 * 2**-23 if torch.ops.dlrm.instruction_set() == "baseline" else 0.0
+    assert_close(drawn, expected, rtol=0.0, atol=one_rounding)
 
 
 @pytest.mark.skipif("DLRM_KERNELS" in os.environ, reason="runs once, from the run that names no instruction set")

@@ -79,6 +79,8 @@ struct Kernels {
   void (*add_bias)(void* values, Scalar, const float* bias, bool rectified, int64_t columns, int64_t first, int64_t stop);
   // gradient[i] = 0 where output[i] is not positive (unless output is null); sums over rows [first, stop) into sums.
   void (*mask)(void* gradient, const void* output, Scalar, float* sums, int64_t columns, int64_t first, int64_t stop);
+  // Uniform in [low, high): the floats that PyTorch's CPU generator gives from `seed`.
+  void (*draw)(float* values, int64_t size, uint32_t seed, float low, float high);
 };
 
 namespace baseline {

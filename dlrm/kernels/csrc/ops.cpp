@@ -288,6 +288,13 @@ at::Tensor mask(at::Tensor gradient, const std::optional<at::Tensor>& output) {
   return sums.sum(0);
 }
 
+void draw(at::Tensor values, int64_t seed, double low, double high) {
+  check_contiguous(values, "values");
+  TORCH_CHECK_TYPE(values.scalar_type() == at::kFloat, "values: got ", values.scalar_type(), ", expected float32");
+  kernels().draw(values.mutable_data_ptr<float>(), values.numel(), static_cast<uint32_t>(seed), static_cast<float>(low),
+                 static_cast<float>(high));
+}
+
 TORCH_LIBRARY(dlrm, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def(
@@ -301,6 +308,7 @@ TORCH_LIBRARY(dlrm, m) {
   m.def("interact_backward(Tensor gradient, Tensor dense, Tensor[] others, int[] columns) -> Tensor[]");
   m.def("add_bias_(Tensor(a!) values, Tensor bias, bool rectified) -> ()");
   m.def("mask_(Tensor(a!) gradient, Tensor? output) -> Tensor");
+  m.def("draw_(Tensor(a!) values, int seed, float low, float high) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
@@ -310,6 +318,7 @@ TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
   m.impl("interact_backward", interact_backward);
   m.impl("add_bias_", add_bias);
   m.impl("mask_", mask);
+  m.impl("draw_", draw);
 }
 
 }  // namespace
