@@ -7,6 +7,7 @@ PYTHON ?= python3
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
+KERNELS := .venv/kernels-$(DEVICE)
 DEMO ?= build/demo
 DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 
@@ -16,7 +17,7 @@ DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
-setup: $(READY)
+setup: $(KERNELS)
 
 # torch alone brings its own dependencies (the CUDA libraries, where it is the CUDA build); everything else is pinned and
 # comes without, so that no package replaces torch.
@@ -30,11 +31,14 @@ $(READY): requirements/$(DEVICE).txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/cuda.txt torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/$(DEVICE).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(KERNELS): $(READY) dlrm/kernels/build.py $(wildcard dlrm/kernels/csrc/*)
 	@$(BIN)/python -m dlrm.kernels.build
 	@$(BIN)/dlrm doctor
 	@touch $@
 
-demo: $(READY)
+demo: $(KERNELS)
 	@rm -rf $(DEMO)
 	$(BIN)/dlrm synthesize $(DEMO)/raw --rows 600000 --days 3
 	$(BIN)/dlrm preprocess $(DEMO)/raw/day_*.tsv --output $(DEMO)/days
@@ -42,7 +46,7 @@ demo: $(READY)
 	  --recipe debug_cpu --in_memory_binary_criteo_path $(DEMO)/days --run_dir $(DEMO)/run
 	@$(BIN)/python benchmarks/demo_summary.py $(DEMO)/raw/truth.json $(DEMO)/run/summary.json
 
-test: $(READY)
+test: $(KERNELS)
 	$(BIN)/python -m pytest
 
 check: $(READY)

@@ -31,6 +31,7 @@ _INSTRUCTION_SETS = {
     }
 }
 _INT16 = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
+_WITHOUT = "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: make setup."
 _OPERATORS = ("ops", "int16_ops")
 
 
@@ -94,19 +95,19 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Builds unless that was done; 0 also where there is no compiler, for the trainer runs without."""
+    """Builds unless that was done. Always 0: the trainer runs without, and says so at every start."""
     if library_path().exists():
         return 0
     compiler = find_compiler()
     if compiler is None:
-        print("No C++ compiler found: dlrm will run on PyTorch's and FBGEMM's own operators, several times slower.")
+        print(f"No C++ compiler found. {_WITHOUT}")
         return 0
     print("Compiling dlrm's operators (half a minute)", flush=True)
     try:
         build(compiler)
     except subprocess.CalledProcessError as error:
-        print(f"dlrm.kernels.build: error: {compiler} failed:\n{error.stderr}", file=sys.stderr)
-        return 1
+        first = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
+        print(f"{compiler} failed: {first}\n{_WITHOUT}")
     return 0
 
 

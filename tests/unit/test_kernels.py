@@ -41,7 +41,7 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 def compiled() -> None:
     if build.find_compiler() is None:
         pytest.skip("no C++ compiler: there is nothing to test")
-    assert build.main() == 0
+    build.main()
     native.load_native.cache_clear()
     assert native.has_native(), native.describe_kernels()
 

@@ -77,7 +77,12 @@ namespace detail {
 template <int S, int... O>
 inline Floats halve(Floats a, Floats b, std::integer_sequence<int, O...>) {
   constexpr int h = S / 2;
+#if defined(__clang__)
   return __builtin_shufflevector(a, b, (O / h * S + O % h)...) + __builtin_shufflevector(a, b, (O / h * S + O % h + h)...);
+#else
+  constexpr Words first = {(O / h * S + O % h)...}, second = {(O / h * S + O % h + h)...};
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+#endif
 }
 
 template <int N, int S>
