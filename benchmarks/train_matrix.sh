@@ -25,10 +25,11 @@ measure() {
 # Batch, optimizer, ranks: ids uniform over 100,000 rows a table.
 for optimizer in sgd rowwise_adagrad; do
   for ranks in 1 2; do
-    for batch in 512 2048 4096 16384; do
-      measure "uniform100k_${optimizer}_${ranks}x_$batch" --optimizer $optimizer --ranks $ranks --batch_size $batch
+    for batch in 512 2048 4096 16384 65536; do
+      rounds=$((batch == 4096 ? 5 : 3))
+      measure "uniform100k_${optimizer}_${ranks}x_$batch" --optimizer $optimizer --ranks $ranks --batch_size $batch \
+        --rounds $rounds
     done
-    measure "uniform100k_${optimizer}_${ranks}x_65536" --optimizer $optimizer --ranks $ranks --batch_size 65536 --rounds 3
   done
 done
 
@@ -46,5 +47,5 @@ for gib in 1 2 4 8 16 32 64; do
     echo "$gib GiB of tables: $free_gib GiB of memory free, left out"
     continue
   fi
-  measure "mlperf${gib}_rowwise_adagrad_2x_4096" --rows mlperf --tables_gib $gib --optimizer rowwise_adagrad --ranks 2
+  measure "mlperf${gib}_rowwise_adagrad_2x_4096" --rows mlperf --tables_gib $gib --optimizer rowwise_adagrad --ranks 2 --rounds 3
 done
