@@ -6,6 +6,7 @@ The names and defaults of the public TorchRec DLRM example hold. No torch here.
 import dataclasses
 import json
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,6 +352,47 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a training, and how it goes on from there."""
+
+    checkpoint_every: Annotated[str | None, optional("30m; never for random data", "STEPS|MINUTESm|never")] = None
+    """How often a checkpoint is written: 500 is training steps, 30m minutes. One more is written when a validation
+    beats all before it, at the end of training, and when the run is told to stop (SIGTERM, SIGINT)."""
+
+    checkpoint_dir: Annotated[str | None, optional("checkpoints in run_dir", "FOLDER|ADDRESS")] = None
+    """Where: a folder that all hosts see, or an address that fsspec knows, such as s3://bucket/run."""
+
+    keep: Annotated[int, Ge(1)] = 2
+    """Checkpoints to keep: the newest ones, and beside them the one with the best validation AUROC."""
+
+    checkpoint_mode: Literal["async", "sync"] = "async"
+    """async: training goes on while a copy is written; the copy takes as much host memory as tables and optimizer
+    state. sync: training waits."""
+
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
+    """auto: go on from the newest complete checkpoint of the run directory, where it holds one. PATH: from this
+    checkpoint, or the newest one in this folder, into a new run directory. never: start anew."""
+
+    allow_changed_data: bool = False
+    """Resume although the data is not what the checkpoint was trained on."""
+
+    hang_timeout: Annotated[float, Ge(1.0), Lt(1e9)] = 600.0
+    """Seconds without a step on any rank after which a rank that hangs is named and the run ends."""
+
+    @property
+    def every_steps(self) -> int | None:
+        """Training steps between checkpoints, where it is told in steps."""
+        every = self.checkpoint_every
+        return int(every) if every is not None and every.isdigit() else None
+
+    @property
+    def every_seconds(self) -> float | None:
+        """Seconds between checkpoints, where it is told in minutes."""
+        every = self.checkpoint_every
+        return 60 * float(every.removesuffix("m")) if every is not None and every.endswith("m") else None
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """What a run shows and where it writes."""
 
@@ -391,7 +433,12 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    config: Annotated[str | None, optional("none", "FILE")] = None
+    """config.json of a run, which starts the same run again in a new run directory. Other flags change single
+    fields."""
 
     recipe: Annotated[str | None, optional("none", "NAME")] = None
     """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
@@ -414,7 +461,7 @@ class Config:
         Raises:
             ConfigError: if it was written by another version, or holds a field this one does not know.
         """
-        version = content.get("config_version")
+        version = content.get("config_version") if isinstance(content, dict) else None
         if version != CONFIG_VERSION:
             raise ConfigError(f"config_version {version}: this dlrm reads version {CONFIG_VERSION}")
         hints = typing.get_type_hints(Config)
@@ -432,11 +479,41 @@ class Config:
     @staticmethod
     def load(path: Path) -> "Config":
         """The config in a run directory's config.json."""
-        return Config.from_json(json.loads(path.read_text()))
+        return Config.from_text(path.read_text())
+
+    @staticmethod
+    def from_text(text: str) -> "Config":
+        """The config in the text of a config.json.
+
+        Raises:
+            ConfigError: as `from_json` does.
+            ValueError: if it is no JSON.
+        """
+        return Config.from_json(json.loads(text))
 
 
 _Section = TypeVar("_Section")
 
 
 def _restore(section: type[_Section], content: dict[str, Any]) -> _Section:
-    return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    hints = typing.get_type_hints(section)
+    for name, value in values.items():
+        if name in hints and not _is_of(hints[name], value):
+            raise TypeError(f"{name} is {value!r}")
+    return section(**values)
+
+
+def _is_of(hint: Any, value: object) -> bool:
+    """Whether a value from JSON is of a field's type."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if isinstance(value, tuple):
+        return all(type(size) is int for size in value) and tuple in map(typing.get_origin, _alternatives(hint))
+    return any(type(value) is kind or (kind is float and type(value) is int) for kind in _alternatives(hint)) or any(
+        value in typing.get_args(kind) for kind in _alternatives(hint) if typing.get_origin(kind) is Literal
+    )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

@@ -6,6 +6,7 @@ No torch here.
 import dataclasses
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 import annotated_types
 
-from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig
+from dlrm.config import CheckpointConfig, Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig
 from dlrm.errors import ConfigError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 from dlrm.table_constraints import parse_rules
 
+_INTERVAL = re.compile(r"[1-9]\d{0,14}|(?=.*[1-9])\d{1,9}(\.\d+)?m")
 _Idle = tuple[str, bool, str]
 """A field, whether it would change nothing, and why."""
 
@@ -43,6 +45,7 @@ def check_config(config: Config) -> None:
     _check_path("in_memory_binary_criteo_path", config.data.in_memory_binary_criteo_path)
     _check_path("synthetic_multi_hot_criteo_path", config.data.synthetic_multi_hot_criteo_path)
     _check_path("run_dir", config.output.run_dir)
+    _check_checkpoint(config.checkpoint)
     _check_effects(config)
 
 
@@ -127,6 +130,14 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
 
 
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    every = checkpoint.checkpoint_every
+    if every not in (None, "never") and not _INTERVAL.fullmatch(every):
+        raise ConfigError(f"--checkpoint_every {every[:40]}: expected steps, as in 500, minutes, as in 30m, or never")
+    _check_path("checkpoint_dir", checkpoint.checkpoint_dir)
+    _check_path("resume", checkpoint.resume)
+
+
 def _check_path(name: str, path: str | None) -> None:
     if path is None:
         return
@@ -163,6 +174,7 @@ def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
         "sharding": [("large_table_gib", not has_large, "needs a rule of `large` in --table_constraints")],
         "optimizer": _idle_rates(config.optimizer),
         "evaluation": [("validation_auroc", not config.evaluation.validates, _VALIDATES_NOT)],
+        "checkpoint": _idle_checkpoint(config.checkpoint),
         "output": [("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target")],
     }
 
@@ -211,6 +223,17 @@ def _idle_shapes(model: ModelConfig) -> list[_Idle]:
         ("dcn_low_rank_dim", *dcn),
         ("interaction_branch1_layer_sizes", *projection),
         ("interaction_branch2_layer_sizes", *projection),
+    ]
+
+
+def _idle_checkpoint(checkpoint: CheckpointConfig) -> list[_Idle]:
+    writes_none = checkpoint.checkpoint_every == "never"
+    none = "with --checkpoint_every never: no checkpoint is written. Drop one of them"
+    anew = checkpoint.resume == "never"
+    return [
+        ("keep", writes_none, none),
+        ("checkpoint_mode", writes_none, none),
+        ("allow_changed_data", anew, "with --resume never: nothing is resumed. Drop one of them"),
     ]
 
 

@@ -16,18 +16,23 @@ class Progress:
     has a note.
     """
 
-    def __init__(self, label: str, total: int, unit: str, shown: bool = True) -> None:
+    def __init__(self, label: str, total: int, unit: str, shown: bool = True, done: int = 0) -> None:
+        """Shows nothing yet. `done` of the total were done before, and don't count for the rate."""
         self._label = label
         self._total = total
         self._unit = unit
         self._shown = shown
-        self._done = 0
+        self._done = self._done_before = done
         self._note = ""
         self._passes: set[str] = set()
         self._lock = threading.Lock()
         self._started = self._printed = time.monotonic()
         bar = shown and sys.stderr is not None and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True) if bar else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
+            if bar
+            else None
+        )
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done; `note` stands beside until the next one. From any thread."""
@@ -58,8 +63,9 @@ class Progress:
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        left = seconds / max(1, self._done) * max(0, self._total - self._done)
-        note = self._note or f"{self._done / seconds:,.0f} {self._unit}/s"
+        done = self._done - self._done_before
+        left = seconds / max(1, done) * max(0, self._total - self._done)
+        note = self._note or f"{done / seconds:,.0f} {self._unit}/s"
         return f"{self._label}: {self._done:,}/{self._total:,} {self._unit} | {_clock(left)} left | {note}"
 
     def pause(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_HANGS = 3
 
 
 class DlrmError(Exception):
@@ -32,6 +33,10 @@ class PlanError(DlrmError):
 
 class RunDirectoryError(DlrmError):
     """A run directory that can't be written, or already holds a run."""
+
+
+class CheckpointError(DlrmError):
+    """A checkpoint that can't be written or read, or does not fit."""
 
 
 class LaunchError(DlrmError):

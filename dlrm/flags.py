@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -29,7 +30,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         ConfigError: on an unknown flag, a value of the wrong kind, or a combination that makes no sense.
         SystemExit: after --help, with code 0.
     """
-    base = _recipe_of(argv)
+    base = _base_of(argv)
     if _names(argv, "num_embeddings") and not _names(argv, "num_embeddings_per_feature"):
         base = _reset(base, "model", "num_embeddings_per_feature")
     if _names(argv, "adagrad") and not _names(argv, "optimizer"):
@@ -81,18 +82,45 @@ def _names(argv: Sequence[str], flag: str) -> bool:
     return any(token.split("=", 1)[0] in spelled for token in argv)
 
 
-def _recipe_of(argv: Sequence[str]) -> Config:
-    name = None
-    for position, token in enumerate(argv):
-        if token == "--recipe":
-            name = argv[position + 1] if position + 1 < len(argv) else ""
-        elif token.startswith("--recipe="):
-            name = token.removeprefix("--recipe=")
+def _base_of(argv: Sequence[str]) -> Config:
+    """What the other flags change: a run's config, a recipe, or the defaults."""
+    name, path = _value_of(argv, "recipe"), _value_of(argv, "config")
+    if path is not None:
+        if name is not None:
+            raise ConfigError("--config with --recipe: give one of the two")
+        return dataclasses.replace(load_config(path), config=path)
     if name is None:
         return Config()
     if name not in RECIPES:
         raise ConfigError(f"--recipe {name or '(nothing)'}: expected one of {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def load_config(path: str) -> Config:
+    """The config in a run's config.json, to be run anew: without its run directory and what it resumed from.
+
+    Raises:
+        ConfigError: if there is none, or it is not one.
+    """
+    try:
+        config = Config.load(Path(path))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}. Expected the config.json of a run.") from None
+    except ValueError:
+        raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
+    output = dataclasses.replace(config.output, run_dir=None)
+    checkpoint = dataclasses.replace(config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False)
+    return dataclasses.replace(config, output=output, checkpoint=checkpoint)
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    """What a flag is given, before all flags are parsed."""
+    for position, token in enumerate(argv):
+        if token == f"--{flag}":
+            return argv[position + 1] if position + 1 < len(argv) else ""
+        if token.startswith(f"--{flag}="):
+            return token.removeprefix(f"--{flag}=")
+    return None
 
 
 def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:

@@ -21,6 +21,7 @@ from dlrm.host import (
     is_bound_already,
     share_of_rank,
 )
+from dlrm.rendezvous import open_launch_store
 
 T = TypeVar("T")
 
@@ -78,14 +79,16 @@ def start_runtime() -> Iterator[Runtime]:
     host_memory_bytes = available_memory_bytes()
     if owns_group:
         _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
-    # Objects travel over gloo, with patience: one rank may read its rows for long while another waits.
-    control: dist.ProcessGroup | None = None
-    if ranks.world_size > 1:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
     is_joint = ranks.world_size == 1
     try:
         yield Runtime(
-            ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, device, host_memory_bytes, control
+            ranks.rank,
+            ranks.local_rank,
+            ranks.world_size,
+            ranks.local_world_size,
+            device,
+            host_memory_bytes,
+            new_control_group(ranks.world_size),
         )
         is_joint = True
     except DlrmError as error:
@@ -95,6 +98,16 @@ def start_runtime() -> Iterator[Runtime]:
         # A rank that fails alone must not wait for the others in NCCL's teardown: its message would never show.
         if owns_group and is_joint:
             dist.destroy_process_group()
+
+
+def new_control_group(world_size: int) -> dist.ProcessGroup | None:
+    """A group of all ranks for objects and decisions; None for a single rank. Collective.
+
+    Objects travel over gloo, with patience: one rank may read its rows for long while another waits.
+    """
+    if world_size == 1:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
 
 
 @dataclass(frozen=True)
@@ -165,7 +178,8 @@ def _init_process_group(ranks: _Ranks, backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size)
+        store = open_launch_store(ranks.rank, ranks.world_size)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):

@@ -80,6 +80,7 @@ def training_turns(trainer: Trainer, config: Config) -> dict[str, Any]:
     assert isinstance(clock, StepClock)
 
     def train() -> list[float]:
+        trainer.epoch = 0
         trainer.train()
         return clock.seconds()
 

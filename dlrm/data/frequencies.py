@@ -3,7 +3,8 @@
 Shapes: B samples, H hotness of a feature.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +29,18 @@ class IdFrequencies:
         self._hotness = tuple(hotness)
         self._before = [np.zeros(rows, np.int64) for rows in table_rows]
         self._after = [np.zeros(rows, np.int64) for rows in table_rows]
+        self._taken: deque[Batch] = deque()
 
-    def count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; each is counted when it is taken, so that what is only built ahead of need is not."""
+    def note(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, kept in mind until `count`: a pipeline takes some ahead of need."""
+        self._taken.clear()
         for batch in batches:
-            self._add(batch)
+            self._taken.append(batch)
             yield batch
 
-    def _add(self, batch: Batch) -> None:
+    def count(self) -> None:
+        """Counts the batch that was trained on, the oldest of those taken."""
+        batch = self._taken.popleft()
         values = batch.sparse_features.values().numpy()
         first = 0
         for before, after, hot in zip(self._before, self._after, self._hotness, strict=True):
@@ -44,15 +49,22 @@ class IdFrequencies:
             np.add.at(after, ids_BH.reshape(-1), 1)
             first += ids_BH.size
 
+    def add(self, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        """Adds what another part of the run has counted, in the form of `total`."""
+        for name, before, after in zip(CATEGORICAL_NAMES, self._before, self._after, strict=True):
+            before += counts[f"before_{name}"]
+            after += counts[f"after_{name}"]
+
     def total(self, runtime: Runtime) -> dict[str, npt.NDArray[np.int64]]:
         """The sums over all ranks, on rank 0, as `before_cat_0`, `after_cat_0`, `before_cat_1`, ... Collective.
 
-        On other ranks the counts are of no use afterwards.
+        What other ranks get is of no use.
         """
         arrays = {}
         for name, before, after in zip(CATEGORICAL_NAMES, self._before, self._after, strict=True):
             for when, counts in (("before", before), ("after", after)):
+                total = counts.copy()
                 if runtime.world_size > 1:
-                    dist.reduce(torch.from_numpy(counts), dst=0, group=runtime.control_group)
-                arrays[f"{when}_{name}"] = counts
+                    dist.reduce(torch.from_numpy(total), dst=0, group=runtime.control_group)
+                arrays[f"{when}_{name}"] = total
         return arrays

@@ -54,7 +54,9 @@ class Split:
     num_cached_batches: int | None = None
     """Build this many batches once and cycle through them."""
     frequencies: IdFrequencies | None = None
-    """Counts the ids of batches that are taken."""
+    """Counts the ids of batches that are trained on."""
+    mapped: Source | None = None
+    """Gives any rows, where `source` has those of a pass from the start alone."""
     batches_ahead: int = _BATCHES_AHEAD
     """Batches that wait for the consumer, built on a thread; 0 builds each when it is asked for."""
 
@@ -62,19 +64,26 @@ class Split:
         """This rank's batches of one pass."""
         built = self._build(epoch)
         batches = prefetch(built, self.batches_ahead) if self.batches_ahead else built
-        return batches if self.frequencies is None else self.frequencies.count(batches)
+        return batches if self.frequencies is None else self.frequencies.note(batches)
+
+    def resumed(self, row: int, step: int) -> "Split":
+        """The rest of a pass of which `row` rows were taken in `step` steps, by however many ranks."""
+        partition = self.partition.resumed(row, step)
+        source = self.source if partition.is_regular or self.mapped is None else self.mapped
+        return replace(self, partition=partition, source=source)
 
     def _build(self, epoch: int) -> Iterator[Batch]:
         if self.num_cached_batches is None:
             yield from self._build_batches(self.partition.spans(self.rank), epoch)
             return
         steps = self.partition.num_steps
-        for step in range(epoch * steps, (epoch + 1) * steps):
+        for step in range(epoch * steps + self.partition.first_step, (epoch + 1) * steps):
             yield self._cached_batches[step % len(self._cached_batches)]
 
     @cached_property
     def _cached_batches(self) -> list[Batch]:
-        return list(self._build_batches(islice(self.partition.spans(self.rank), self.num_cached_batches), epoch=0))
+        spans = self.partition.resumed(0, 0).spans(self.rank)
+        return list(self._build_batches(islice(spans, self.num_cached_batches), epoch=0))
 
     def _build_batches(self, spans: Iterator[Span], epoch: int) -> Iterator[Batch]:
         spans_at_once = max(1, _ROWS_AT_ONCE // self.partition.batch_size)
@@ -205,18 +214,27 @@ def _binary_splits(
     for stage, rows in sets.items():
         is_training = stage == "train"
         source: Source
-        if is_training and data.shuffle_training_set:
-            source = ShuffledSplit(rows, table_rows, seed)
-        elif data.mmap_mode:
-            source = MappedSplit(rows, table_rows)
-        else:
+        mapped: Source = MappedSplit(rows, table_rows)
+        is_loaded = not (data.mmap_mode or (is_training and data.shuffle_training_set))
+        if is_loaded:
             label = _label(config, runtime, stage)
             source = load_split(rows, partitions[stage], runtime.rank, table_rows, label)
+        elif is_training and data.shuffle_training_set:
+            source = ShuffledSplit(rows, table_rows, seed)
+        else:
+            source = mapped
         if companions is not None:
-            source = ExpandedSplit(source, companions)
+            source, mapped = ExpandedSplit(source, companions), ExpandedSplit(mapped, companions)
         hotness = _hotness(rows, companions)
-        shuffle_seed = seed if is_training and data.shuffle_batches else None
-        splits[stage] = Split(source, partitions[stage], runtime.rank, hotness, shuffle_seed, _pins(config, runtime))
+        splits[stage] = Split(
+            source,
+            partitions[stage],
+            runtime.rank,
+            hotness,
+            shuffle_seed=seed if is_training and data.shuffle_batches else None,
+            pin_memory=_pins(config, runtime),
+            mapped=mapped if is_loaded else None,
+        )
     return splits
 
 

@@ -38,4 +38,9 @@ def reported(path: Path, write: Callable[[], T]) -> T:
     try:
         return write()
     except OSError as error:
-        raise RunDirectoryError(f"{path}: can't be written ({error.strerror}). Choose another --run_dir.") from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    """What to tell the user of a folder that can't be written."""
+    return RunDirectoryError(f"{path}: can't be written ({error.strerror}). Choose another --run_dir.")

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,12 @@ class TrainingMeter:
         self._losses = torch.zeros(capacity, device=device)
         self._world_size = world_size
         self._steps: list[tuple[int, int]] = []
-        self._num_samples = 0
+        self._restored: list[tuple[int, int, float]] = []
+        self.num_samples = 0
+        """Of all reports."""
         self._started = time.perf_counter()
         self.seconds = 0.0
-        """Time spent training, evaluations left out."""
+        """Time spent training up to the last report, evaluations left out."""
 
     def resume_clock(self) -> None:
         """Call when training goes on after something else."""
@@ -47,10 +50,20 @@ class TrainingMeter:
     @property
     def is_full(self) -> bool:
         """Whether `drain` must be called before the next update."""
-        return len(self._steps) == len(self._losses)
+        return len(self._restored) + len(self._steps) >= len(self._losses)
 
-    def drain(self) -> TrainingReport:
-        """Reports one step or more, and starts over. Collective.
+    def elapsed_seconds(self) -> float:
+        """Time spent training up to now; call while training."""
+        return self.seconds + (time.perf_counter() - self._started if self._steps else 0.0)
+
+    def restore(self, num_samples: int, seconds: float, pending: Sequence[tuple[int, int, float]]) -> None:
+        """Goes on where another meter was: its samples and seconds, and of them the steps that were not reported."""
+        self.num_samples = num_samples - sum(rows for _, rows, _ in pending)
+        self.seconds = seconds
+        self._restored = list(pending)
+
+    def pending(self) -> tuple[tuple[int, int, float], ...]:
+        """Steps since the last report: step, samples, mean loss over all ranks. Collective.
 
         Raises:
             DivergedError: at the first step whose loss is not finite.
@@ -59,9 +72,6 @@ class TrainingMeter:
         if self._world_size > 1:
             dist.all_reduce(losses)
         means = (losses / self._world_size).tolist()
-        seconds = time.perf_counter() - self._started
-        self._started = time.perf_counter()
-        self.seconds += seconds
         for (step, _), loss in zip(self._steps, means, strict=True):
             if not math.isfinite(loss):
                 error = DivergedError(
@@ -70,9 +80,24 @@ class TrainingMeter:
                 )
                 error.everywhere = True
                 raise error
-        rows = [rows for _, rows in self._steps]
-        self._num_samples += sum(rows)
-        loss = sum(loss * n for loss, n in zip(means, rows, strict=True)) / sum(rows)
-        report = TrainingReport(self._steps[-1][0], self._num_samples, loss, sum(rows) / seconds)
+        new = ((step, rows, loss) for (step, rows), loss in zip(self._steps, means, strict=True))
+        return (*self._restored, *new)
+
+    def drain(self) -> TrainingReport:
+        """Reports one step or more, and starts over. Collective.
+
+        Raises:
+            DivergedError: at the first step whose loss is not finite.
+        """
+        steps = self.pending()
+        seconds = time.perf_counter() - self._started
+        self._started = time.perf_counter()
+        self.seconds += seconds
+        rows = sum(rows for _, rows, _ in steps)
+        self.num_samples += rows
+        loss = sum(loss * rows for _, rows, loss in steps) / rows
+        rate = sum(rows for _, rows in self._steps) / seconds
+        report = TrainingReport(steps[-1][0], self.num_samples, loss, rate)
         self._steps.clear()
+        self._restored.clear()
         return report

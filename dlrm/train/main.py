@@ -33,11 +33,25 @@ def main(argv: Sequence[str]) -> None:
         config = _parse(argv)
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
+        from dlrm.train.control import StopSignals, end_with_launcher, exit_code
         from dlrm.train.run import run
+        from dlrm.train.safety import Stopped
 
         quieten_libraries()
-        with start_runtime() as runtime:
-            run(config, runtime, started)
+        end_with_launcher()
+        with StopSignals().installed() as signals:
+            try:
+                with start_runtime() as runtime:
+                    run(config, runtime, started, signals)
+            except Stopped as stopped:
+                if os.environ.get("RANK", "0") == "0":
+                    print(
+                        f"dlrm: {stopped.number.name}: stopped after step {stopped.step:,}, which is saved. The same "
+                        "command with the same --run_dir goes on from there.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                raise SystemExit(exit_code(stopped.number)) from None
 
 
 def _parse(argv: Sequence[str]) -> Config:

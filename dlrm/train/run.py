@@ -6,84 +6,77 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dlrm.allocator import describe_allocator
 from dlrm.config import Config
 from dlrm.data.binary_days import Stage
-from dlrm.data.splits import draw_run_companions, open_run_splits
 from dlrm.errors import ConfigError, RunDirectoryError
-from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank, peak_memory_gib
-from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import Placement, describe_plan
-from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.dense_execution import check_arithmetic, check_dense_execution
-from dlrm.train.optimizers import build_optimizer, table_state_floats
-from dlrm.train.pipeline import check_pipeline
-from dlrm.train.profiling import StepProfiler, check_profile
+from dlrm.sharding.plan import Placement
+from dlrm.train.assemble import assemble
+from dlrm.train.control import StopSignals
+from dlrm.train.guard import guard
+from dlrm.train.profiling import StepProfiler
+from dlrm.train.resume import FinishedError, find_start, resume_training, with_seed_of
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
 
-def run(config: Config, runtime: Runtime, started: float) -> None:
+def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) -> None:
     """Trains, validates and tests. Collective. `started` is when, in seconds since the epoch, the process began.
 
     Raises:
         DlrmError: for what the user can mend.
+        Stopped: when a signal has ended training; what it had reached is saved.
     """
-    config = on_main_rank(runtime, lambda: _with_seed(config))
-    path = on_main_rank(runtime, lambda: _check_output(config))
-    on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
-    on_every_rank(runtime, lambda: check_arithmetic(config.training, runtime.device))
-    assert config.training.seed is not None
+    on_main_rank(runtime, lambda: _check_output(config))
+    try:
+        start = find_start(config, runtime)
+    except FinishedError as finished:
+        if runtime.is_main:
+            print(finished, flush=True)
+        return
+    config = on_main_rank(runtime, lambda: _resolve(with_seed_of(config, start.source)))
     if runtime.is_main:
-        print(runtime.describe(), flush=True)
-        if runtime.device.type == "cpu":
-            print(f"{describe_kernels()}; {describe_allocator()}", flush=True)
         _note_idle_flags(config, runtime)
-    torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
-
-    data_opened = time.time()
-    model = build_model(config, runtime)
-    cluster = Cluster.detect(runtime, config.sharding)
-    plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
-    placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
-    on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
-    runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
-    companions = draw_run_companions(config, runtime)
-    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
-    on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
-    sharded = shard_model(model, plan, make_sharder(config), runtime.device, config.training.seed)
-    optimizer = build_optimizer(sharded, config.optimizer)
+    assembly = assemble(config, runtime)
+    trainer, placement, runtime = assembly.trainer, assembly.placement, assembly.trainer.runtime
+    metrics = resume_training(trainer, start.source, runtime) if start.source is not None else None
 
     directory = on_main_rank(
         runtime,
-        lambda: RunDirectory.create(path, config, describe_environment(runtime, config), placement.to_json()),
+        lambda: RunDirectory.open(
+            start.path,
+            config,
+            describe_environment(runtime, config, start.data),
+            placement.to_json(),
+            start.lock,
+            metrics,
+        ),
     )
-    rows = {stage: split.partition.num_used_rows for stage, split in splits.items()}
+    rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
     if runtime.is_main:
         _announce(config, placement, rows)
-    profiler = StepProfiler(config.output.profile, directory.path, runtime) if config.output.profile else None
-    with _open_sinks(config, runtime, directory, rows, started, data_opened) as sink:
-        trainer = Trainer(config, runtime, splits, sharded, optimizer, sink, profiler)
-        trainer.train()
-        trace = profiler.close() if profiler is not None else None
-        if runtime.is_main and trace is not None:
-            print(trace, flush=True)
-        if (frequencies := splits["train"].frequencies) is not None:
-            counts = frequencies.total(runtime)
-            on_main_rank(runtime, lambda: directory.write_frequencies(counts))
-        test = trainer.test() if config.evaluation.evaluate_on_training_end else None
+    if config.output.profile:
+        trainer.profiler = StepProfiler(config.output.profile, directory.path, runtime)
+    with _open_sinks(config, runtime, directory, rows, started, assembly.data_opened) as trainer.sink:
+        if start.source is not None:
+            trainer.write("resume", checkpoint=start.source.address, world_size=runtime.world_size)
+        with guard(trainer, directory, start, signals) as trainer.safety:
+            trainer.train()
+            trace = trainer.profiler.close() if trainer.profiler is not None else None
+            if runtime.is_main and trace is not None:
+                print(trace, flush=True)
+            if (frequencies := trainer.splits["train"].frequencies) is not None:
+                counts = frequencies.total(runtime)
+                on_main_rank(runtime, lambda: directory.write_frequencies(counts))
+            test = trainer.test() if config.evaluation.evaluate_on_training_end else None
     summary = summarize(config, runtime, trainer, test)
     if runtime.is_main:
         directory.write_summary(summary)
@@ -93,6 +86,7 @@ def run(config: Config, runtime: Runtime, started: float) -> None:
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
+        directory.release()
 
 
 def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:
@@ -145,7 +139,10 @@ def _open_sinks(
             if config.output.tensorboard:
                 from dlrm.metrics.tensorboard import TensorBoardSink
 
-                sinks.append(TensorBoardSink(directory.path / "tensorboard"))
+                drawn = TensorBoardSink(directory.path / "tensorboard")
+                for line in directory.lines():  # of a run that is resumed
+                    drawn.append_metrics(line)
+                sinks.append(drawn)
             if config.output.mlperf_log:
                 device = device_name(runtime.device)
                 facts = describe_run(config, device, runtime.world_size, rows["train"], rows["val"])
@@ -156,22 +153,25 @@ def _open_sinks(
         try:
             sinks = on_every_rank(runtime, lambda: open_all() if runtime.is_main else [])
         except RunDirectoryError:
-            if runtime.is_main:
+            if runtime.is_main and not directory.lines():
                 directory.discard()
             raise
         yield Sinks(sinks)
 
 
-def _check_output(config: Config) -> Path:
+def _check_output(config: Config) -> None:
     if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard: the package tensorboard is not installed. Install it, or leave the flag out.")
-    return RunDirectory.check(config)
 
 
-def _with_seed(config: Config) -> Config:
-    if config.training.seed is not None:
-        return config
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=secrets.randbits(31)))
+def _resolve(config: Config) -> Config:
+    """The config with what flags leave open: a seed, and how often checkpoints are written."""
+    training, checkpoint = config.training, config.checkpoint
+    if training.seed is None:
+        training = dataclasses.replace(training, seed=secrets.randbits(31))
+    if checkpoint.checkpoint_every is None:
+        checkpoint = dataclasses.replace(checkpoint, checkpoint_every="never" if config.is_random else "30m")
+    return dataclasses.replace(config, training=training, checkpoint=checkpoint)
 
 
 def _note_idle_flags(config: Config, runtime: Runtime) -> None:

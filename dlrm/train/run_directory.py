@@ -1,5 +1,6 @@
 """The run directory: what was asked for, on what it ran, and what came out."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -22,36 +23,56 @@ import torch
 from dlrm.artifacts import MANIFEST_NAME, write_atomically, write_json
 from dlrm.config import Config
 from dlrm.errors import RunDirectoryError
-from dlrm.metrics.sinks import reported
+from dlrm.metrics.sinks import reported, unwritable
 from dlrm.runtime import Runtime
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
 _OTHERS = ("mlperf_log.txt", "tensorboard", "trace_rank0.json.gz")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
+_LOCK = ".lock"
+_SECONDS_FOR_LOCK = 60.0
+DOCUMENTS = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
+"""What a checkpoint holds a copy of."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes the files of a run. Only rank 0 holds one."""
+    """Writes the files of a run. Only rank 0 holds one, and with it the folder's lock."""
 
     path: Path
+    lock: "Lock | None" = None
 
     @staticmethod
-    def check(config: Config) -> Path:
-        """The folder a run would use, if it can be made and holds no run yet. Makes nothing.
+    def locate(config: Config) -> Path:
+        """The folder that a run uses: what the flag says, that of the launch that this process is a restart of, or a
+        new one named by the time."""
+        if config.output.run_dir is not None:
+            return Path(config.output.run_dir)
+        if (launch := launch_id()) is not None:
+            for path in sorted(Path("runs").glob("*/environment.json"), reverse=True):
+                with suppress(OSError, ValueError):
+                    if json.loads(path.read_text()).get("launch") == launch:
+                        return path.parent
+        name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
+        return _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
+
+    @staticmethod
+    def check(path: Path, config: Config, *, may_resume: bool) -> bool:
+        """Whether the folder holds a run that has not finished. Makes nothing.
 
         Raises:
-            RunDirectoryError: if it can't be written, or holds a run already.
+            RunDirectoryError: if it can't be written, holds a finished run, or one that is not to be resumed.
         """
-        if config.output.run_dir is not None:
-            path = Path(config.output.run_dir)
-        else:
-            name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
-            path = _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
         taken = reported(path, lambda: [name for name in (*_FILES, *_OTHERS) if os.path.lexists(path / name)])
-        if taken:
+        if taken and not may_resume:
             raise RunDirectoryError(
-                f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, or move this one away."
+                f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, move this one away, or "
+                "go on with --resume auto."
+            )
+        if "summary.json" in taken:
+            raise RunDirectoryError(
+                f"--run_dir {path}: holds a finished run (summary.json). Choose another folder, or move this one away. "
+                "To train on from it: --resume PATH, and another --run_dir."
             )
         folders = (config.data.in_memory_binary_criteo_path, config.data.synthetic_multi_hot_criteo_path)
         if any(folder is not None and path.resolve() == Path(folder).resolve() for folder in folders):
@@ -63,35 +84,89 @@ class RunDirectory:
             raise RunDirectoryError(f"--run_dir {path}: {parent} is not a folder. Choose another one.")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RunDirectoryError(f"--run_dir {path}: no permission to write in {parent}. Choose another one.")
-        return path
+        return bool(taken)
 
     @staticmethod
-    def create(path: Path, config: Config, environment: Mapping[str, Any], plan: Mapping[str, Any]) -> "RunDirectory":
+    def open(
+        path: Path,
+        config: Config,
+        environment: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        lock: "Lock | None",
+        metrics: bytes | None,
+    ) -> "RunDirectory":
         """Makes the folder with config.json, environment.json and plan.json.
 
+        What a run without a checkpoint has left there is moved into attempt-1, attempt-2, ...
+
+        Args:
+            lock: of the folder, if it was there already.
+            metrics: lines of metrics.jsonl that a checkpoint brings; None for a new run.
+
         Raises:
-            RunDirectoryError: if it can't be written.
+            RunDirectoryError: if it can't be written, or another run has taken it.
         """
 
         def write() -> "RunDirectory":
             path.mkdir(parents=True, exist_ok=True)
+            directory = RunDirectory(path, lock or Lock.take(path))
+            if lock is None and (path / "config.json").exists():
+                raise RunDirectoryError(f"--run_dir {path}: another run has just begun there. Choose another folder.")
+            if metrics is None:
+                directory._move_aside()
+            else:
+                write_atomically(path / "metrics.jsonl", lambda file: file.write(metrics))
+                shutil.rmtree(path / "tensorboard", ignore_errors=True)
             write_json(path / "config.json", config.to_json())
             write_json(path / "environment.json", environment)
             write_json(path / "plan.json", plan)
-            return RunDirectory(path)
+            return directory
 
         try:
-            return reported(path, write)
-        except RunDirectoryError:
-            RunDirectory(path).discard()
-            raise
+            return write()
+        except OSError as error:
+            if metrics is None and lock is None:
+                RunDirectory(path).discard()
+            raise unwritable(path, error) from None
+
+    def _move_aside(self) -> None:
+        """Files of an earlier attempt, so that none of them is lost or taken for this one's."""
+        old = [name for name in (*_FILES, *_OTHERS) if os.path.lexists(self.path / name)]
+        if not old:
+            return
+        attempt = next(
+            folder
+            for folder in (self.path / f"attempt-{number}" for number in itertools.count(1))
+            if not folder.exists()
+        )
+        attempt.mkdir()
+        for name in old:
+            (self.path / name).rename(attempt / name)
 
     def discard(self) -> None:
         """Removes what a run has written that can't begin, so that the folder can be used again."""
         with suppress(OSError):
-            for name in (*_FILES, "mlperf_log.txt"):  # `check` saw none of them: what is there is ours
+            for name in (*_FILES, "mlperf_log.txt", _LOCK):  # `check` saw none of them: what is there is ours
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+
+    def release(self) -> None:
+        """Lets another run have the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def documents(self) -> dict[str, bytes]:
+        """Files that a checkpoint holds a copy of.
+
+        Raises:
+            RunDirectoryError: if one can't be read.
+        """
+        return reported(self.path, lambda: {name: (self.path / name).read_bytes() for name in DOCUMENTS})
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl.
@@ -124,13 +199,61 @@ class RunDirectory:
         reported(self.path, lambda: write_json(self.path / "summary.json", summary))
 
 
+class Lock:
+    """Keeps two runs out of one folder. It goes with the process that holds it, however that ends."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    @staticmethod
+    def take(path: Path) -> "Lock":
+        """Takes the lock of a folder that is there; waits a minute for a run that is about to end.
+
+        Raises:
+            RunDirectoryError: if another run holds it.
+            OSError: if the folder can't be written.
+        """
+        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        deadline = time.monotonic() + _SECONDS_FOR_LOCK
+        told = False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(handle)
+                    raise RunDirectoryError(
+                        f"--run_dir {path}: another run is using it. Choose another folder, or end that run."
+                    ) from None
+                if not told:
+                    print(f"{path}: another run is using it. Waiting for up to a minute.", flush=True)
+                    told = True
+                time.sleep(0.2)
+            else:
+                return Lock(handle)
+
+    def release(self) -> None:
+        """Lets the next run have the folder."""
+        os.close(self._handle)
+
+
+def launch_id() -> str | None:
+    """What the ranks of one torchrun on this host have in common, restarts included; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    with suppress(OSError):
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{platform.node()} {os.getppid()} {started}"
+    return None
+
+
 def _unused(path: Path) -> Path:
     """`path`, or with -2, -3, ... where another run has begun in the same second."""
     candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
 
 
-def describe_environment(runtime: Runtime, config: Config) -> dict[str, Any]:
+def describe_environment(runtime: Runtime, config: Config, data: str | None) -> dict[str, Any]:
     """What a reader needs to tell this machine, software and data from another."""
     return {
         **describe_software(),
@@ -138,9 +261,11 @@ def describe_environment(runtime: Runtime, config: Config) -> dict[str, Any]:
         "system": platform.platform(),
         "cpu_count": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
+        "launch": launch_id(),
         "world_size": runtime.world_size,
         "local_world_size": runtime.local_world_size,
         "device": device_name(runtime.device),
+        "data_fingerprint": data,
         "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
         "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
     }

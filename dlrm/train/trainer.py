@@ -14,10 +14,12 @@ from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from dlrm.checkpoint.position import Position
 from dlrm.config import Config
 from dlrm.console import Progress
 from dlrm.data.batch import Batch
 from dlrm.data.binary_days import Stage
+from dlrm.data.partition import Partition
 from dlrm.data.splits import Split
 from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
 from dlrm.metrics.sinks import Sink
@@ -25,6 +27,7 @@ from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
 from dlrm.train.pipeline import build_pipeline
 from dlrm.train.profiling import StepProfiler
+from dlrm.train.safety import Safety
 from dlrm.train.schedule import LearningRateSchedule
 
 MAX_STEPS_PER_REPORT = 100
@@ -43,17 +46,25 @@ class Trainer:
         optimizer: CombinedOptimizer,
         sink: Sink,
         profiler: StepProfiler | None = None,
+        safety: Safety | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
         self.splits = splits
         self.model = model
+        self.optimizer = optimizer
         self.sink = sink
         self.profiler = profiler
+        self.safety = safety or Safety()
         self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
         self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
-        self.num_samples = 0
+        self.epoch = 0
+        self.epoch_step = 0
+        """Steps taken of the epoch."""
+        self.row = 0
+        """Rows taken of the epoch's order."""
+        self.validated_step = 0
         self.val_results: list[EvaluationResult] = []
         self.steps_per_report = config.output.log_every or max(
             1, min(MAX_STEPS_PER_REPORT, splits["train"].partition.num_steps // REPORTS_PER_EPOCH)
@@ -64,71 +75,91 @@ class Trainer:
         self._started = time.perf_counter()
 
     def train(self) -> None:
-        """All epochs, with the validations that are due within and after each.
+        """All epochs that are left, with the validations and checkpoints that are due.
 
         Raises:
             DivergedError: when a loss or a score is not finite.
             DatasetError: when mapped data turns out to be wrong.
+            CheckpointError: when a checkpoint can't be written.
+            Stopped: when a signal has ended training; what it had reached is saved.
         """
-        self._started = time.perf_counter()
-        for epoch in range(self.config.training.epochs):
-            self._train_epoch(epoch)
-            if self.reached_target:
-                break
-        self._write("train_stop", reached_target=self.reached_target)
+        if self.step == 0:
+            self._started = time.perf_counter()
+        while self.epoch < self.config.training.epochs and not self.reached_target:
+            self._train_epoch()
+            self.epoch += 1
+            self.row = self.epoch_step = 0
+        self.write("train_stop", reached_target=self.reached_target)
+        self.safety.end_training(self)
 
-    def _train_epoch(self, epoch: int) -> None:
-        """The pipeline runs dry before each validation and is filled again after it."""
-        self._write("epoch_start", epoch=epoch)
-        split, evaluation = self.splits["train"], self.config.evaluation
+    def _train_epoch(self) -> None:
+        """What is left of an epoch. The pipeline runs dry before each validation and is filled again after it."""
+        split = self.splits["train"].resumed(self.row, self.epoch_step)
         steps = split.partition.num_steps
-        batches = split.batches(epoch)
-        progress = Progress(f"Epoch {epoch}", steps, "steps", self._shows)
-        every = evaluation.validation_freq_within_epoch or steps
-        for start in range(0, steps, every):
-            stop = min(start + every, steps)
-            self._train_steps(islice(batches, stop - start), epoch, range(start, stop), progress)
-            within = evaluation.validation_freq_within_epoch is not None and stop - start == every
-            if within or (stop == steps and evaluation.evaluate_on_epoch_end):
+        if self.epoch_step == 0:
+            self.write("epoch_start", epoch=self.epoch)
+        batches = self.safety.watched(split.batches(self.epoch), "training")
+        progress = Progress(f"Epoch {self.epoch}", steps, "steps", self._shows, self.epoch_step)
+        every = self.config.evaluation.validation_freq_within_epoch or max(1, steps)
+        while True:
+            if self._validation_is_due(steps):
                 paused = time.perf_counter()
                 self._validate(progress)
                 progress.pause(time.perf_counter() - paused)
-            if self.reached_target:
+            if self.epoch_step == steps or self.reached_target:
                 break
+            stop = min(steps, (self.epoch_step // every + 1) * every)
+            self._train_steps(islice(batches, stop - self.epoch_step), stop, split.partition, progress)
         progress.close()
-        self._write("epoch_stop", epoch=epoch)
+        self.write("epoch_stop", epoch=self.epoch)
 
-    def _train_steps(self, batches: Iterator[Batch], epoch: int, steps: range, progress: Progress) -> None:
-        partition = self.splits["train"].partition
+    def _validation_is_due(self, steps: int) -> bool:
+        """Whether one is, in an epoch of so many steps, at the step that was just taken."""
+        if self.epoch_step == 0 or self.validated_step == self.step:
+            return False
+        every = self.config.evaluation.validation_freq_within_epoch
+        within = every is not None and self.epoch_step % every == 0
+        return within or (self.epoch_step == steps and self.config.evaluation.evaluate_on_epoch_end)
+
+    def _train_steps(self, batches: Iterator[Batch], stop: int, partition: Partition, progress: Progress) -> None:
+        """Steps of the epoch up to `stop`."""
+        frequencies = self.splits["train"].frequencies
         self.model.train()
         self.pipeline.reset()
         self.meter.resume_clock()
-        for position in steps:
+        while self.epoch_step < stop:
             self.schedule.begin_step(self.step + 1)
             if self.config.output.print_lr and self.runtime.is_main:
                 self._print_learning_rates(progress)
             loss, _, _ = self.pipeline.progress(batches)
+            rows = partition.span(self.epoch_step, self.runtime.rank).global_rows
             self.step += 1
+            self.epoch_step += 1
+            self.row = partition.rows_before(self.epoch_step)
             if self.profiler is not None:
                 self.profiler.advance()
-            self.meter.update(self.step, loss, partition.span(position, self.runtime.rank).global_rows)
-            is_due = self.meter.is_full or position == steps[-1]
-            progress.advance(note=self._report(self.meter.drain(), epoch) if is_due else "")
+            if frequencies is not None:
+                frequencies.count()
+            self.meter.update(self.step, loss, rows)
+            is_due = self.meter.is_full or self.epoch_step == stop
+            progress.advance(note=self._report(self.meter.drain()) if is_due else "")
+            self.safety.after_step(self, before_validation=self._validation_is_due(partition.num_steps))
 
-    def _report(self, report: TrainingReport, epoch: int) -> str:
+    def _report(self, report: TrainingReport) -> str:
         """Writes a report to the sink; returns it in words."""
-        self.num_samples = report.num_train_samples
         rate = self.schedule.learning_rate
         auroc = (
             f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
         )
         dense_rate = self.schedule.dense_learning_rate
-        self._write("train", epoch=epoch, **asdict(report), learning_rate=rate, dense_learning_rate=dense_rate)
+        self.write("train", epoch=self.epoch, **asdict(report), learning_rate=rate, dense_learning_rate=dense_rate)
         return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
 
     def _validate(self, progress: Progress) -> None:
         result = self.evaluate("val")
+        is_best = result.auroc is not None and all(result.auroc > (past.auroc or 0.0) for past in self.val_results)
         self.val_results.append(result)
+        self.validated_step = self.step
         if self.runtime.is_main:
             progress.print(f"AUROC over val set: {result.describe()}")
         target = self.config.evaluation.validation_auroc
@@ -139,6 +170,7 @@ class Trainer:
                     f"Validation AUROC {result.auroc:.6f} reached the target {target:g} after {self.num_samples:,} "
                     f"samples and {self.seconds:.1f} s."
                 )
+        self.safety.after_validation(self, is_best=is_best)
 
     def test(self) -> EvaluationResult:
         """Scores the test set."""
@@ -155,28 +187,69 @@ class Trainer:
         Raises:
             DivergedError: if a score is not finite.
         """
-        self._write(f"{stage}_start")
+        self.write(f"{stage}_start")
         split = self.splits[stage]
         self.model.eval()
         self.pipeline.reset()
         meter = EvaluationMeter(self.runtime.device, self.config.data.logit_correction)
         progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
-        batches = split.batches()
+        batches = self.safety.watched(split.batches(), "evaluating")
         for span in split.partition.spans(self.runtime.rank):
             _, logits_B, labels_B = self.pipeline.progress(batches)
             meter.update(logits_B, labels_B)
             progress.advance(span.global_rows)
+            self.safety.within_evaluation(self)
         progress.close()
         result = meter.compute(stage)
-        self._write(stage, **asdict(result))
+        self.write(stage, **asdict(result))
         return result
 
     @property
+    def num_samples(self) -> int:
+        """Trained on and reported, over all ranks."""
+        return self.meter.num_samples
+
+    @property
     def seconds(self) -> float:
-        """Since training began, validations included."""
+        """Since training began, validations included, and time before it was resumed."""
         return time.perf_counter() - self._started
 
-    def _write(self, kind: str, **fields: Any) -> None:
+    def position(self) -> Position:
+        """All of the training's state but its tensors. Collective.
+
+        Raises:
+            DivergedError: if a loss that is not reported yet is not finite.
+        """
+        pending = self.meter.pending()
+        return Position(
+            step=self.step,
+            epoch=self.epoch,
+            epoch_step=self.epoch_step,
+            row=self.row,
+            num_samples=self.num_samples + sum(rows for _, rows, _ in pending),
+            validated_step=self.validated_step,
+            reached_target=self.reached_target,
+            train_seconds=self.meter.elapsed_seconds(),
+            total_seconds=self.seconds,
+            pending=pending,
+            validations=tuple(asdict(result) for result in self.val_results),
+        )
+
+    def resume(self, position: Position) -> None:
+        """Goes on from there; the model and the optimizer have been restored.
+
+        Raises:
+            TypeError: if its validations have other metrics.
+        """
+        self.step, self.epoch, self.epoch_step = position.step, position.epoch, position.epoch_step
+        self.row, self.validated_step = position.row, position.validated_step
+        self.reached_target = position.reached_target
+        self.val_results = [EvaluationResult(**result) for result in position.validations]
+        self.meter.restore(position.num_samples, position.train_seconds, position.pending)
+        self._started = time.perf_counter() - position.total_seconds
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Writes a line to the sink."""
         where = {"kind": kind, "step": self.step, "num_train_samples": self.num_samples}
         self.sink.append_metrics({**where, **fields, "elapsed_seconds": round(self.seconds, 3)})
 

@@ -22,7 +22,7 @@ def test_python(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     check(done.stdout)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "environment.json", "plan.json", "metrics.jsonl", "summary.json"}
+    assert names == {".lock", "config.json", "environment.json", "plan.json", "metrics.jsonl", "summary.json"}
     summary = read_summary(tmp_path / "run")
     wanted = "val_auroc test_auroc test_logloss test_ne test_calibration num_train_samples train_seconds"
     wanted += " samples_per_second world_size device precision peak_memory_gib"

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from dlrm.errors import RunDirectoryError
 from dlrm.recipes import RECIPES
 from dlrm.runtime import Runtime
 from dlrm.train import run_directory
-from dlrm.train.run_directory import RunDirectory, describe_environment, describe_software, device_name
+from dlrm.train.run_directory import (
+    Lock,
+    RunDirectory,
+    describe_environment,
+    describe_software,
+    device_name,
+    launch_id,
+)
 
 RUNTIME = Runtime(3, 1, 4, 2, torch.device("cpu"))
 
@@ -24,7 +32,8 @@ def config_at(path) -> Config:
 
 def test_check_makes_nothing(tmp_path):
     path = tmp_path / "several" / "levels" / "down"
-    assert RunDirectory.check(config_at(path)) == path
+    assert RunDirectory.locate(config_at(path)) == path
+    assert not RunDirectory.check(path, Config(), may_resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -39,15 +48,76 @@ def test_check_makes_nothing(tmp_path):
 )
 def test_the_default_folder_says_what_and_when(config, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.fullmatch(rf"runs/\d{{8}}-\d{{6}}-{name}", str(RunDirectory.check(config)))
+    assert re.fullmatch(rf"runs/\d{{8}}-\d{{6}}-{name}", str(RunDirectory.locate(config)))
 
 
 def test_a_folder_that_holds_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert RunDirectory.check(config_at(tmp_path)) == tmp_path
+    assert not RunDirectory.check(tmp_path, Config(), may_resume=True)
     (tmp_path / "config.json").touch()
+    assert RunDirectory.check(tmp_path, Config(), may_resume=True)
     with pytest.raises(RunDirectoryError, match=f"--run_dir {tmp_path}: holds a run already"):
-        RunDirectory.check(config_at(tmp_path))
+        RunDirectory.check(tmp_path, Config(), may_resume=False)
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(RunDirectoryError, match=f"--run_dir {tmp_path}: holds a finished run"):
+        RunDirectory.check(tmp_path, Config(), may_resume=True)
+
+
+def test_the_folder_of_the_launch_that_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name, launch in (("first", "another launch"), ("second", launch_id()), ("third", "another launch")):
+        write_json_at(tmp_path / "runs" / name, launch)
+    assert RunDirectory.locate(Config()) == Path("runs", "second")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert RunDirectory.locate(Config()).name not in ("first", "second", "third")
+
+
+def write_json_at(folder, launch):
+    folder.mkdir(parents=True)
+    (folder / "environment.json").write_text(json.dumps({"launch": launch}))
+
+
+def test_two_runs_on_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_directory, "_SECONDS_FOR_LOCK", 0.3)
+    first = RunDirectory.open(tmp_path / "run", Config(), {}, {}, None, None)
+    with pytest.raises(RunDirectoryError, match="another run is using it"):
+        Lock.take(tmp_path / "run")
+    assert "another run is using it. Waiting" in capsys.readouterr().out
+    first.lock.release()
+    with pytest.raises(RunDirectoryError, match="another run has just begun there"):
+        RunDirectory.open(tmp_path / "run", Config(), {}, {}, None, None)
+
+
+def test_a_run_without_a_checkpoint_is_kept(tmp_path):
+    first = RunDirectory.open(tmp_path, Config(), {"attempt": 1}, {}, None, None)
+    first.append_metrics({"step": 1})
+    for number in (1, 2):
+        first.lock.release()
+        lock = Lock.take(tmp_path)
+        first = RunDirectory.open(tmp_path, Config(), {"attempt": number + 1}, {}, lock, None)
+        assert json.loads((tmp_path / f"attempt-{number}" / "environment.json").read_text()) == {"attempt": number}
+        assert not (tmp_path / "metrics.jsonl").exists()
+    assert json.loads((tmp_path / "attempt-1" / "metrics.jsonl").read_text()) == {"step": 1}
+
+
+def test_a_resumed_run_has_the_metrics_of_its_checkpoint(tmp_path):
+    first = RunDirectory.open(tmp_path, Config(), {}, {}, None, None)
+    first.append_metrics({"step": 1})
+    line = (tmp_path / "metrics.jsonl").read_bytes()
+    first.append_metrics({"step": 2})
+    first.lock.release()
+    second = RunDirectory.open(tmp_path, Config(), {}, {}, Lock.take(tmp_path), line)
+    assert second.lines() == [{"step": 1}]
+    assert second.documents()["metrics.jsonl"] == line
+    assert not list(tmp_path.glob("attempt-*"))
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunDirectoryError, match="can't be written"):
+        RunDirectory.open(tmp_path, Config(), {}, {}, None, None)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("below", ["", "run", "several/levels"])
@@ -55,28 +125,28 @@ def test_a_file_in_the_folders_place(below, tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / below
     with pytest.raises(RunDirectoryError, match=f"--run_dir {path}: {tmp_path / 'file'} is not a folder"):
-        RunDirectory.check(config_at(path))
+        RunDirectory.check(path, Config(), may_resume=True)
     with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(.+\). Choose another --run_dir"):
-        RunDirectory.create(path, Config(), {}, {})
+        RunDirectory.open(path, Config(), {}, {}, None, None)
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory.os, "access", lambda path, _: path != tmp_path)
     with pytest.raises(RunDirectoryError, match=f"no permission to write in {tmp_path}"):
-        RunDirectory.check(config_at(tmp_path / "run"))
+        RunDirectory.check(tmp_path / "run", Config(), may_resume=True)
 
 
-def test_create_writes_what_the_run_is(tmp_path):
+def test_open_writes_what_the_run_is(tmp_path):
     path = tmp_path / "runs" / "first"
     config = replace(RECIPES["mlperf_v2"](), output=OutputConfig(run_dir=str(path)))
-    directory = RunDirectory.create(path, config, {"host": "here"}, {"tables": [1]})
+    directory = RunDirectory.open(path, config, {"host": "here"}, {"tables": [1]}, None, None)
     assert directory.path == path
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "environment.json", "plan.json"]
+    assert sorted(file.name for file in path.glob("[!.]*")) == ["config.json", "environment.json", "plan.json"]
     assert Config.load(path / "config.json") == config
     assert json.loads((path / "environment.json").read_text()) == {"host": "here"}
     assert json.loads((path / "plan.json").read_text()) == {"tables": [1]}
     with pytest.raises(RunDirectoryError, match="holds a run already"):
-        RunDirectory.check(config)
+        RunDirectory.check(path, config, may_resume=False)
 
 
 def test_metrics_are_lines_of_json(tmp_path):
@@ -104,21 +174,22 @@ def test_a_folder_that_is_gone(write, tmp_path):
 
 
 def test_environment(tmp_path):
-    environment = describe_environment(RUNTIME, Config())
+    environment = describe_environment(RUNTIME, Config(), "abc")
     assert (environment["world_size"], environment["local_world_size"]) == (4, 2)
     assert environment["device"] == device_name(RUNTIME.device) == "cpu"
     assert environment["threads_per_rank"] == torch.get_num_threads()
     assert environment["versions"]["torch"] == importlib.metadata.version("torch")
     assert environment["versions"]["torchrec"] == importlib.metadata.version("torchrec")
     assert environment["data_manifest_sha256"] is None
+    assert environment["data_fingerprint"] == "abc"
     assert json.loads(json.dumps(environment)) == environment
 
 
 def test_environment_identifies_the_data(tmp_path):
     config = Config(data=DataConfig(in_memory_binary_criteo_path=str(tmp_path)))
-    assert describe_environment(RUNTIME, config)["data_manifest_sha256"] is None
+    assert describe_environment(RUNTIME, config, None)["data_manifest_sha256"] is None
     (tmp_path / "manifest.json").write_text("{}")
-    digest = describe_environment(RUNTIME, config)["data_manifest_sha256"]
+    digest = describe_environment(RUNTIME, config, None)["data_manifest_sha256"]
     assert digest == sha256_of(tmp_path / "manifest.json")
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: written, found, checked, read at any world size and sharding."""

@@ -1,0 +1,239 @@
+"""Saves a training: a copy at a step's end, written while the next steps run; old checkpoints are removed."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException, save
+
+from dlrm.checkpoint.find import best_of, complete_checkpoints
+from dlrm.checkpoint.manifest import File, Manifest, Tensor, name_of
+from dlrm.checkpoint.position import Position
+from dlrm.checkpoint.state import Part, Parts, State, blocks
+from dlrm.checkpoint.storage import ShardPlanner, Writer
+from dlrm.checkpoint.store import Store
+from dlrm.console import show_bytes
+from dlrm.errors import CheckpointError
+from dlrm.runtime import Runtime, new_control_group, on_main_rank
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete. Seconds are rank 0's, bytes those of its own tensors."""
+
+    step: int
+    address: str
+    stall_seconds: float
+    write_seconds: float
+    num_bytes: int
+
+
+class Checkpointer:
+    """Writes checkpoints of one training. Every rank has one, and calls the same methods in the same order.
+
+    At most one checkpoint is being written; the next one waits for it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        runtime: Runtime,
+        keep: int,
+        copies: bool,
+        data: str | None,
+        documents: Callable[[], Mapping[str, bytes]],
+    ) -> None:
+        """Collective.
+
+        Args:
+            keep: newest checkpoints that stay.
+            copies: whether to copy tensors first and let training go on while they are written.
+            data: digest of the data.
+            documents: gives files of rank 0 that a checkpoint holds too.
+
+        Raises:
+            CheckpointError: if what is there can't be listed.
+        """
+        self._store, self._runtime, self._keep = store, runtime, keep
+        self.copies = copies
+        self._data, self._documents = data, documents
+        self._group = new_control_group(runtime.world_size)  # of its own, for another thread
+        self._token = on_main_rank(runtime, lambda: secrets.token_hex(4))
+        self._copied: State = {}
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._saved: list[Saved] = []
+        self.last_step: int | None = None
+        """Of the newest checkpoint, even if it is still being written."""
+        on_main_rank(runtime, self._remove_leftovers)
+
+    def save(self, state: State, position: Position, val_auroc: float | None, *, wait: bool = False) -> float:
+        """Saves; gives the seconds for which training stood still. Collective.
+
+        Args:
+            val_auroc: of a validation after this very step.
+            wait: until it is on disk.
+
+        Raises:
+            CheckpointError: if this or the one before it can't be written.
+        """
+        started = time.perf_counter()
+        self.finish()
+        own = {name: parts.saved_by(self._runtime.rank) for name, parts in state.items()}
+        writer = Writer(
+            self._store,
+            name_of(position.step),
+            self._token,
+            self._runtime.rank,
+            self._documents() if self._runtime.is_main else {},
+            partial(self._describe, position, val_auroc),
+        )
+        self.last_step = position.step
+        if self.copies and not wait:
+            own = self._copy(own)
+            stall = time.perf_counter() - started
+            self._thread = threading.Thread(
+                target=self._write, args=(own, writer, stall), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(own, writer, None)
+            self._raise()
+        return time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Raises:
+            CheckpointError: if it can't be.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written; on other ranks this may be seen a little later."""
+        return self._error is not None
+
+    def drain(self) -> list[Saved]:
+        """Checkpoints completed since the last call."""
+        saved, self._saved = self._saved, []
+        return saved
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _copy(self, state: State) -> State:
+        """The tensors, copied to host memory that is kept from one checkpoint to the next."""
+        for name, part in blocks(state):
+            key = f"{name} {part.offsets}"
+            copy = self._copied.get(key)
+            if copy is None:
+                pinned = part.tensor.device.type == "cuda"
+                tensor = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
+                copy = self._copied[key] = Parts(tensor.shape, tensor.dtype, (Part(part.offsets, tensor),))
+            copy.parts[0].tensor.copy_(part.tensor, non_blocking=True)
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+        return {
+            name: Parts(
+                parts.shape,
+                parts.dtype,
+                tuple(self._copied[f"{name} {part.offsets}"].parts[0] for part in parts.parts),
+            )
+            for name, parts in state.items()
+        }
+
+    def _write(self, state: State, writer: Writer, stall: float | None) -> None:
+        """Runs on the checkpoint's thread, or in place of one. DCP has every rank raise what one of them does."""
+        started = time.perf_counter()
+        try:
+            save(
+                dict(state),
+                storage_writer=writer,
+                planner=ShardPlanner(),
+                process_group=self._group,
+            )
+            if self._runtime.is_main:
+                self._prune()
+        except CheckpointException as error:
+            self._error = _explain(self._store, error)
+            if self._runtime.is_main:
+                with suppress(OSError):
+                    writer.discard()
+        except OSError as error:
+            self._error = _unwritable(self._store, "", error)
+        except RuntimeError as error:  # another rank is gone; the launcher says which
+            self._error = CheckpointError(f"{self._store.address}: {str(error).splitlines()[0]}")
+        else:
+            seconds = time.perf_counter() - started
+            self._saved.append(Saved(self.last_step or 0, writer.address, stall or seconds, seconds, writer.num_bytes))
+
+    def _describe(
+        self, position: Position, val_auroc: float | None, files: Mapping[str, File], tensors: Mapping[str, Tensor]
+    ) -> Manifest:
+        created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        return Manifest(
+            position.step, created, self._runtime.world_size, val_auroc, position.to_json(), self._data, files, tensors
+        )
+
+    def _prune(self) -> None:
+        """Removes all but the newest checkpoints and the best one. A folder that will not go is left and named."""
+        there = complete_checkpoints(self._store)
+        best = best_of(there)
+        for name, _ in there[self._keep :]:
+            if name != best:
+                try:
+                    self._store.remove(name)
+                except OSError as error:
+                    print(f"{self._store.address}/{name}: an old checkpoint that can't be removed ({error.strerror}).")
+
+    def _remove_leftovers(self) -> None:
+        try:
+            for name in self._store.leftovers():
+                self._store.remove(name)
+        except OSError as error:
+            raise _unwritable(self._store, "", error) from None
+
+
+def copies_fit(state: State, runtime: Runtime, available_bytes: int) -> bool:
+    """Whether every rank has host memory for a copy of what it saves. Collective.
+
+    Args:
+        available_bytes: free for this rank.
+    """
+    needed = sum(
+        part.tensor.nbytes for _, part in blocks({name: parts.saved_by(runtime.rank) for name, parts in state.items()})
+    )
+    fits = torch.tensor(needed <= available_bytes, dtype=torch.int32)
+    if runtime.world_size > 1:
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=runtime.control_group)
+    return bool(fits)
+
+
+def describe_copy(state: State) -> str:
+    """The size of this rank's copy, in words."""
+    return show_bytes(sum(part.tensor.nbytes for _, part in blocks(state)))
+
+
+def _explain(store: Store, error: CheckpointException) -> CheckpointError:
+    rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, OSError):
+        return _unwritable(store, f" (rank {rank})" if len(error.failures) > 1 else "", cause)
+    return CheckpointError(f"{store.address}: {' '.join(str(cause).split()) or type(cause).__name__}")
+
+
+def _unwritable(store: Store, who: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{store.address}{who}: can't be written ({error.strerror or error}). Earlier checkpoints are as they were: "
+        "make room, or give another --checkpoint_dir, and start the same command again."
+    )

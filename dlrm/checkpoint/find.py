@@ -1,0 +1,109 @@
+"""Finds checkpoints and says which are sound. No torch here."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+
+from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
+from dlrm.checkpoint.store import Store, open_store
+from dlrm.errors import CheckpointError
+
+_READ_BYTES = 1 << 22
+_FOLDER = "checkpoints"
+
+
+def locate(address: str) -> tuple[Store, str | None]:
+    """What an address means: a checkpoint, or a run directory or folder of checkpoints, whose newest is wanted.
+
+    Raises:
+        CheckpointError: if nothing is there.
+    """
+    parent, _, name = address.rstrip("/").rpartition("/")
+    if step_of(name) is not None:
+        store = open_store(parent or ("/" if address.startswith("/") else "."))
+        if name not in store.names():
+            raise CheckpointError(f"{address}: no such checkpoint folder. Expected one that a run has written.")
+        return store, name
+    store = open_store(address)
+    names = store.names()
+    if _FOLDER in names:
+        store = open_store(str(PurePosixPath(address) / _FOLDER) if "://" not in address else f"{address}/{_FOLDER}")
+        names = store.names()
+    if not any(step_of(name) is not None for name in names):
+        raise CheckpointError(f"{address}: holds no checkpoint. Expected a run directory, or a folder step_...")
+    return store, None
+
+
+def checkpoint_names(store: Store) -> list[str]:
+    """Of what looks like a checkpoint, newest first.
+
+    Raises:
+        CheckpointError: if the store can't be listed.
+    """
+    try:
+        return sorted((name for name in store.names() if step_of(name) is not None), reverse=True)
+    except OSError as error:
+        raise CheckpointError(f"{store.address}: {error.strerror or error}") from None
+
+
+def read_manifest(store: Store, name: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: if it is not complete, damaged, or of another version.
+    """
+    return Manifest.from_bytes(read_file(store, name, MANIFEST))
+
+
+def read_file(store: Store, name: str, file: str) -> bytes:
+    """A small file of a checkpoint.
+
+    Raises:
+        CheckpointError: if it is not there or can't be read.
+    """
+    try:
+        with store.open(name, file) as opened:
+            return opened.read()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: it was not finished") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+
+
+def check_files(store: Store, name: str, manifest: Manifest, files: Iterable[str]) -> None:
+    """Reads some files of a checkpoint and compares their digests.
+
+    Raises:
+        CheckpointError: at one that is missing, truncated or changed.
+    """
+    for file in files:
+        expected = manifest.files[file]
+        digest, num_bytes = hashlib.sha256(), 0
+        try:
+            with store.open(name, file) as opened:
+                while piece := opened.read(_READ_BYTES):
+                    digest.update(piece)
+                    num_bytes += len(piece)
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror or error}") from None
+        if num_bytes != expected.num_bytes:
+            raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")
+        if digest.hexdigest() != expected.sha256:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's")
+
+
+def complete_checkpoints(store: Store) -> list[tuple[str, Manifest]]:
+    """Checkpoints whose manifest is sound, newest first."""
+    found = []
+    for name in checkpoint_names(store):
+        try:
+            found.append((name, read_manifest(store, name)))
+        except CheckpointError:
+            continue
+    return found
+
+
+def best_of(checkpoints: Sequence[tuple[str, Manifest]]) -> str | None:
+    """The one with the best validation AUROC; the older of two that are equal."""
+    scored = [(manifest.val_auroc, -manifest.step, name) for name, manifest in checkpoints if manifest.val_auroc]
+    return max(scored)[2] if scored else None

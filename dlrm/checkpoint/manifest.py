@@ -1,0 +1,156 @@
+"""What a checkpoint says of itself: manifest.json, the last of its files to be written. No torch here.
+
+A checkpoint is a folder `step_0000001200` with the bytes of its tensors in `rank_{r}.bin`, and config.json, plan.json,
+environment.json and metrics.jsonl as they were. Tensors are plain little-endian arrays in row-major order: reading one
+runs no code from the file.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dlrm.errors import CheckpointError
+
+CHECKPOINT_VERSION = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{10})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
+_DTYPES = ("float32", "float64", "int64", "uint8")
+
+
+def name_of(step: int) -> str:
+    """Folder of the checkpoint of a training step."""
+    return f"step_{step:010d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name stands for; None if it is no checkpoint's."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class File:
+    """Size and digest of one file of a checkpoint."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a tensor: where it lies in the tensor, and from which byte of which file on."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as its chunks, which do not overlap and leave nothing out."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete checkpoint.
+
+    Attributes:
+        position: where training stands, see `dlrm.checkpoint.position`.
+        data: digests of the files that were trained on; None for random data.
+        val_auroc: of the validation at this very step, if there was one.
+    """
+
+    step: int
+    created: str
+    world_size: int
+    val_auroc: float | None
+    position: Mapping[str, Any]
+    data: str | None
+    files: Mapping[str, File]
+    tensors: Mapping[str, Tensor]
+
+    def to_bytes(self) -> bytes:
+        """What manifest.json holds; its digest is of all else in it."""
+        content = {"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}
+        return (json.dumps({**content, "sha256": _digest(content)}, allow_nan=False) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(text: bytes) -> "Manifest":
+        """The manifest that `to_bytes` wrote.
+
+        Raises:
+            CheckpointError: if it is damaged, of another version, or points outside its folder.
+        """
+        try:
+            content = json.loads(text)
+            version = content.pop("checkpoint_version")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise CheckpointError("manifest.json is damaged") from None
+        if version != CHECKPOINT_VERSION:
+            raise CheckpointError(f"checkpoint_version {version!r}, and this dlrm reads {CHECKPOINT_VERSION}")
+        try:
+            digest = content.pop("sha256")
+            if digest != _digest({"checkpoint_version": version, **content}):
+                raise CheckpointError("manifest.json is damaged: its digest differs")
+            files = {name: File(**file) for name, file in content.pop("files").items()}
+            tensors = {name: _read_tensor(tensor) for name, tensor in content.pop("tensors").items()}
+            manifest = Manifest(files=files, tensors=tensors, **content)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"manifest.json is damaged: {error}") from None
+        _check(manifest)
+        return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_tensor(content: Mapping[str, Any]) -> Tensor:
+    chunks = tuple(
+        Chunk(tuple(chunk["offsets"]), tuple(chunk["shape"]), chunk["file"], chunk["start"])
+        for chunk in content["chunks"]
+    )
+    return Tensor(content["dtype"], tuple(content["shape"]), chunks)
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuses names that leave the folder, and chunks that leave their file or tensor.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"manifest.json names a file {name[:80]!r}")
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{name} has the dtype {tensor.dtype!r}")
+        size = np.dtype(tensor.dtype).itemsize
+        for chunk in tensor.chunks:
+            file = manifest.files.get(chunk.file)
+            ends = [start + length for start, length in zip(chunk.offsets, chunk.shape, strict=True)]
+            inside = all(
+                0 <= start <= end <= whole for start, end, whole in zip(chunk.offsets, ends, tensor.shape, strict=True)
+            )
+            stop = chunk.start + math.prod(chunk.shape) * size
+            if file is None or not inside or chunk.start < 0 or stop > file.num_bytes:
+                raise CheckpointError(f"a chunk of {name} lies outside its file or tensor")
+        if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
+            raise CheckpointError(f"{name} is not complete")

@@ -1,0 +1,269 @@
+"""How DCP writes and reads checkpoints: raw bytes and a manifest, no pickle.
+
+torch's own reader unpickles `.metadata`, and with it runs whatever code the file asks for.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from dlrm.checkpoint import manifest as files
+from dlrm.checkpoint.state import Parts
+from dlrm.checkpoint.store import Hashed, Store
+from dlrm.errors import CheckpointError
+
+_ALIGNMENT = 64
+_READ_BYTES = 32 << 20
+
+Describe = Callable[[Mapping[str, files.File], Mapping[str, files.Tensor]], files.Manifest]
+
+
+class ShardPlanner(DefaultSavePlanner):
+    """Plans over `Parts`."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor that a write item stands for."""
+        return self.state_dict[index.fqn].part_at(index)
+
+
+class RestorePlanner(DefaultLoadPlanner):
+    """Plans over `Parts`."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: Mapping[str, Parts], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Takes what is to be loaded."""
+        self.state_dict = dict(state_dict)
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor that a read item fills a part of."""
+        return self.state_dict[index.fqn].part_at(index)
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    start: int
+    facts: files.File
+
+
+class Writer(StorageWriter):
+    """Writes this rank's blocks to one file; rank 0 adds the small files, the manifest, and the name."""
+
+    def __init__(
+        self, store: Store, name: str, token: str, rank: int, documents: Mapping[str, bytes], describe: Describe
+    ) -> None:
+        """Makes a writer for one checkpoint.
+
+        Args:
+            token: of this run, so that what another one that is about to die still writes goes elsewhere.
+            documents: rank 0's other files.
+            describe: gives the manifest of files and tensors, on rank 0.
+        """
+        self._store, self._name, self._token, self._rank = store, name, token, rank
+        self._documents, self._describe = documents, describe
+        self._written = name
+        self.num_bytes = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to reset: a writer writes once."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes room on rank 0, before any rank writes."""
+        del args, kwargs
+        if is_coordinator:
+            self._written = self._store.begin(self._name, self._token)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leaves it as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tells all ranks where to write."""
+        return [SavePlan(plan.items, storage_data=self._written, planner_data=plan.planner_data) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the rank's file, and has it on disk."""
+        self._written = plan.storage_data
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write_items(plan, planner) if plan.items else [])
+        return done
+
+    def _write_items(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        name, places = f"rank_{self._rank}.bin", []
+        with self._store.create(self._written, name) as file:
+            for item in plan.items:
+                file.write(bytes(-file.num_bytes % _ALIGNMENT))
+                start = file.num_bytes
+                _write_tensor(file, planner.resolve_data(item))
+                places.append((item.index, start, file.num_bytes - start))
+        self.num_bytes = file.num_bytes
+        return [WriteResult(index, size, _Place(name, start, file.facts)) for index, start, size in places]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, once all ranks have written: the small files, the manifest, the name."""
+        written: dict[str, files.File] = {}
+        chunks: dict[str, list[files.Chunk]] = defaultdict(list)
+        sizes = {
+            (name, chunk.offsets): tuple(chunk.sizes)
+            for name, tensor in metadata.state_dict_metadata.items()
+            for chunk in tensor.chunks  # type: ignore[union-attr] # there is nothing but tensors
+        }
+        for result in (result for results_of_rank in results for result in results_of_rank):
+            place, index = result.storage_data, result.index
+            assert index.offset is not None
+            written[place.file] = place.facts
+            chunk = files.Chunk(tuple(index.offset), sizes[index.fqn, index.offset], place.file, place.start)
+            chunks[index.fqn].append(chunk)
+        tensors = {
+            name: files.Tensor(_name_of(tensor.properties.dtype), tuple(tensor.size), tuple(chunks[name]))  # type: ignore[union-attr]
+            for name, tensor in metadata.state_dict_metadata.items()
+        }
+        for name, document in self._documents.items():
+            with self._store.create(self._written, name) as file:
+                file.write(document)
+            written[name] = file.facts
+        with self._store.create(self._written, files.MANIFEST) as file:
+            file.write(self._describe(written, tensors).to_bytes())
+        self._store.finish(self._written, self._name)
+
+    @property
+    def address(self) -> str:
+        """Of the finished checkpoint."""
+        return f"{self._store.address}/{self._name}"
+
+    def discard(self) -> None:
+        """Removes what was written of a checkpoint that can't be finished."""
+        self._store.remove(self._written)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Not used: the store knows its address."""
+        del checkpoint_id
+        return True
+
+
+class Reader(StorageReader):
+    """Reads what a rank needs of each tensor, and no more."""
+
+    def __init__(self, store: Store, name: str, manifest: files.Manifest) -> None:
+        self._store, self._name, self._manifest = store, name, manifest
+        self._chunks = {
+            (name, chunk.offsets): (tensor, chunk)
+            for name, tensor in manifest.tensors.items()
+            for chunk in tensor.chunks
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to reset."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What DCP plans with, from the manifest."""
+        del args, kwargs
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=getattr(torch, tensor.dtype)),
+                    torch.Size(tensor.shape),
+                    [
+                        ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape))
+                        for chunk in tensor.chunks
+                    ],
+                )
+                for name, tensor in self._manifest.tensors.items()
+            },
+            storage_meta=StorageMeta(),
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Leaves it as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Leaves them as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills the tensors, each file read front to back.
+
+        Raises:
+            CheckpointError: if a file is shorter than the manifest says.
+        """
+        wanted = defaultdict(list)
+        for item in plan.items:
+            assert item.storage_index.offset is not None
+            tensor, chunk = self._chunks[item.storage_index.fqn, tuple(item.storage_index.offset)]
+            wanted[chunk.file].append((chunk.start, tensor.dtype, chunk, item))
+        for name, reads in wanted.items():
+            with self._store.open(self._name, name) as file:
+                for _, dtype, chunk, item in sorted(reads, key=lambda read: read[0]):
+                    _read_block(file, np.dtype(dtype), chunk, item, planner.resolve_tensor(item).detach())
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Not used: the store knows its address."""
+        del checkpoint_id
+        return True
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_tensor(file: Hashed, tensor: Any) -> None:
+    if tensor.numel():
+        file.write(tensor.detach().cpu().contiguous().view(-1).numpy())
+
+
+def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadItem, target: torch.Tensor) -> None:
+    """Reads the rows of a chunk that are asked for, some MiB at a time, and of them the columns."""
+    shape, offsets, lengths = chunk.shape or (1,), item.storage_offsets or (0,), item.lengths or (1,)
+    target = target.view(lengths)
+    row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    if row_bytes == 0 or target.numel() == 0:
+        return
+    columns = tuple(slice(start, start + length) for start, length in zip(offsets[1:], lengths[1:], strict=True))
+    rows_at_once = max(1, _READ_BYTES // row_bytes)
+    file.seek(chunk.start + offsets[0] * row_bytes)
+    for first in range(0, lengths[0], rows_at_once):
+        rows = min(rows_at_once, lengths[0] - first)
+        block = np.empty((rows, *shape[1:]), dtype)
+        view = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[bad-argument-type] # an array is a buffer
+        filled = 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise CheckpointError(f"{chunk.file} ends too early")
+            filled += count
+        target[first : first + rows].copy_(torch.from_numpy(block[(slice(None), *columns)]))

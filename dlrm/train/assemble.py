@@ -1,0 +1,67 @@
+"""Model, data and optimizer of a config, put together on the ranks there are."""
+
+import dataclasses
+import time
+from functools import partial
+
+import torch
+
+from dlrm.allocator import describe_allocator
+from dlrm.config import Config
+from dlrm.data.splits import draw_run_companions, open_run_splits
+from dlrm.kernels.native import describe_kernels
+from dlrm.metrics.sinks import Sinks
+from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank
+from dlrm.sharding.cluster import Cluster
+from dlrm.sharding.plan import Placement, describe_plan
+from dlrm.sharding.shard import shard_model
+from dlrm.train.build import build_model, make_sharder, plan_run
+from dlrm.train.dense_execution import check_arithmetic, check_dense_execution
+from dlrm.train.optimizers import build_optimizer, table_state_floats
+from dlrm.train.pipeline import check_pipeline
+from dlrm.train.profiling import check_profile
+from dlrm.train.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A trainer that has not begun.
+
+    Attributes:
+        data_opened: when opening the data began, in seconds since the epoch.
+    """
+
+    trainer: Trainer
+    placement: Placement
+    data_opened: float
+
+
+def assemble(config: Config, runtime: Runtime) -> Assembly:
+    """Says what it runs on, plans, opens the data, draws the weights. Collective. The config has a seed.
+
+    Raises:
+        DlrmError: for what the user can mend.
+    """
+    on_main_rank(runtime, lambda: check_dense_execution(config.training.dense_execution, runtime.device))
+    on_every_rank(runtime, lambda: check_arithmetic(config.training, runtime.device))
+    if runtime.is_main:
+        print(runtime.describe(), flush=True)
+        if runtime.device.type == "cpu":
+            print(f"{describe_kernels()}; {describe_allocator()}", flush=True)
+    seed = config.training.seed
+    assert seed is not None
+    torch.manual_seed(derive_seed(seed, "rank", runtime.rank))
+    torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
+    data_opened = time.time()
+    model = build_model(config, runtime)
+    cluster = Cluster.detect(runtime, config.sharding)
+    plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
+    placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
+    on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
+    runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
+    companions = draw_run_companions(config, runtime)
+    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
+    on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
+    sharded = shard_model(model, plan, make_sharder(config), runtime.device, seed)
+    optimizer = build_optimizer(sharded, config.optimizer)
+    return Assembly(Trainer(config, runtime, splits, sharded, optimizer, Sinks([])), placement, data_opened)

@@ -1,0 +1,48 @@
+"""A run's safety, put together: where checkpoints go, whether they are copied first, who listens to signals."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from dlrm.checkpoint.checkpointer import Checkpointer, copies_fit, describe_copy
+from dlrm.checkpoint.store import open_store
+from dlrm.host import available_memory_bytes
+from dlrm.runtime import on_main_rank
+from dlrm.train.control import StopSignals
+from dlrm.train.resume import Start, store_address
+from dlrm.train.run_directory import RunDirectory
+from dlrm.train.safety import RunSafety, state_of
+from dlrm.train.trainer import Trainer
+from dlrm.train.watchdog import Watchdog
+
+
+@contextmanager
+def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: StopSignals) -> Iterator[RunSafety]:
+    """Saves a training while it runs, and waits for the last checkpoint. Collective.
+
+    Raises:
+        CheckpointError: if a checkpoint can't be written.
+    """
+    config, runtime = trainer.config.checkpoint, trainer.runtime
+    checkpointer = None
+    if config.checkpoint_every != "never":
+        copies = config.checkpoint_mode == "async"
+        if copies:
+            state = state_of(trainer)
+            copies = copies_fit(state, runtime, available_memory_bytes() // runtime.local_world_size)
+            if not copies and runtime.is_main:
+                print(
+                    f"Checkpoints: no memory for a copy of {describe_copy(state)} a rank, so training waits while one "
+                    "is written."
+                )
+        address = on_main_rank(runtime, lambda: store_address(trainer.config, start.path))
+        checkpointer = Checkpointer(open_store(address), runtime, config.keep, copies, start.data, directory.documents)
+        if start.source is not None and start.source.store == address:
+            checkpointer.last_step = trainer.step
+    watchdog = Watchdog(runtime, config.hang_timeout).start()
+    safety = RunSafety(config, runtime, checkpointer, signals, watchdog)
+    try:
+        with signals.saving() if checkpointer is not None else nullcontext():
+            yield safety
+            safety.close(trainer)
+    finally:
+        watchdog.stop()

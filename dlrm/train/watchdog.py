@@ -1,0 +1,138 @@
+"""Finds the rank that hangs when all others wait for it."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dlrm.errors import EXIT_HANGS
+from dlrm.runtime import Runtime
+
+_CHECKS_PER_TIMEOUT = 8
+_LONGEST_INTERVAL = 15.0
+_SECONDS_FOR_VERDICT = 10.0
+
+
+class Watchdog:
+    """Looks at the main thread from another one; ranks tell each other through the launcher's key-value store."""
+
+    def __init__(self, runtime: Runtime, timeout: float) -> None:
+        """Makes one; `start` has it watch.
+
+        Args:
+            timeout: seconds without a beat after which the run ends.
+        """
+        self._runtime, self._timeout = runtime, timeout
+        self._interval = min(_LONGEST_INTERVAL, timeout / _CHECKS_PER_TIMEOUT)
+        self._main = threading.main_thread().ident
+        self._beats = 0
+        self._doing = "starting"
+        self._at = time.monotonic()
+        self._published = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._store: Any = None
+        if runtime.world_size > 1:
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("dlrm/watchdog", store.clone())  # a connection of this thread's own
+
+    def start(self) -> "Watchdog":
+        """Begins to watch. Collective."""
+        self._publish()
+        if self._runtime.world_size > 1:
+            dist.barrier(group=self._runtime.control_group)
+        self._at = time.monotonic()
+        self._thread.start()
+        return self
+
+    def beat(self, doing: str) -> None:
+        """The main thread is alive, and about to do this. Cheap. All ranks beat in the same order."""
+        self._doing = doing
+        self._beats += 1
+        self._at = time.monotonic()
+
+    def stop(self) -> None:
+        """Stops watching."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._publish()
+            if time.monotonic() - self._at > self._timeout:
+                self._give_up()
+
+    def _publish(self) -> None:
+        self._published += 1
+        if self._store is None:
+            return
+        try:
+            self._store.set(str(self._runtime.rank), json.dumps(self._status()))
+        except RuntimeError:  # the launcher is gone, and will have ended this process soon
+            self._stopped.set()
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "published": self._published,
+            "beats": self._beats,
+            "doing": self._doing,
+            "host": os.uname().nodename,
+            "frame": self._frame(),
+        }
+
+    def _frame(self) -> str:
+        """Where the main thread is in this project's own code."""
+        frame = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return "?"
+        stack = traceback.extract_stack(frame)
+        own = [entry for entry in stack if f"{os.sep}dlrm{os.sep}" in entry.filename] or stack
+        return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({stack[-1].name})"
+
+    def _give_up(self) -> None:
+        text, accused = self._judge()
+        free = [rank for rank in range(self._runtime.world_size) if rank not in accused]
+        if free and self._runtime.rank != free[0]:
+            time.sleep(_SECONDS_FOR_VERDICT)  # one rank is enough to say it
+        else:
+            waited = f"no step for {self._timeout:g} s (--hang_timeout)"
+            print(f"dlrm: error: {waited}: {text}", file=sys.stderr, flush=True)
+        os._exit(EXIT_HANGS)
+
+    def _judge(self) -> tuple[str, list[int]]:
+        """What is wrong, and with whom."""
+        if self._store is None:
+            return f"{self._doing}, at {self._frame()}", []
+        before = self._read_all()
+        for _ in range(4):
+            time.sleep(self._interval / 2)
+            self._publish()
+        after = self._read_all()
+        silent = [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
+        if silent:
+            return f"{_name(silent, after)} gives no sign of life. {_last(silent, after)}", silent
+        fewest = min(status["beats"] for status in after.values())
+        behind = [rank for rank, status in after.items() if status["beats"] == fewest]
+        if len(behind) < len(after):
+            return f"{_name(behind, after)} hangs. {_last(behind, after)}", behind
+        places = ", ".join(f"rank {rank} {status['doing']} at {status['frame']}" for rank, status in after.items())
+        return f"no rank is behind the others. {places}", []
+
+    def _read_all(self) -> dict[int, dict[str, Any]]:
+        return {rank: json.loads(self._store.get(str(rank))) for rank in range(self._runtime.world_size)}
+
+
+def _name(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
+    return ", ".join(f"rank {rank} on {statuses[rank]['host']}" for rank in ranks)
+
+
+def _last(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
+    status = statuses[ranks[0]]
+    return f"It was {status['doing']}, at {status['frame']}."
