@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException, save
 
 from dlrm.checkpoint.find import best_of, complete_checkpoints
-from dlrm.checkpoint.manifest import File, Manifest, Tensor, name_of
+from dlrm.checkpoint.manifest import File, Manifest, Tensor
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.state import Part, Parts, State, blocks
 from dlrm.checkpoint.storage import ShardPlanner, Writer
@@ -88,7 +88,7 @@ class Checkpointer:
         own = {name: parts.saved_by(self._runtime.rank) for name, parts in state.items()}
         writer = Writer(
             self._store,
-            name_of(position.step),
+            position.step,
             self._token,
             self._runtime.rank,
             self._documents() if self._runtime.is_main else {},

@@ -1,15 +1,15 @@
 """What a checkpoint says of itself: manifest.json, the last of its files to be written. No torch here.
 
-A checkpoint is a folder `step_0000001200` with the bytes of its tensors in `rank_{r}.bin`, and config.json, plan.json,
-environment.json and metrics.jsonl as they were. Tensors are plain little-endian arrays in row-major order: reading one
-runs no code from the file.
+A checkpoint is a folder `step_0000001200`, or `step_0000001200-1` where that step had been saved before. It has the
+bytes of its tensors in `rank_{r}.bin`, and config.json, plan.json, environment.json and metrics.jsonl as they were.
+Tensors are plain little-endian arrays in row-major order: reading one runs no code from the file.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,14 +19,22 @@ from dlrm.errors import CheckpointError
 
 CHECKPOINT_VERSION = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step_(\d{10})")
+_NAME = re.compile(r"step_(\d{10})(-\d)?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
 _DTYPES = ("float32", "float64", "int64", "uint8")
 
 
-def name_of(step: int) -> str:
-    """Folder of the checkpoint of a training step."""
-    return f"step_{step:010d}"
+def name_of(step: int, taken: Container[str] = ()) -> str:
+    """Folder for the checkpoint of a training step: a step is saved again if it was validated since, or went wrong.
+
+    Raises:
+        CheckpointError: if it has been saved ten times.
+    """
+    name = f"step_{step:010d}"
+    for candidate in (name, *(f"{name}-{number}" for number in range(1, 10))):
+        if candidate not in taken:
+            return candidate
+    raise CheckpointError(f"{name} has been saved ten times: remove what can't be used")
 
 
 def step_of(name: str) -> int | None:

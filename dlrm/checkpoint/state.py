@@ -7,6 +7,7 @@ steps.
 Shapes: R rows of a table.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -90,9 +91,10 @@ State = dict[str, Parts]
 def model_state(model: DistributedModelParallel, world_size: int) -> State:
     """Weights and buffers, as views: what is written to them is written to the model. Collective."""
     state = {}
-    for number, (name, weight) in enumerate(sorted(model.state_dict().items())):
+    for name, weight in model.state_dict().items():
         table = _table_of(name)
-        state[f"tables.{table}.weight" if table else f"dense.{_strip(name)}"] = _parts_of(weight, number % world_size)
+        key = f"tables.{table}.weight" if table else f"dense.{_strip(name)}"
+        state[key] = _parts_of(weight, _owner(key, world_size))
     return state
 
 
@@ -100,7 +102,7 @@ def optimizer_state(optimizer: CombinedOptimizer, world_size: int) -> State:
     """What optimizers keep of each weight, as views. Collective."""
     state = {}
     states = cast(dict[str, dict[str, Any]], optimizer.state_dict()["state"])
-    for number, (name, values) in enumerate(sorted(states.items())):
+    for name, values in states.items():  # not the same names on all ranks
         table = _table_of(name)
         prefix = f"tables.{table}" if table else f"dense.{_strip(name)}"
         for key, value in values.items():
@@ -108,7 +110,8 @@ def optimizer_state(optimizer: CombinedOptimizer, world_size: int) -> State:
             if kind != "step" and isinstance(value, torch.Tensor):
                 if table and not isinstance(value, ShardedTensor) and value.dim() == 2 and value.size(1) == 1:
                     value = value.view(-1)  # row-wise Adagrad's is [R] where FBGEMM updates, [R, 1] where TorchRec does
-                state[f"{prefix}.{_MOMENTS.get(kind, kind)}"] = _parts_of(value, number % world_size)
+                full_name = f"{prefix}.{_MOMENTS.get(kind, kind)}"
+                state[full_name] = _parts_of(value, _owner(full_name, world_size))
     return state
 
 
@@ -137,6 +140,11 @@ def _table_of(name: str) -> str | None:
 
 def _strip(name: str) -> str:
     return name.removeprefix("model.")
+
+
+def _owner(name: str, world_size: int) -> int:
+    """Which of the ranks that hold the same tensor saves it. All agree, whatever else they hold."""
+    return zlib.crc32(name.encode()) % world_size
 
 
 def _parts_of(value: torch.Tensor | ShardedTensor, owner: int) -> Parts:

@@ -76,7 +76,7 @@ class Writer(StorageWriter):
     """Writes this rank's blocks to one file; rank 0 adds the small files, the manifest, and the name."""
 
     def __init__(
-        self, store: Store, name: str, token: str, rank: int, documents: Mapping[str, bytes], describe: Describe
+        self, store: Store, step: int, token: str, rank: int, documents: Mapping[str, bytes], describe: Describe
     ) -> None:
         """Makes a writer for one checkpoint.
 
@@ -85,9 +85,9 @@ class Writer(StorageWriter):
             documents: rank 0's other files.
             describe: gives the manifest of files and tensors, on rank 0.
         """
-        self._store, self._name, self._token, self._rank = store, name, token, rank
+        self._store, self._step, self._token, self._rank = store, step, token, rank
         self._documents, self._describe = documents, describe
-        self._written = name
+        self._name = self._written = ""
         self.num_bytes = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -97,6 +97,7 @@ class Writer(StorageWriter):
         """Makes room on rank 0, before any rank writes."""
         del args, kwargs
         if is_coordinator:
+            self._name = files.name_of(self._step, self._store.names())
             self._written = self._store.begin(self._name, self._token)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -159,7 +160,8 @@ class Writer(StorageWriter):
 
     def discard(self) -> None:
         """Removes what was written of a checkpoint that can't be finished."""
-        self._store.remove(self._written)
+        if self._written:
+            self._store.remove(self._written)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from dlrm.artifacts import sync
-from dlrm.checkpoint.manifest import MANIFEST, File
+from dlrm.checkpoint.manifest import MANIFEST, File, step_of
 from dlrm.errors import CheckpointError
 
 _PARTIAL = ".partial"
@@ -170,10 +170,7 @@ class RemoteStore:
     def begin(self, name: str, token: str) -> str:
         """See `Store`."""
         del token
-        path = f"{self._root}/{name}"
-        if self._files.exists(path):
-            self._files.rm(path, recursive=True)
-        self._files.makedirs(path, exist_ok=True)
+        self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
         return name
 
     @contextmanager
@@ -196,5 +193,9 @@ class RemoteStore:
         self._files.rm(f"{self._root}/{name}", recursive=True)
 
     def leftovers(self) -> list[str]:
-        """See `Store`: none, as an unfinished checkpoint of that name is written over."""
-        return []
+        """See `Store`."""
+        return [
+            name
+            for name in self.names()
+            if step_of(name) is not None and not self._files.exists(f"{self._root}/{name}/{MANIFEST}")
+        ]

@@ -23,7 +23,7 @@ from dlrm.train.assemble import assemble
 from dlrm.train.control import StopSignals
 from dlrm.train.guard import guard
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, find_start, resume_training, with_seed_of
+from dlrm.train.resume import FinishedError, Start, find_start, resume_training, with_seed_of
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -42,13 +42,28 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
         if runtime.is_main:
             print(finished, flush=True)
         return
-    config = on_main_rank(runtime, lambda: _resolve(with_seed_of(config, start.source)))
+    with ExitStack() as held:
+        if start.lock is not None:
+            held.callback(start.lock.release)
+        _run_from(
+            start,
+            on_main_rank(runtime, lambda: _resolve(with_seed_of(config, start.source))),
+            runtime,
+            started,
+            signals,
+            held,
+        )
+
+
+def _run_from(
+    start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, held: ExitStack
+) -> None:
+    """A run from where it begins, to its summary. What it opens for longer is closed with `held`."""
     if runtime.is_main:
         _note_idle_flags(config, runtime)
     assembly = assemble(config, runtime)
     trainer, placement, runtime = assembly.trainer, assembly.placement, assembly.trainer.runtime
     metrics = resume_training(trainer, start.source, runtime) if start.source is not None else None
-
     directory = on_main_rank(
         runtime,
         lambda: RunDirectory.open(
@@ -60,6 +75,8 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
             metrics,
         ),
     )
+    if runtime.is_main:
+        held.callback(directory.release)
     rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
     if runtime.is_main:
         _announce(config, placement, rows)
@@ -86,7 +103,6 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
-        directory.release()
 
 
 def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:

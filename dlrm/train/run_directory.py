@@ -233,8 +233,10 @@ class Lock:
                 return Lock(handle)
 
     def release(self) -> None:
-        """Lets the next run have the folder."""
-        os.close(self._handle)
+        """Lets the next run have the folder. A second call does nothing."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
 
 def launch_id() -> str | None:
