@@ -385,3 +385,31 @@ def test_counts_are_those_of_what_was_taken(days):
         np.testing.assert_array_equal(before, np.bincount(ids[:, 0], minlength=rows))
         np.testing.assert_array_equal(after, np.bincount(ids.ravel(), minlength=rows))
     assert open_splits_of(config, runtime)["val"].frequencies is None
+
+
+@pytest.mark.parametrize("mmap_mode", [False, True])
+@pytest.mark.parametrize("knobs", [{}, {"shuffle_training_set": True}, {"undersampling_rate": 0.6}])
+def test_a_pass_that_goes_on_at_other_world_sizes_takes_each_row_once(knobs, mmap_mode, days):
+    """Batches in memory hold the rows of a pass from the start; what they lack is read where it lies."""
+    folder, written = days
+    knobs = {**knobs, "mmap_mode": mmap_mode}
+    whole = [rows_of(step) for step in steps_of(config_of(folder, batch_size=9, **knobs), 1, epoch=1)]
+    seen, row, step = [], 0, 0
+    for world_size, batch_size, steps in ((2, 6, 5), (1, 7, 4), (3, 5, 2), (2, 6, 1), (4, 3, None)):
+        config = config_of(folder, batch_size=batch_size, **knobs)
+        splits = [
+            open_splits_of(config, runtime_of(rank, world_size))["train"].resumed(row, step)
+            for rank in range(world_size)
+        ]
+        for taken, batches in enumerate(zip(*(split.batches(1) for split in splits), strict=True)):
+            if taken == steps:
+                break
+            for batch in batches:
+                rows = rows_of([batch])
+                np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows])
+            seen += rows_of(batches)
+            step += 1
+        row = splits[0].partition.rows_before(step)
+        assert row == len(seen)
+    assert sorted(seen) == sorted(row for rows in whole for row in rows)
+    assert len(set(seen)) == len(seen)

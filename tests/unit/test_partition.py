@@ -75,3 +75,49 @@ def test_by_hand(rank, last_span):
     assert list(Partition(32, 4, 3).spans(rank)) == [*full, last_span]
     assert list(Partition(32, 4, 3, drop_last=True).spans(rank)) == full
     assert list(Partition(32, 4, 3, limit=1).spans(rank)) == full[:1]
+
+
+@st.composite
+def journeys(draw):
+    """An epoch's rows, and legs of (steps to train, batch size, world size); the last leg takes what is left."""
+    legs = st.tuples(st.integers(0, 12), st.integers(1, 40), st.integers(1, 9))
+    return draw(st.integers(0, 1500)), draw(st.lists(legs, min_size=1, max_size=7)), draw(st.booleans())
+
+
+@quick
+@given(journeys())
+def test_any_sequence_of_resumes_sees_each_row_once(journey):
+    num_rows, legs, drops_last = journey
+    row = step = 0
+    seen = []
+    for number, (steps, batch_size, world_size) in enumerate(legs):
+        partition = Partition(num_rows, batch_size, world_size, drops_last).resumed(row, step)
+        stop = partition.num_steps if number == len(legs) - 1 else min(step + steps, partition.num_steps)
+        spans = [list(partition.spans(rank)) for rank in range(world_size)]
+        assert len({len(of_rank) for of_rank in spans}) == 1
+        for spans_of_step in list(zip(*spans, strict=True))[: stop - step]:
+            assert {span.step for span in spans_of_step} == {step}
+            for span in spans_of_step:
+                seen += range(span.start, span.stop)
+            step += 1
+        row = partition.rows_before(step)
+        assert seen == list(range(row))
+    left = num_rows - row
+    assert left == 0 or (drops_last and left < partition.global_batch_size)
+
+
+@quick
+@given(partitions, st.integers(0, 50))
+def test_a_resume_at_the_same_batch_is_the_rest_of_the_pass(partition, step):
+    step = min(step, partition.num_steps)
+    rest = partition.resumed(partition.rows_before(step), step)
+    assert rest.is_regular
+    assert rest.num_steps == partition.num_steps
+    for rank in range(partition.world_size):
+        assert list(rest.spans(rank)) == list(partition.spans(rank))[step:]
+
+
+def test_where_a_resumed_pass_is_not_regular():
+    assert Partition(100, 8, 2).resumed(48, 3).is_regular
+    assert not Partition(100, 8, 2).resumed(48, 6).is_regular  # saved at a batch of 8 in all
+    assert Partition(100, 8, 2).resumed(100, 7).is_regular
