@@ -1,6 +1,9 @@
 """What this host has to give."""
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +11,13 @@ import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _SYSTEM = Path("/sys/devices/system")
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Has the kernel send this process a signal when its parent ends, however that ends. Linux only; else nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def available_memory_bytes() -> int:

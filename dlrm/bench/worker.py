@@ -10,11 +10,13 @@ from pathlib import Path
 from dlrm.allocator import keep_freed_memory
 from dlrm.bench.workers import Reply
 from dlrm.errors import DlrmError
+from dlrm.host import end_with_parent
 from dlrm.train.main import quieten_libraries
 
 
 def main() -> None:
     """Opens a side, takes turns as they are asked for, and leaves when nobody asks any more."""
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     warnings.simplefilter("ignore")
     connection = Connection(int(sys.argv[1]))

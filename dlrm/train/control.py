@@ -1,6 +1,5 @@
 """What ranks decide together: to save, to stop, to give up. And what a signal asks of a run."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ import torch.distributed as dist
 
 from dlrm.runtime import Runtime, new_control_group
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN = 0.05
 _MOST_STEPS_BETWEEN = 1000
 _SECONDS_OF_ONE_SIGNAL = 1.0
@@ -123,9 +121,3 @@ class StopSignals:
 def exit_code(number: signal.Signals) -> int:
     """What shells and schedulers know as ended by this signal."""
     return 128 + number
-
-
-def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM when torchrun dies, so that its ranks save and end rather than train on alone."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

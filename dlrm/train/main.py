@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -32,13 +33,15 @@ def main(argv: Sequence[str]) -> None:
     with _errors_as_one_line():
         config = _parse(argv)
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
+        from dlrm.host import end_with_parent
         from dlrm.runtime import start_runtime
-        from dlrm.train.control import StopSignals, end_with_launcher, exit_code
+        from dlrm.train.control import StopSignals, exit_code
         from dlrm.train.run import run
         from dlrm.train.safety import Stopped
 
         quieten_libraries()
-        end_with_launcher()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # save and end with the launcher, rather than train on alone
+            end_with_parent(signal.SIGTERM)
         with StopSignals().installed() as signals:
             try:
                 with start_runtime() as runtime:
