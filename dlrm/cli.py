@@ -14,6 +14,10 @@ COMMANDS = {
     "materialize": ("dlrm.preprocess.materialize", "give binary days several ids per feature, as MLPerf v2 has"),
     "verify": ("dlrm.preprocess.verify", "check binary days against their manifest"),
     "train": ("dlrm.train.main", "train, validate and test; the same as dlrm_main.py"),
+    "evaluate": ("dlrm.train.evaluate", "score the held-out sets with a checkpoint's weights"),
+    "inspect": ("dlrm.checkpoint.inspect", "say what a checkpoint holds, or which checkpoints there are"),
+    "export-table": ("dlrm.checkpoint.export_table", "write an embedding table of a checkpoint as .parquet or .npy"),
+    "compare": ("dlrm.compare", "say in what two runs differ, and show their metrics side by side"),
     "bench": ("dlrm.bench.command", "measure speed against plain TorchRec on this machine"),
     "doctor": ("dlrm.doctor", "say whether what is installed fits together and runs"),
 }
@@ -24,7 +28,7 @@ USAGE = "\n".join(
         "",
         "Trains deep learning recommendation models on TorchRec, from click logs to a measured model.",
         "",
-        *(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()),
+        *(f"  {name:<14}{purpose}" for name, (_, purpose) in COMMANDS.items()),
         "",
         "`dlrm COMMAND --help` lists a command's flags.",
     ]
@@ -61,3 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"dlrm {name}: error: {where}{error.strerror or error}.", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -138,6 +138,19 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     _check_path("resume", checkpoint.resume)
 
 
+def check_output_file(name: str, path: str) -> None:
+    """Refuses a file that could not be written once all is done.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--{name} {path}: can't be written. Expected a file's name in a folder of yours.")
+
+
 def _check_path(name: str, path: str | None) -> None:
     if path is None:
         return

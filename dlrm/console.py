@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
@@ -107,3 +108,20 @@ def plural(number: int, noun: str) -> str:
 def show_bytes(size: float) -> str:
     """A size in MiB or GiB."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def align(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Cells in columns, those of the columns `right` flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def printable(text: str) -> str:
+    """The text of a file that may be anybody's, without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -31,16 +31,16 @@ def parse_args(argv: Sequence[str]) -> Config:
         SystemExit: after --help, with code 0.
     """
     base = _base_of(argv)
-    if _names(argv, "num_embeddings") and not _names(argv, "num_embeddings_per_feature"):
-        base = _reset(base, "model", "num_embeddings_per_feature")
-    if _names(argv, "adagrad") and not _names(argv, "optimizer"):
-        base = _reset(base, "optimizer", "optimizer")
+    if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
+        base = reset(base, "model", "num_embeddings_per_feature")
+    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
+        base = reset(base, "optimizer", "optimizer")
     config = parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base)
     # What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and
     # so is a recipe's data set that is not given.
     for section, name, _ in fields_without_effect(config):
-        if section != "data" and not _names(argv, name):
-            config = _reset(config, section, name)
+        if section != "data" and not is_named(argv, name):
+            config = reset(config, section, name)
     check_config(config)
     return config
 
@@ -70,21 +70,22 @@ def parse_flags(
         )
 
 
-def _reset(config: Config, section: str, name: str) -> Config:
+def reset(config: Config, section: str, name: str) -> Config:
     """The config with one field as the public example has it."""
     owner = getattr(config, section)
     default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
     return dataclasses.replace(config, **{section: dataclasses.replace(owner, **{name: default})})
 
 
-def _names(argv: Sequence[str], flag: str) -> bool:
+def is_named(argv: Sequence[str], flag: str) -> bool:
+    """Whether a command line has this flag."""
     spelled = (f"--{flag}", f"--{flag.replace('_', '-')}")
     return any(token.split("=", 1)[0] in spelled for token in argv)
 
 
 def _base_of(argv: Sequence[str]) -> Config:
     """What the other flags change: a run's config, a recipe, or the defaults."""
-    name, path = _value_of(argv, "recipe"), _value_of(argv, "config")
+    name, path = value_of(argv, "recipe"), value_of(argv, "config")
     if path is not None:
         if name is not None:
             raise ConfigError("--config with --recipe: give one of the two")
@@ -113,7 +114,7 @@ def load_config(path: str) -> Config:
     return dataclasses.replace(config, output=output, checkpoint=checkpoint)
 
 
-def _value_of(argv: Sequence[str], flag: str) -> str | None:
+def value_of(argv: Sequence[str], flag: str) -> str | None:
     """What a flag is given, before all flags are parsed."""
     for position, token in enumerate(argv):
         if token == f"--{flag}":

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from dlrm.config import optional
-from dlrm.config_checks import check_ranges
+from dlrm.config_checks import check_output_file, check_ranges
 from dlrm.errors import ConfigError
 from dlrm.host import available_cores, cpu_flags
 
@@ -51,13 +51,8 @@ class Rounds:
             ConfigError: naming the flag.
         """
         check_ranges(self)
-        if self.json is None:
-            return
-        parent = Path(self.json).absolute().parent
-        while not parent.exists():
-            parent = parent.parent
-        if Path(self.json).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"--json {self.json}: can't be written. Expected a file's name in a folder of yours.")
+        if self.json is not None:
+            check_output_file("json", self.json)
 
 
 _BF16_UNITS = "bf16 where the CPU has AMX or AVX-512 BF16"

@@ -1,7 +1,7 @@
 """Finds checkpoints and says which are sound. No torch here."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
 from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
@@ -70,8 +70,17 @@ def read_file(store: Store, name: str, file: str) -> bytes:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
 
 
-def check_files(store: Store, name: str, manifest: Manifest, files: Iterable[str]) -> None:
+def check_files(
+    store: Store,
+    name: str,
+    manifest: Manifest,
+    files: Iterable[str],
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
     """Reads some files of a checkpoint and compares their digests.
+
+    Args:
+        advance: told of bytes that were read.
 
     Raises:
         CheckpointError: at one that is missing, truncated or changed.
@@ -84,6 +93,7 @@ def check_files(store: Store, name: str, manifest: Manifest, files: Iterable[str
                 while piece := opened.read(_READ_BYTES):
                     digest.update(piece)
                     num_bytes += len(piece)
+                    advance(len(piece))
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror or error}") from None
         if num_bytes != expected.num_bytes:

@@ -1,6 +1,6 @@
 """The three splits of a run, each an iterable of this rank's batches, built ahead of need."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -152,11 +152,14 @@ def measure_dense(config: Config) -> DenseStatistics:
     return DenseStatistics.of(sample_SI, config.model.dense_buckets)
 
 
-def open_run_splits(config: Config, runtime: Runtime, companions: Companions | None = None) -> dict[Stage, Split]:
+def open_run_splits(
+    config: Config, runtime: Runtime, companions: Companions | None = None, stages: Sequence[Stage] = STAGES
+) -> dict[Stage, Split]:
     """Opens, checks and (unless mapped) loads what the run reads. `config.training.seed` is set.
 
     Args:
         companions: what `draw_run_companions` gave.
+        stages: the splits that are wanted.
 
     Raises:
         DatasetError: if the data is missing or wrong, or does not fit into memory.
@@ -173,10 +176,10 @@ def open_run_splits(config: Config, runtime: Runtime, companions: Companions | N
         available -= _check_counts(table_rows, available)
     if days is None:
         hotness = data.multi_hot_sizes or ONE_HOT
-        splits = {stage: _random_split(config, stage, runtime, companions) for stage in STAGES}
+        splits = {stage: _random_split(config, stage, runtime, companions) for stage in stages}
     else:
         hotness = _hotness(days["train"], companions)
-        splits = _binary_splits(config, days, runtime, companions, available)
+        splits = _binary_splits(config, {stage: days[stage] for stage in stages}, runtime, companions, available)
     if data.collect_multi_hot_freqs_stats:
         splits["train"] = replace(splits["train"], frequencies=IdFrequencies(table_rows, hotness))
     return splits
@@ -203,12 +206,12 @@ def _binary_splits(
     data, seed = config.data, config.training.seed
     assert seed is not None
     sets: dict[Stage, RowSet] = {**days}
-    if data.undersampling_rate is not None:
+    if data.undersampling_rate is not None and "train" in days:
         label = _label(config, runtime, "Undersampling")
         sets["train"] = undersample(days["train"], data.undersampling_rate, derive_seed(seed, "undersampling"), label)
         available -= int(days["train"].num_rows * BITS_PER_ROW / 8)
     partitions = {stage: _partition(data, stage, rows.num_rows, runtime.world_size) for stage, rows in sets.items()}
-    _check_sizes(data, partitions, sets["train"].widths, available)
+    _check_sizes(data, partitions, next(iter(sets.values())).widths, available)
     table_rows = np.array(config.model.table_rows, dtype=np.int64)
     splits = {}
     for stage, rows in sets.items():
@@ -247,8 +250,8 @@ def _hotness(rows: RowSet, companions: Companions | None) -> tuple[int, ...]:
 def _check_sizes(
     data: DataConfig, partitions: Mapping[Stage, Partition], widths: tuple[int, ...], available: int
 ) -> None:
-    training = partitions["train"]
-    if training.num_steps == 0:
+    training = partitions.get("train")
+    if training is not None and training.num_steps == 0:
         raise DatasetError(
             f"{data.folder}: {training.num_rows:,} training rows fill no batch of "
             f"{training.global_batch_size:,} over all ranks. Use a smaller --batch_size, or leave out "
@@ -257,7 +260,7 @@ def _check_sizes(
     if data.mmap_mode:
         return
     loaded = [part for stage, part in partitions.items() if stage != "train" or not data.shuffle_training_set]
-    rows = sum(partition.num_used_rows for partition in loaded) // training.world_size
+    rows = sum(partition.num_used_rows for partition in loaded) // next(iter(partitions.values())).world_size
     needed = rows * bytes_per_row(widths)
     if needed > available:
         raise DatasetError(

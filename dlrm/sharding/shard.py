@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,12 @@ _BLOCK_ROWS = 1 << 16
 
 
 def shard_model(
-    model: nn.Module, plan: ShardingPlan, sharder: TableSharder, device: torch.device, seed: int
+    model: nn.Module, plan: ShardingPlan, sharder: TableSharder, device: torch.device, seed: int | None
 ) -> DistributedModelParallel:
     """Places tables by `plan`, makes the rest data parallel, and fills the tables.
 
-    Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code.
+    Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code. Without a seed they are left
+    to be restored.
     """
     with warnings.catch_warnings(), _NothingDrawn():
         # TorchRec hands DistributedDataParallel an argument that newer torch spells otherwise.
@@ -43,17 +44,23 @@ def shard_model(
         )
     tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
+    if seed is not None:
+        _draw(tables, seed)
+    if device.type == "cpu":
+        replace_lookups(sharded, sharder.pooled_type)
+    else:
+        round_lookups(sharded, sharder.pooled_type)
+    return sharded
+
+
+def _draw(tables: Mapping[str, torch.Tensor | ShardedTensor], seed: int) -> None:
+    """Fills this rank's parts of the tables."""
     blocks = (
         block for name, weight in tables.items() for block in _blocks(weight, name.split(".embedding_bags.")[1], seed)
     )
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for _ in threads.map(_Block.fill, blocks):
             pass
-    if device.type == "cpu":
-        replace_lookups(sharded, sharder.pooled_type)
-    else:
-        round_lookups(sharded, sharder.pooled_type)
-    return sharded
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -2,13 +2,17 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.allocator import describe_allocator
 from dlrm.config import Config
-from dlrm.data.splits import draw_run_companions, open_run_splits
+from dlrm.data.binary_days import Stage
+from dlrm.data.splits import STAGES, Split, draw_run_companions, open_run_splits
 from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.sinks import Sinks
 from dlrm.runtime import Runtime, derive_seed, on_every_rank, on_main_rank
@@ -36,8 +40,41 @@ class Assembly:
     data_opened: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Foundation:
+    """A sharded model and data for it.
+
+    Attributes:
+        data_opened: when opening the data began, in seconds since the epoch.
+    """
+
+    runtime: Runtime
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    splits: dict[Stage, Split]
+    placement: Placement
+    data_opened: float
+
+
 def assemble(config: Config, runtime: Runtime) -> Assembly:
     """Says what it runs on, plans, opens the data, draws the weights. Collective. The config has a seed.
+
+    Raises:
+        DlrmError: for what the user can mend.
+    """
+    base = lay_foundation(config, runtime, STAGES)
+    trainer = Trainer(config, base.runtime, base.splits, base.model, base.optimizer, Sinks([]))
+    return Assembly(trainer, base.placement, base.data_opened)
+
+
+def lay_foundation(
+    config: Config, runtime: Runtime, stages: Sequence[Stage], *, is_restored: bool = False
+) -> Foundation:
+    """What training and scoring have in common. Collective. The config has a seed.
+
+    Args:
+        stages: splits to open.
+        is_restored: whether a checkpoint is about to bring all weights, so that none are drawn.
 
     Raises:
         DlrmError: for what the user can mend.
@@ -53,15 +90,16 @@ def assemble(config: Config, runtime: Runtime) -> Assembly:
     torch.manual_seed(derive_seed(seed, "rank", runtime.rank))
     torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
     data_opened = time.time()
-    model = build_model(config, runtime)
+    model = build_model(config, runtime, is_restored=is_restored)
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
     companions = draw_run_companions(config, runtime)
-    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions))
-    on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
-    sharded = shard_model(model, plan, make_sharder(config), runtime.device, seed)
+    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages))
+    if "train" in splits:
+        on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
+    sharded = shard_model(model, plan, make_sharder(config), runtime.device, None if is_restored else seed)
     optimizer = build_optimizer(sharded, config.optimizer)
-    return Assembly(Trainer(config, runtime, splits, sharded, optimizer, Sinks([])), placement, data_opened)
+    return Foundation(runtime, sharded, optimizer, splits, placement, data_opened)

@@ -1,13 +1,16 @@
 """A run's model and plan, before any of it is sharded."""
 
+import numpy as np
 import torch
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.config import Config
+from dlrm.data.dense_statistics import DenseStatistics
 from dlrm.data.splits import hotness_of, measure_dense
 from dlrm.model.dense import ReluMLP
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_main_rank
+from dlrm.schema import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import constraints_of, plan_sharding
 from dlrm.sharding.sharder import TableSharder
@@ -15,13 +18,16 @@ from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
 
-def build_model(config: Config, runtime: Runtime) -> DLRMTrain:
+def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
     """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
 
-    Collective.
+    Collective. Statistics of the integers are not measured where a checkpoint is about to bring them (`is_restored`).
     """
     assert config.training.seed is not None
-    statistics = on_main_rank(runtime, lambda: measure_dense(config)) if config.model.needs_dense_statistics else None
+    statistics = None
+    if config.model.needs_dense_statistics:
+        unknown = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
+        statistics = unknown if is_restored else on_main_rank(runtime, lambda: measure_dense(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.training.seed, "dense"))
         model = DLRM(config.model, torch.device("meta"), statistics)

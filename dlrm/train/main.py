@@ -7,14 +7,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from dlrm.allocator import keep_freed_memory
-from dlrm.config import Config
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 from dlrm.flags import parse_args
+
+T = TypeVar("T")
 
 _SECONDS_FOR_LAUNCHER = 10
 
@@ -30,18 +31,16 @@ def main(argv: Sequence[str]) -> None:
     """
     started = time.time()
     keep_freed_memory()
-    with _errors_as_one_line():
-        config = _parse(argv)
+    with errors_as_one_line():
+        config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
-        from dlrm.host import end_with_parent
         from dlrm.runtime import start_runtime
         from dlrm.train.control import StopSignals, exit_code
         from dlrm.train.run import run
         from dlrm.train.safety import Stopped
 
         quieten_libraries()
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # save and end with the launcher, rather than train on alone
-            end_with_parent(signal.SIGTERM)
+        end_with_launcher()
         with StopSignals().installed() as signals:
             try:
                 with start_runtime() as runtime:
@@ -57,16 +56,25 @@ def main(argv: Sequence[str]) -> None:
                 raise SystemExit(exit_code(stopped.number)) from None
 
 
-def _parse(argv: Sequence[str]) -> Config:
+def end_with_launcher() -> None:
+    """Has ranks save and end when torchrun dies, rather than go on alone."""
+    from dlrm.host import end_with_parent
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
+
+
+def on_each_rank(parse: Callable[[], T]) -> T:
+    """Calls what fails on every rank alike, if it does."""
     try:
-        return parse_args(argv)
+        return parse()
     except DlrmError as error:
         error.everywhere = True
         raise
 
 
 @contextmanager
-def _errors_as_one_line() -> Iterator[None]:
+def errors_as_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit code 2. A rank that lost its peers leaves the word to the failed one."""
     try:
         yield

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-import torch
-from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -21,7 +19,7 @@ from dlrm.data.batch import Batch
 from dlrm.data.binary_days import Stage
 from dlrm.data.partition import Partition
 from dlrm.data.splits import Split
-from dlrm.metrics.evaluation import EvaluationMeter, EvaluationResult
+from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.sinks import Sink
 from dlrm.metrics.training import TrainingMeter, TrainingReport
 from dlrm.runtime import Runtime
@@ -29,6 +27,7 @@ from dlrm.train.pipeline import build_pipeline
 from dlrm.train.profiling import StepProfiler
 from dlrm.train.safety import Safety
 from dlrm.train.schedule import LearningRateSchedule
+from dlrm.train.scoring import Scorer
 
 MAX_STEPS_PER_REPORT = 100
 REPORTS_PER_EPOCH = 50
@@ -57,6 +56,7 @@ class Trainer:
         self.profiler = profiler
         self.safety = safety or Safety()
         self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
+        self.scorer = Scorer(model, self.pipeline, runtime, config.data.logit_correction, config.output.print_progress)
         self.schedule = LearningRateSchedule(optimizer, config.optimizer)
         self.step = 0
         self.epoch = 0
@@ -179,8 +179,6 @@ class Trainer:
             print(f"AUROC over test set: {result.describe()}", flush=True)
         return result
 
-    @record_function("## evaluate ##")
-    @torch.no_grad()
     def evaluate(self, stage: Stage) -> EvaluationResult:
         """Scores every row of a split exactly once, over all ranks. Collective.
 
@@ -189,18 +187,8 @@ class Trainer:
         """
         self.write(f"{stage}_start")
         split = self.splits[stage]
-        self.model.eval()
-        self.pipeline.reset()
-        meter = EvaluationMeter(self.runtime.device, self.config.data.logit_correction)
-        progress = Progress(f"Evaluating {stage} set", split.partition.num_used_rows, "samples", self._shows)
         batches = self.safety.watched(split.batches(), "evaluating")
-        for span in split.partition.spans(self.runtime.rank):
-            _, logits_B, labels_B = self.pipeline.progress(batches)
-            meter.update(logits_B, labels_B)
-            progress.advance(span.global_rows)
-            self.safety.within_evaluation(self)
-        progress.close()
-        result = meter.compute(stage)
+        result = self.scorer.score(stage, split.partition, batches, lambda: self.safety.within_evaluation(self))
         self.write(stage, **asdict(result))
         return result
 

@@ -19,7 +19,7 @@ def test_usage_lists_every_command(capsys):
     assert main([]) == USER_ERROR
     assert capsys.readouterr().out * 2 == shown
     for name, (_, purpose) in COMMANDS.items():
-        assert f"  {name:<12}{purpose}\n" in shown
+        assert f"  {name:<14}{purpose}\n" in shown
 
 
 def test_version(capsys):

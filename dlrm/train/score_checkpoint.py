@@ -1,0 +1,123 @@
+"""Scores held-out sets with the weights of a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dlrm.artifacts import write_json
+from dlrm.checkpoint.manifest import Manifest
+from dlrm.checkpoint.position import Position
+from dlrm.checkpoint.restore import Source, find_given, restore
+from dlrm.checkpoint.state import model_state
+from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
+from dlrm.console import plural
+from dlrm.data.binary_days import Stage
+from dlrm.data.fingerprint import fingerprint
+from dlrm.errors import ConfigError
+from dlrm.metrics.evaluation import EvaluationResult
+from dlrm.runtime import Runtime, on_main_rank
+from dlrm.train.assemble import Foundation, lay_foundation
+from dlrm.train.evaluate import EvaluateConfig, config_on_top
+from dlrm.train.pipeline import build_pipeline
+from dlrm.train.run_directory import device_name
+from dlrm.train.scoring import Scorer
+from dlrm.train.watchdog import Watchdog
+
+
+def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtime) -> None:
+    """Restores the model, on whatever ranks there are, scores, prints, and writes --json. Collective.
+
+    Raises:
+        DlrmError: for what the user can mend.
+    """
+    source = find_given(asked.checkpoint, runtime, _take, print)
+    config = on_main_rank(runtime, lambda: config_on_top(source.config, argv))
+    stages: tuple[Stage, ...] = ("val", "test") if asked.split == "both" else (asked.split,)
+    data = on_main_rank(runtime, lambda: fingerprint(config.data))
+    base = lay_foundation(config, runtime, stages, is_restored=True)
+    runtime = base.runtime
+    if runtime.is_main:
+        _tell(source, config, base, data)
+    restore(source, model_state(base.model, runtime.world_size), runtime)
+    results = _score(config, base, stages)
+    if asked.json is not None:
+        path, facts = Path(asked.json), _describe(source, config, runtime, data, results)
+        on_main_rank(runtime, lambda: _write(path, facts))
+
+
+def _take(manifest: Manifest, saved: Config) -> None:
+    """Whatever run wrote it: the model is built as its config says."""
+
+
+def _score(config: Config, base: Foundation, stages: Sequence[Stage]) -> dict[Stage, EvaluationResult]:
+    runtime = base.runtime
+    pipeline = build_pipeline(config.training.pipeline, base.model, base.optimizer, runtime.device)
+    scorer = Scorer(base.model, pipeline, runtime, config.data.logit_correction, config.output.print_progress)
+    watchdog = Watchdog(runtime, config.checkpoint.hang_timeout).start()
+    results = {}
+    try:
+        for stage in stages:
+            split = base.splits[stage]
+            results[stage] = scorer.score(stage, split.partition, split.batches(), lambda: watchdog.beat("evaluating"))
+            if runtime.is_main:
+                print(f"AUROC over {stage} set: {results[stage].describe()}", flush=True)
+    finally:
+        watchdog.stop()
+    return results
+
+
+def _tell(source: Source, config: Config, base: Foundation, data: str | None) -> None:
+    manifest = source.manifest
+    position = Position.from_json(manifest.position)
+    print(
+        f"Scoring with {source.address}: step {position.step:,}, trained on {position.num_samples:,} samples, written "
+        f"by {plural(manifest.world_size, 'rank')}."
+    )
+    if data != manifest.data:
+        print("The data is not what the checkpoint was trained on: its digest differs.")
+    if config.is_random:
+        print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
+    for stage, split in base.splits.items():
+        before, now = _limited_rows(source, stage), split.partition.num_used_rows
+        if _limit(config, stage) is not None and before is not None and before != now:
+            print(f"Limits are in steps: {now:,} {stage} rows here, where the run had up to {before:,}.")
+    if config.output.print_sharding_plan:
+        print(base.placement.to_text())
+    print(base.placement.summary(), flush=True)
+
+
+def _limit(config: Config, stage: Stage) -> int | None:
+    """Steps of a held-out set at the most."""
+    limit = config.data.limit_val_batches if stage == "val" else config.data.limit_test_batches
+    return limit or (DEFAULT_RANDOM_BATCHES if config.is_random else None)
+
+
+def _limited_rows(source: Source, stage: Stage) -> int | None:
+    """Rows that the limit of the run that wrote the checkpoint stood for."""
+    data, limit = source.config.data, _limit(source.config, stage)
+    return None if limit is None else limit * (data.test_batch_size or data.batch_size) * source.manifest.world_size
+
+
+def _describe(
+    source: Source, config: Config, runtime: Runtime, data: str | None, results: Mapping[Stage, EvaluationResult]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": source.address,
+        "step": source.manifest.step,
+        "num_train_samples": Position.from_json(source.manifest.position).num_samples,
+        "data_fingerprint": data,
+        "data_is_as_trained": data == source.manifest.data,
+        "world_size": runtime.world_size,
+        "device": device_name(runtime.device),
+        "precision": config.training.arithmetic,
+        **{stage: asdict(result) for stage, result in results.items()},
+    }
+
+
+def _write(path: Path, facts: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, facts)
+    except OSError as error:
+        raise ConfigError(f"--json {path}: can't be written ({error.strerror or error}).") from None
