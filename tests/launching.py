@@ -1,12 +1,16 @@
 """Starts dlrm_main.py as a user would, and workers for tests that need ranks."""
 
+import importlib
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,72 @@ def run_main(*flags: str, ranks: int = 1, timeout: float = 120, **environment: s
         launcher = [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
         launcher += ["--rdzv_endpoint", "localhost:0"]
     return run([*launcher, MAIN, *flags], timeout, **environment)
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.launching", "dlrm.train.run"])
+
+
+class Fork:
+    """`python dlrm_main.py FLAGS` forked off a process that has imported everything: it starts in a second."""
+
+    def __init__(self, log: Path, *flags: str, changes: Mapping[str, Any] | None = None) -> None:
+        """Starts it.
+
+        Args:
+            log: a file for what it says on stdout; stderr goes to another one beside it.
+            changes: values for names in modules, as in `{"dlrm.train.run_directory._SECONDS_FOR_LOCK": 1.0}`.
+        """
+        self._files = (log, log.with_suffix(".err"))
+        for file in self._files:
+            file.write_bytes(b"")
+        self.process = _FORKS.Process(target=_main, args=(flags, *map(str, self._files), dict(changes or {})))
+        self.process.start()
+
+    @property
+    def stdout(self) -> str:
+        """What it has said."""
+        return self._files[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has said of errors."""
+        return self._files[1].read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 60) -> int:
+        """Waits for its end; gives the exit code, negative for a signal."""
+        self.process.join(timeout)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still there after {timeout:g} s: {self.stdout}{self.stderr}")
+        return code
+
+
+def _main(flags: Sequence[str], stdout: str, stderr: str, changes: Mapping[str, Any]) -> None:
+    for path, number in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from dlrm.train.main import main
+
+    for name, value in changes.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
+    main(flags)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
+    """Waits for something that another process does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
 
 
 def launch(worker: Callable[..., Any], ranks: int, *arguments: Any, folder: Path) -> dict[int, Any]:

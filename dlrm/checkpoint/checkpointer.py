@@ -22,6 +22,8 @@ from dlrm.console import show_bytes
 from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime, new_control_group, on_main_rank
 
+_SECONDS_TO_SETTLE = 60.0
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -118,6 +120,11 @@ class Checkpointer:
             self._thread = None
         self._raise()
 
+    def settle(self) -> None:
+        """Before a run that failed ends: lets the checkpoint that is being written come to its end, within a minute."""
+        if self._thread is not None:
+            self._thread.join(_SECONDS_TO_SETTLE)
+
     @property
     def has_failed(self) -> bool:
         """Whether a checkpoint could not be written; on other ranks this may be seen a little later."""
@@ -172,6 +179,8 @@ class Checkpointer:
                     writer.discard()
         except OSError as error:
             self._error = _unwritable(self._store, "", error)
+        except CheckpointError as error:
+            self._error = error
         except RuntimeError as error:  # another rank is gone; the launcher says which
             self._error = CheckpointError(f"{self._store.address}: {str(error).splitlines()[0]}")
         else:
@@ -187,8 +196,12 @@ class Checkpointer:
         )
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints and the best one. A folder that will not go is left and named."""
-        there = complete_checkpoints(self._store)
+        """Removes all but the newest checkpoints and the best one. A folder that will not go is left and named.
+
+        What is there of later steps was left out when this training was resumed, and counts for nothing.
+        """
+        newest = self.last_step or 0
+        there = [(name, manifest) for name, manifest in complete_checkpoints(self._store) if manifest.step <= newest]
         best = best_of(there)
         for name, _ in there[self._keep :]:
             if name != best:
@@ -228,12 +241,15 @@ def describe_copy(state: State) -> str:
 def _explain(store: Store, error: CheckpointException) -> CheckpointError:
     rank, (cause, _) = min(error.failures.items())
     if isinstance(cause, OSError):
-        return _unwritable(store, f" (rank {rank})" if len(error.failures) > 1 else "", cause)
-    return CheckpointError(f"{store.address}: {' '.join(str(cause).split()) or type(cause).__name__}")
+        explained = _unwritable(store, f" (rank {rank})" if len(error.failures) > 1 else "", cause)
+    else:
+        explained = CheckpointError(f"{store.address}: {' '.join(str(cause).split()) or type(cause).__name__}")
+    explained.everywhere = True
+    return explained
 
 
 def _unwritable(store: Store, who: str, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{store.address}{who}: can't be written ({error.strerror or error}). Earlier checkpoints are as they were: "
-        "make room, or give another --checkpoint_dir, and start the same command again."
+        f"{store.address}{who}: can't be written ({error.strerror or error}). Earlier checkpoints are as they were. "
+        "Make room or mend what is wrong, and start the same command again: it goes on from the newest."
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import PurePosixPath
 
 from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
 from dlrm.checkpoint.store import Store, open_store
@@ -12,24 +11,26 @@ _READ_BYTES = 1 << 22
 _FOLDER = "checkpoints"
 
 
+class UnfinishedError(CheckpointError):
+    """A checkpoint whose writing was cut short: there is nothing in it to miss."""
+
+
 def locate(address: str) -> tuple[Store, str | None]:
     """What an address means: a checkpoint, or a run directory or folder of checkpoints, whose newest is wanted.
 
     Raises:
-        CheckpointError: if nothing is there.
+        CheckpointError: if nothing is there, or it can't be listed.
     """
     parent, _, name = address.rstrip("/").rpartition("/")
     if step_of(name) is not None:
         store = open_store(parent or ("/" if address.startswith("/") else "."))
-        if name not in store.names():
+        if name not in _list(store):
             raise CheckpointError(f"{address}: no such checkpoint folder. Expected one that a run has written.")
         return store, name
     store = open_store(address)
-    names = store.names()
-    if _FOLDER in names:
-        store = open_store(str(PurePosixPath(address) / _FOLDER) if "://" not in address else f"{address}/{_FOLDER}")
-        names = store.names()
-    if not any(step_of(name) is not None for name in names):
+    if _FOLDER in _list(store):
+        store = open_store(f"{address.rstrip('/')}/{_FOLDER}")
+    if not checkpoint_names(store):
         raise CheckpointError(f"{address}: holds no checkpoint. Expected a run directory, or a folder step_...")
     return store, None
 
@@ -40,8 +41,14 @@ def checkpoint_names(store: Store) -> list[str]:
     Raises:
         CheckpointError: if the store can't be listed.
     """
+    return sorted((name for name in _list(store) if step_of(name) is not None), reverse=True)
+
+
+def _list(store: Store) -> list[str]:
     try:
-        return sorted((name for name in store.names() if step_of(name) is not None), reverse=True)
+        return store.names()
+    except NotImplementedError:  # as some of fsspec's say
+        raise CheckpointError(f"{store.address}: no address at which a folder can be listed") from None
     except OSError as error:
         raise CheckpointError(f"{store.address}: {error.strerror or error}") from None
 
@@ -50,7 +57,8 @@ def read_manifest(store: Store, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if it is not complete, damaged, or of another version.
+        UnfinishedError: if it has none.
+        CheckpointError: if it is damaged, or of another version.
     """
     return Manifest.from_bytes(read_file(store, name, MANIFEST))
 
@@ -65,7 +73,9 @@ def read_file(store: Store, name: str, file: str) -> bytes:
         with store.open(name, file) as opened:
             return opened.read()
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: it was not finished") from None
+        if file == MANIFEST:
+            raise UnfinishedError(f"{file} is missing: it was not finished") from None
+        raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
 
@@ -86,7 +96,9 @@ def check_files(
         CheckpointError: at one that is missing, truncated or changed.
     """
     for file in files:
-        expected = manifest.files[file]
+        expected = manifest.files.get(file)
+        if expected is None:
+            raise CheckpointError(f"manifest.json does not name {file}")
         digest, num_bytes = hashlib.sha256(), 0
         try:
             with store.open(name, file) as opened:

@@ -120,9 +120,11 @@ class Manifest:
             files = {name: File(**file) for name, file in content.pop("files").items()}
             tensors = {name: _read_tensor(tensor) for name, tensor in content.pop("tensors").items()}
             manifest = Manifest(files=files, tensors=tensors, **content)
+            _check(manifest)
+            if manifest.to_bytes() != text:  # the digest is of what the text says, not of how it says it
+                raise CheckpointError("manifest.json is damaged: its text was changed")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"manifest.json is damaged: {error}") from None
-        _check(manifest)
         return manifest
 
 

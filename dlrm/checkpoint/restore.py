@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint import CheckpointException, load
 
-from dlrm.checkpoint.find import check_files, checkpoint_names, locate, read_file, read_manifest
+from dlrm.checkpoint.find import (
+    UnfinishedError,
+    check_files,
+    checkpoint_names,
+    locate,
+    read_file,
+    read_manifest,
+)
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.state import RANDOM, State
 from dlrm.checkpoint.storage import Reader, RestorePlanner
@@ -43,26 +50,31 @@ Check = Callable[[Manifest, Config], None]
 
 
 def find_newest(address: str, runtime: Runtime, check: Check, note: Callable[[str], None]) -> Source | None:
-    """The newest sound checkpoint of a store; None if it holds none. Collective.
+    """The newest sound checkpoint of a store; None if none was ever finished there. Collective.
 
     Args:
         note: told on rank 0 of what is left out, and why.
 
     Raises:
         MisfitError: if all that is sound there is of another training.
-        CheckpointError: if the store can't be listed.
+        CheckpointError: if all that is there is damaged, or the store can't be listed.
     """
-    misfit: MisfitError | None = None
+    misfit: CheckpointError | None = None
+    damaged: CheckpointError | None = None
     for name in on_main_rank(runtime, lambda: checkpoint_names(open_store(address))):
         try:
             return _open(address, name, runtime, check)
         except CheckpointError as error:
             if isinstance(error, MisfitError):
-                misfit = misfit or error
+                misfit = misfit or MisfitError(f"{address}/{name}: {error}.")
+            elif not isinstance(error, UnfinishedError):
+                damaged = damaged or CheckpointError(
+                    f"{address}: no checkpoint there is sound. {name}: {error}. To start anew, choose other folders."
+                )
             if runtime.is_main:
                 note(f"Left out {address}/{name}: {error}.")
-    if misfit is not None:
-        raise misfit
+    if error := misfit or damaged:
+        raise _everywhere(error)
     return None
 
 
@@ -98,6 +110,7 @@ def _open(address: str, name: str, runtime: Runtime, check: Check) -> Source:
     def read() -> Source:
         store = open_store(address)
         manifest = read_manifest(store, name)
+        check_files(store, name, manifest, ["config.json"])
         text = read_file(store, name, "config.json")
         try:
             config = Config.from_text(text.decode())

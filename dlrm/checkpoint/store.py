@@ -1,15 +1,19 @@
 """Where checkpoints lie: a local folder, or any address that fsspec knows. No torch here."""
 
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from dlrm.artifacts import sync
 from dlrm.checkpoint.manifest import MANIFEST, File, step_of
@@ -48,7 +52,15 @@ class Store(Protocol):
     address: str
 
     def names(self) -> list[str]:
-        """Of the folders there; none where nothing is there yet."""
+        """Of the folders there, links included; none where nothing is there yet."""
+        ...
+
+    def check_writable(self) -> None:
+        """Finds out whether it can be written, and leaves nothing behind.
+
+        Raises:
+            OSError: if it can't.
+        """
         ...
 
     def begin(self, name: str, token: str) -> str:
@@ -83,25 +95,34 @@ def open_store(address: str) -> "Store":
         CheckpointError: if there is no such kind of address, or its package is not installed.
     """
     if "://" not in address:
-        return LocalStore(address)
+        return LocalStore(address, Path(address))
     try:
-        return RemoteStore(address)
+        files, root = fsspec.core.url_to_fs(address)
     except (ValueError, ImportError, OSError) as error:
         raise CheckpointError(f"{address}: {' '.join(str(error).split())}") from None
+    return LocalStore(address, Path(root)) if isinstance(files, LocalFileSystem) else RemoteStore(address, files, root)
 
 
 class LocalStore:
     """A folder. A checkpoint is written under another name, synced, and renamed."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, root: Path) -> None:
         self.address = address
-        self._root = Path(address)
+        self._root = root
 
     def names(self) -> list[str]:
-        """See `Store`. A link is not followed: what it points to is not ours."""
+        """See `Store`."""
         if not self._root.is_dir():
             return []
-        return sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir(follow_symlinks=False))
+        return sorted(entry.name for entry in os.scandir(self._root) if entry.is_symlink() or entry.is_dir())
+
+    def check_writable(self) -> None:
+        """See `Store`."""
+        folder = self._root.absolute()
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
     def begin(self, name: str, token: str) -> str:
         """See `Store`."""
@@ -124,21 +145,23 @@ class LocalStore:
         sync(self._root)
 
     def open(self, name: str, file: str) -> BinaryIO:
-        """See `Store`.
+        """See `Store`. A link is not followed: it may lead anywhere, and what it points to is not ours.
 
         Raises:
-            OSError: if it is not a file in that folder: a link may lead anywhere.
+            OSError: if it is not a file in that folder.
         """
         folder, path = self._root / name, self._root / name / file
-        if folder.is_symlink() or not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(0, "is a link, or no file", str(path))
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "lies behind a link, which is not followed", str(path))
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.ELOOP, "is a link, or no file", str(path))
         return path.open("rb")
 
     def remove(self, name: str) -> None:
         """See `Store`. It stops being a checkpoint at once, whatever happens to the rest."""
         path = self._root / name
         if path.is_symlink():
-            raise OSError(0, "is a link", str(path))
+            raise OSError(errno.ELOOP, "is a link", str(path))
         if not name.endswith(_PARTIAL):
             doomed = path.with_name(f".{name}.removed{_PARTIAL}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -148,15 +171,25 @@ class LocalStore:
 
     def leftovers(self) -> list[str]:
         """See `Store`."""
-        return [name for name in self.names() if name.startswith(".step_") and name.endswith(_PARTIAL)]
+        return [
+            name
+            for name in self.names()
+            if name.startswith(".step_") and name.endswith(_PARTIAL) and not (self._root / name).is_symlink()
+        ]
 
 
 class RemoteStore:
     """A folder at an fsspec address. Nothing is renamed there: manifest.json, written last, is what completes it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, files: Any, root: str) -> None:
+        """Makes one.
+
+        Args:
+            files: fsspec's file system of that address.
+            root: the folder's name there.
+        """
         self.address = address
-        self._files, root = fsspec.core.url_to_fs(address)
+        self._files = files
         self._root = root.rstrip("/")
 
     def names(self) -> list[str]:
@@ -166,6 +199,12 @@ class RemoteStore:
             entries = self._files.ls(self._root, detail=True)
             return sorted(Path(entry["name"]).name for entry in entries if entry["type"] == "directory")
         return []
+
+    def check_writable(self) -> None:
+        """See `Store`."""
+        path = f"{self._root}/.writable-{secrets.token_hex(4)}"
+        self._files.pipe_file(path, b"")
+        self._files.rm(path)
 
     def begin(self, name: str, token: str) -> str:
         """See `Store`."""

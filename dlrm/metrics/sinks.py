@@ -43,4 +43,7 @@ def reported(path: Path, write: Callable[[], T]) -> T:
 
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
     """What to tell the user of a folder that can't be written."""
-    return RunDirectoryError(f"{path}: can't be written ({error.strerror}). Choose another --run_dir.")
+    return RunDirectoryError(
+        f"{path}: can't be written ({error.strerror}). Mend that and start the same command again, "
+        "or choose another --run_dir."
+    )

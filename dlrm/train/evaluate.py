@@ -14,7 +14,7 @@ from dlrm.checkpoint.find import read_file
 from dlrm.checkpoint.fit import Difference, differences, model_misfits
 from dlrm.checkpoint.pick import open_address, pick
 from dlrm.config import Config, EvaluationConfig, optional
-from dlrm.config_checks import check_config, check_output_file, fields_without_effect
+from dlrm.config_checks import check_config, check_output_file, check_ranges, fields_without_effect
 from dlrm.errors import CheckpointError, ConfigError, DlrmError
 from dlrm.flags import is_named, parse_flags, reset, value_of
 from dlrm.train.main import end_with_launcher, errors_as_one_line, on_each_rank, quieten_libraries
@@ -118,6 +118,7 @@ def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
         if is_named(argv, flag) and not is_named(argv, other):
             given = reset(given, "training", other)
     _check_differences(saved, given, asked.split, argv)
+    check_ranges(given.data)
     batch_size = given.data.test_batch_size or given.data.batch_size
     kept = {
         section: dataclasses.replace(
@@ -211,6 +212,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
     """
     keep_freed_memory()
+    end_with_launcher()
     with errors_as_one_line():
         asked = on_each_rank(lambda: parse_evaluate(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
@@ -218,6 +220,5 @@ def main(argv: Sequence[str]) -> None:
         from dlrm.train.score_checkpoint import score_checkpoint
 
         quieten_libraries()
-        end_with_launcher()
         with start_runtime() as runtime:
             score_checkpoint(asked, argv, runtime)

@@ -45,4 +45,6 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
             yield safety
             safety.close(trainer)
     finally:
+        if checkpointer is not None:
+            checkpointer.settle()
         watchdog.stop()

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     """
     started = time.time()
     keep_freed_memory()
+    end_with_launcher()
     with errors_as_one_line():
         config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
@@ -40,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
         from dlrm.train.safety import Stopped
 
         quieten_libraries()
-        end_with_launcher()
         with StopSignals().installed() as signals:
             try:
                 with start_runtime() as runtime:

@@ -5,12 +5,13 @@ import os
 from functools import partial
 from pathlib import Path
 
-from dlrm.checkpoint.find import read_file
+from dlrm.checkpoint.find import checkpoint_names, read_file
 from dlrm.checkpoint.fit import differences, misfits
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import MisfitError, Source, find_given, find_newest, restore
 from dlrm.checkpoint.state import counts_of, fill_optimizer_states, restore_random_states
+from dlrm.checkpoint.store import open_store
 from dlrm.config import Config
 from dlrm.data.fingerprint import fingerprint
 from dlrm.errors import CheckpointError, ConfigError, DlrmError
@@ -71,6 +72,8 @@ def find_start(config: Config, runtime: Runtime) -> Start:
         source = find_newest(store_address(config, path), runtime, check, print)
     if source is None and config.checkpoint.resume not in ("auto", "never"):
         source = find_given(config.checkpoint.resume, runtime, check, print)
+    if source is None and is_unfinished:
+        on_main_rank(runtime, lambda: _check_elsewhere(config, path))
     if source is not None and config.output.mlperf_log:
         raise _everywhere(
             ConfigError("--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out.")
@@ -93,14 +96,54 @@ def store_address(config: Config, path: Path) -> str:
     return config.checkpoint.checkpoint_dir or str(path / "checkpoints")
 
 
+def _check_elsewhere(config: Config, path: Path) -> None:
+    """Refuses to start anew where the run that is there has its checkpoints in another place.
+
+    Raises:
+        CheckpointError: naming the place.
+    """
+    try:
+        elsewhere = store_address(Config.load(path / "config.json"), path)
+        names = checkpoint_names(open_store(elsewhere)) if elsewhere != store_address(config, path) else []
+    except (OSError, ValueError, DlrmError):  # a run that did not come to its first step
+        return
+    if names:
+        raise CheckpointError(
+            f"{path}: the checkpoints of this run are in {elsewhere}. Give --checkpoint_dir {elsewhere} to go on, or "
+            "another --run_dir to start anew."
+        )
+
+
+def check_store(config: Config, start: Start) -> None:
+    """Finds out whether checkpoints can be written where they are to go. Nothing is left there. On rank 0.
+
+    Raises:
+        CheckpointError: if they can't, or another training's are there.
+    """
+    address = store_address(config, start.path)
+    store = open_store(address)
+    others = checkpoint_names(store) if start.source is None or start.source.store != address else []
+    if others and config.checkpoint.resume != "auto" and not _is_restart():
+        raise CheckpointError(
+            f"{address}: holds {others[0]} of another training. Choose another --checkpoint_dir, or go on from it with "
+            "--resume auto."
+        )
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise CheckpointError(
+            f"{address}: can't be written ({error.strerror or error}). Choose another --checkpoint_dir."
+        ) from None
+
+
 def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Config) -> None:
     """Raises MisfitError for a checkpoint of another training or other data."""
     if found := misfits(saved, config):
         shown = ", ".join(map(str, found[:_SHOWN_DIFFERENCES]))
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         raise MisfitError(
-            f"it was written with {shown}{more}. Give the same flags, or start anew: another --run_dir, or --resume "
-            "never"
+            f"it was written with {shown}{more}. Give the same flags, or start anew in another --run_dir, and another "
+            "--checkpoint_dir where one is given"
         )
     if manifest.data != data and not config.checkpoint.allow_changed_data:
         raise MisfitError("the data has changed since. --allow_changed_data goes on all the same")

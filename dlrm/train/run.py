@@ -23,7 +23,7 @@ from dlrm.train.assemble import assemble
 from dlrm.train.control import StopSignals
 from dlrm.train.guard import guard
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, find_start, resume_training, with_seed_of
+from dlrm.train.resume import FinishedError, Start, check_store, find_start, resume_training, with_seed_of
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -59,6 +59,8 @@ def _run_from(
     start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, held: ExitStack
 ) -> None:
     """A run from where it begins, to its summary. What it opens for longer is closed with `held`."""
+    if config.checkpoint.checkpoint_every != "never":
+        on_main_rank(runtime, lambda: check_store(config, start))
     if runtime.is_main:
         _note_idle_flags(config, runtime)
     assembly = assemble(config, runtime)

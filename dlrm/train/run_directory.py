@@ -169,15 +169,24 @@ class RunDirectory:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one line to metrics.jsonl.
+        """Adds one line to metrics.jsonl, whole or not at all.
 
         Raises:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
 
+        text = (json.dumps(line, allow_nan=False) + "\n").encode()
+
         def write() -> None:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
+                whole = file.tell()
+                left = memoryview(text)
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError:
+                    file.truncate(whole)
+                    raise
 
         reported(self.path, write)
 

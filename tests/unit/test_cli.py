@@ -101,7 +101,10 @@ def test_from_nothing_to_binary_days(tmp_path, capsys):
     assert f"python dlrm_main.py --recipe debug_cpu --in_memory_binary_criteo_path {days}" in shown
 
 
-@pytest.mark.parametrize("command", ["train", "preprocess", "synthesize", "materialize", "verify"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "preprocess", "synthesize", "materialize", "verify", "evaluate", "inspect", "export-table", "compare"],
+)
 def test_help_answers_without_torch(command):
     code = (
         "import sys\nfrom dlrm.cli import main\n"

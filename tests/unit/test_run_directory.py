@@ -126,7 +126,7 @@ def test_a_file_in_the_folders_place(below, tmp_path):
     path = tmp_path / "file" / below
     with pytest.raises(RunDirectoryError, match=f"--run_dir {path}: {tmp_path / 'file'} is not a folder"):
         RunDirectory.check(path, Config(), may_resume=True)
-    with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(.+\). Choose another --run_dir"):
+    with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(.+\). Mend that and start"):
         RunDirectory.open(path, Config(), {}, {}, None, None)
 
 

@@ -1,0 +1,179 @@
+"""The checkpointer of one rank, on state that is no model's."""
+
+import errno
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dlrm.checkpoint import checkpointer as checkpointers
+from dlrm.checkpoint.checkpointer import Checkpointer
+from dlrm.checkpoint.find import check_files, complete_checkpoints, read_manifest
+from dlrm.checkpoint.position import Position
+from dlrm.checkpoint.state import Part, Parts
+from dlrm.checkpoint.store import LocalStore
+from dlrm.errors import CheckpointError
+from dlrm.runtime import Runtime
+
+RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group():
+    """DCP warns without one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(str(tmp_path / "checkpoints"), tmp_path / "checkpoints")
+
+
+def make(store, keep=1, copies=False, last_step=None):
+    checkpointer = Checkpointer(store, RUNTIME, keep, copies, None, lambda: {"config.json": b"{}"})
+    checkpointer.last_step = last_step
+    return checkpointer
+
+
+def state_of(value):
+    tensor = torch.full((4, 2), float(value))
+    return {"dense.w": Parts(tensor.size(), tensor.dtype, (Part((0, 0), tensor),))}
+
+
+def save(checkpointer, *steps, auroc=None):
+    for step in steps:
+        checkpointer.save(state_of(step), Position(step=step), auroc)
+    checkpointer.finish()
+
+
+def steps_in(store):
+    return [manifest.step for _, manifest in complete_checkpoints(store)]
+
+
+def test_the_newest_stay_and_the_best(store):
+    checkpointer = make(store, keep=2)
+    save(checkpointer, 1, 2)
+    save(checkpointer, 3, auroc=0.8)
+    save(checkpointer, 4, auroc=0.7)
+    save(checkpointer, 5, 6)
+    assert steps_in(store) == [6, 5, 3]
+    assert store.leftovers() == []
+    assert [saved.step for saved in checkpointer.drain()] == [1, 2, 3, 4, 5, 6]
+    assert checkpointer.drain() == []
+
+
+def test_checkpoints_of_later_steps_do_not_count(store):
+    """Those that were left out when this training was resumed: it must keep what it writes itself."""
+    save(make(store, keep=9), 10, 50, 60)
+    checkpointer = make(store, keep=1, last_step=10)
+    save(checkpointer, 20)
+    assert steps_in(store) == [60, 50, 20]
+    save(checkpointer, 50)
+    assert [name for name, _ in complete_checkpoints(store)] == ["step_0000000060", "step_0000000050-1"]
+
+
+def test_leftovers_go_when_a_run_begins(store):
+    written = store.begin("step_0000000005", "aa")
+    assert store.names() == [written]
+    make(store)
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_is_saved_is_what_was_there_then(store, copies, monkeypatch):
+    """Training goes on while a copy is written."""
+    may_write = threading.Event()
+    begin = LocalStore.begin
+    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(10) and begin(*arguments))
+    checkpointer, state = make(store, copies=copies), state_of(7)
+    if not copies:
+        may_write.set()
+    checkpointer.save(state, Position(step=5), None)
+    state["dense.w"].parts[0].tensor.zero_()
+    assert steps_in(store) == ([] if copies else [5])
+    may_write.set()
+    checkpointer.finish()
+    manifest = read_manifest(store, "step_0000000005")
+    check_files(store, "step_0000000005", manifest, manifest.files)
+    assert sorted(manifest.files) == ["config.json", "rank_0.bin"]
+    (chunk,) = manifest.tensors["dense.w"].chunks
+    with store.open("step_0000000005", "rank_0.bin") as file:
+        file.seek(chunk.start)
+        assert torch.frombuffer(bytearray(file.read(32)), dtype=torch.float32).tolist() == [7.0] * 8
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("method", ["begin", "create", "finish"])
+def test_a_full_disk(store, method, copies, monkeypatch):
+    save(make(store, keep=5), 1)
+    before = sorted(path.name for path in store._root.rglob("*"))
+    checkpointer = make(store, copies=copies, last_step=1)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, method, fail)
+        with pytest.raises(CheckpointError, match=r"can't be written \(No space left on device\)") as caught:
+            save(checkpointer, 2)
+    assert caught.value.everywhere
+    assert checkpointer.has_failed
+    with pytest.raises(CheckpointError):
+        save(checkpointer, 3)  # what failed once is not forgotten
+    assert sorted(path.name for path in store._root.rglob("*")) == before
+
+
+def test_a_folder_that_can_no_longer_be_listed(store, monkeypatch):
+    checkpointer = make(store, copies=True)
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpointers, "complete_checkpoints", lambda store: complete_checkpoints(Broken(store)))
+
+    class Broken:
+        def __init__(self, store):
+            self.address = store.address
+
+        names = fail
+
+    with pytest.raises(CheckpointError, match=f"{store.address}: Input/output error"):
+        save(checkpointer, 1)
+    assert steps_in(store) == [1]
+
+
+def test_an_old_one_that_stays_is_named(store, monkeypatch, capsys):
+    checkpointer = make(store)
+
+    def fail(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(LocalStore, "remove", fail)
+    save(checkpointer, 1, 2)
+    assert steps_in(store) == [2, 1]
+    assert (
+        "step_0000000001: an old checkpoint that can't be removed (Operation not permitted)" in capsys.readouterr().out
+    )
+
+
+def test_a_run_that_ends_waits_for_what_is_being_written(store, monkeypatch):
+    may_write = threading.Event()
+    begin = LocalStore.begin
+    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(10) and begin(*arguments))
+    checkpointer = make(store, copies=True)
+    checkpointer.save(state_of(1), Position(step=1), None)
+    threading.Timer(0.1, may_write.set).start()
+    checkpointer.settle()
+    assert steps_in(store) == [1]
+
+
+def test_bytes_are_counted(store):
+    checkpointer = make(store)
+    save(checkpointer, 1)
+    (saved,) = checkpointer.drain()
+    manifest = read_manifest(store, "step_0000000001")
+    assert saved.num_bytes == manifest.files["rank_0.bin"].num_bytes == 32
+    assert saved.address == f"{store.address}/step_0000000001"

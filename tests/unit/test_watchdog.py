@@ -1,0 +1,142 @@
+"""The watchdog of one rank, with the statuses of others made up."""
+
+import json
+import re
+import threading
+import time
+
+import pytest
+import torch
+
+from dlrm.runtime import Runtime
+from dlrm.train import watchdog as watchdogs
+from dlrm.train.watchdog import Watchdog
+
+ALONE = Runtime(0, 0, 1, 1, torch.device("cpu"))
+
+
+class Statuses:
+    """A launcher's store in which the other ranks publish each time that this one does."""
+
+    def __init__(self, others, silent=()):
+        self._statuses = {"0": None, **{str(rank): dict(status) for rank, status in others.items()}}
+        self._silent = {str(rank) for rank in silent}
+        for rank in others:
+            self._statuses[str(rank)].update(published=1, host=f"host{rank}", frame=f"place{rank}.py:1 (wait)")
+
+    def set(self, key, text):
+        self._statuses[key] = json.loads(text)
+        for rank, status in self._statuses.items():
+            if rank not in (key, *self._silent):
+                status["published"] += 1
+
+    def get(self, key):
+        return json.dumps(self._statuses[key]).encode()
+
+
+def watch(others, silent=(), beats=0, timeout=0.08):
+    watchdog = Watchdog(ALONE, timeout)
+    for _ in range(beats):
+        watchdog.beat("training")
+    watchdog._store = Statuses(others, silent)
+    watchdog._runtime = Runtime(0, 0, 1 + len(others), 1, torch.device("cpu"))
+    watchdog._publish()
+    return watchdog
+
+
+def test_a_rank_that_publishes_nothing_is_the_one():
+    text, accused = watch({1: {"beats": 9, "doing": "training"}}, silent=[1], beats=4)._judge()
+    assert accused == [1]
+    assert text == "rank 1 on host1 gives no sign of life. It was training, at place1.py:1 (wait)."
+
+
+def test_else_the_rank_that_has_seen_the_least():
+    others = {1: {"beats": 3, "doing": "reading a batch"}, 2: {"beats": 4, "doing": "training"}}
+    text, accused = watch(others, beats=4)._judge()
+    assert accused == [1]
+    assert text == "rank 1 on host1 hangs. It was reading a batch, at place1.py:1 (wait)."
+
+
+def test_several_that_are_behind():
+    others = {rank: {"beats": beats, "doing": "training"} for rank, beats in ((1, 3), (2, 3), (3, 5))}
+    text, accused = watch(others, beats=4)._judge()
+    assert accused == [1, 2]
+    assert text.startswith("rank 1 on host1, rank 2 on host2 hangs.")
+
+
+def test_this_rank_may_be_the_one():
+    text, accused = watch({1: {"beats": 5, "doing": "training"}}, beats=4)._judge()
+    assert accused == [0]
+    assert "hangs. It was training, at watchdog.py:" in text
+
+
+def test_no_rank_is_accused_when_all_stand_at_the_same_step():
+    text, accused = watch({1: {"beats": 4, "doing": "saving a checkpoint"}}, beats=4)._judge()
+    assert accused == []
+    assert text.startswith("no rank is behind the others. rank 0 training at watchdog.py:")
+    assert text.endswith("rank 1 saving a checkpoint at place1.py:1 (wait)")
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    codes = []
+    monkeypatch.setattr(watchdogs.os, "_exit", codes.append)
+    return codes
+
+
+def test_one_rank_that_is_not_accused_speaks(exits, monkeypatch, capsys):
+    monkeypatch.setattr(watchdogs, "_SECONDS_FOR_VERDICT", 0.0)
+    for beats, speaks in ((4, True), (2, False)):
+        watch({1: {"beats": 3, "doing": "training"}}, beats=beats)._give_up()
+        error = capsys.readouterr().err
+        assert error.startswith("dlrm: error: no step for 0.08 s (--hang_timeout): rank 1") is speaks
+        assert bool(error) is speaks
+    assert exits == [3, 3]
+
+
+def test_a_run_alone_ends_when_it_hangs(exits, capsys):
+    watchdog = Watchdog(ALONE, 0.2).start()
+    watchdog.beat("reading a batch")
+    deadline = time.monotonic() + 10
+    while not exits and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watchdog.stop()
+    assert exits[0] == 3
+    error = capsys.readouterr().err
+    assert error.startswith("dlrm: error: no step for 0.2 s (--hang_timeout): reading a batch, at test_watchdog.py:")
+
+
+def test_one_that_is_slow_is_left_alone(exits):
+    watchdog = Watchdog(ALONE, 2.0).start()
+    for _ in range(4):
+        watchdog.beat("reading a batch")
+        time.sleep(0.6)
+    watchdog.stop()
+    assert exits == []
+    assert not watchdog._thread.is_alive()
+
+
+def test_a_launcher_that_is_gone_ends_the_watch_and_not_the_run(exits):
+    class Gone(Statuses):
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+    watchdog = Watchdog(ALONE, 0.2)
+    watchdog._store = Gone({})
+    watchdog._thread.start()
+    watchdog._thread.join(10)
+    assert not watchdog._thread.is_alive()
+    assert exits == []
+
+
+def test_where_the_main_thread_is():
+    watchdog = Watchdog(ALONE, 60.0)
+    found = []
+
+    def look():
+        found.append(watchdog._frame())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert re.fullmatch(r"\w+\.py:\d+ \(\w+\)", found[0])
