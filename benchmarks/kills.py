@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ FLAGS = [
 SECONDS_FOR_A_RUN = 300
 
 
-def make_days(folder: Path) -> Path:
+def make_days(folder: Path, rows: int = 12_000) -> Path:
     """Small binary days."""
-    synthesize([str(folder / "raw"), "--rows", "12000", "--days", "2"])
+    synthesize([str(folder / "raw"), "--rows", str(rows), "--days", "2"])
     preprocess([*map(str, sorted((folder / "raw").glob("day_*.tsv"))), "--output", str(folder / "days")])
     return folder / "days"
 
@@ -53,7 +53,7 @@ def make_days(folder: Path) -> Path:
 class Run:
     """A training under torchrun."""
 
-    def __init__(self, days: Path, run_dir: Path, max_restarts: int) -> None:
+    def __init__(self, days: Path, run_dir: Path, max_restarts: int, flags: Sequence[str] = FLAGS) -> None:
         self.run_dir = run_dir
         main = str(Path(__file__).parent.parent / "dlrm_main.py")
         self._log = (run_dir.parent / f"{run_dir.name}.log").open("ab")
@@ -62,7 +62,7 @@ class Run:
         launcher += ["--monitor-interval", "0.1"]
         data = ["--in_memory_binary_criteo_path", str(days), "--run_dir", str(run_dir)]
         self.process = subprocess.Popen(
-            [*launcher, main, *FLAGS, *data],
+            [*launcher, main, *flags, *data],
             stdout=self._log,
             stderr=self._log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -169,16 +169,19 @@ def main() -> int:
         results: list[dict[str, Any]] = []
         for number in range(arguments.moments):
             for kind in arguments.kinds.split(","):
-                run_dir = folder / f"{kind}-{number}"
-                result = try_once(kind, days, run_dir, generator.uniform(0.0, length), generator)
-                same = {part: result.pop(part) == expected[part] for part in ("step", "tensors", "metrics")}
-                result["same"] = all(same.values()) and result["exit_code"] == 0
-                results.append(result)
-                verdict = "same" if result["same"] else f"DIFFERENT {same}"
-                where = f"{number + 1}/{arguments.moments} {kind:<9} after {result['seconds']:.2f} s"
-                print(f"{where}: {verdict}", flush=True)
-                if not result["same"]:
-                    print((folder / f"{kind}-{number}.log").read_text()[-3000:])
+                killed = False
+                while not killed:  # a moment after a run's end is drawn again
+                    run_dir = folder / f"{kind}-{len(results)}"
+                    result = try_once(kind, days, run_dir, generator.uniform(0.0, length), generator)
+                    killed = result["killed"]
+                    same = {part: result.pop(part) == expected[part] for part in ("step", "tensors", "metrics")}
+                    result["same"] = all(same.values()) and result["exit_code"] == 0
+                    results.append(result)
+                    verdict = "same" if result["same"] else f"DIFFERENT {same}"
+                    where = f"{number + 1}/{arguments.moments} {kind:<9} after {result['seconds']:.2f} s"
+                    print(f"{where}: {verdict if killed else 'had ended'}", flush=True)
+                    if not result["same"]:
+                        print(Path(f"{run_dir}.log").read_text()[-3000:])
     print(f"{'kind':<10}{'kills':>7}{'while writing':>15}{'same':>7}")
     for kind, count in Counter(result["kind"] for result in results if result["killed"]).items():
         own = [result for result in results if result["kind"] == kind and result["killed"]]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dlrm.bench.config import (
+    CheckpointBench,
     EmbeddingBench,
     EvaluateBench,
     InteractionBench,
@@ -24,6 +25,7 @@ CASES: dict[str, tuple[type[Any], str]] = {
     "products": (ProductsBench, "the MLPs' matrix products through int16, against torch.mm in fp32"),
     "embedding": (EmbeddingBench, "table lookup, backward and update, against FBGEMM"),
     "preprocess": (PreprocessBench, "rows/s from raw text to shuffled days, against torchrec's three functions"),
+    "checkpoint": (CheckpointBench, "seconds to save and load a training, against torch.save and torch.load"),
 }
 
 USAGE = "\n".join(

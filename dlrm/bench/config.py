@@ -13,6 +13,7 @@ from dlrm.errors import ConfigError
 from dlrm.host import available_cores, cpu_flags
 
 DEFAULT_NUM_EMBEDDINGS = 100_000
+DEFAULT_EMBEDDING_DIM = 128
 MLPERF_ZIPF_EXPONENT = 1.1
 _SAMPLES_PER_TURN = 80_000
 
@@ -184,7 +185,7 @@ class LoaderBench:
     def validate(self) -> None:
         """See `Rounds` and `Shape`."""
         _validate(self, self.repetition, self.shape)
-        _check_scratch(self.scratch)
+        _check_folder("scratch", self.scratch)
         if self.num_rows < self.shape.batch_size:
             raise ConfigError(f"--num_rows {self.num_rows}: expected --batch_size or more")
 
@@ -292,7 +293,42 @@ class PreprocessBench:
     def validate(self) -> None:
         """See `Rounds`."""
         _validate(self, self.repetition)
-        _check_scratch(self.scratch)
+        _check_folder("scratch", self.scratch)
+
+
+def _default_checkpoint_shape() -> Shape:
+    return Shape(ranks=1, batch_size=1024, optimizer="rowwise_adagrad")
+
+
+@dataclass(frozen=True)
+class CheckpointBench:
+    """Saving and loading a training: our checkpoints against torch.save and torch.load of the same tensors (weights,
+    optimizer states, generators), in the same folder. Both sides replace what they saved the round before.
+
+    Ours are timed until they are complete: SHA-256 and fsync of every file included. torch.save is timed without and
+    with fsync of its file; it has no digest. With several ranks each writes a file of its own on both sides. Loading is
+    warm: what is read was just written and is in the page cache, which only root can drop."""
+
+    repetition: Rounds = field(default_factory=lambda: Rounds(rounds=3))
+    shape: Shape = field(default_factory=_default_checkpoint_shape)
+
+    embedding_dim: Annotated[int, Gt(0), Lt(2**16)] = DEFAULT_EMBEDDING_DIM
+    """Weights of a table's row, a multiple of 4. By default 26 tables and their optimizer state are 1.25 GiB."""
+
+    steps: CallsFlag = 20
+    """Training steps timed without a checkpoint being written, after 5 that warm up. As many as it takes follow while
+    one is."""
+
+    folder: Annotated[str | None, optional("a temporary one", "FOLDER")] = None
+    """Existing folder on the disk to be measured, with room for three times what is saved. What is written is removed
+    at the end."""
+
+    def validate(self) -> None:
+        """See `Rounds` and `Shape`."""
+        _validate(self, self.repetition, self.shape)
+        _check_folder("folder", self.folder)
+        if self.embedding_dim % 4:
+            raise ConfigError(f"--embedding_dim {self.embedding_dim}: expected a multiple of 4")
 
 
 def _validate(case: object, *sections: Rounds | Workload) -> None:
@@ -301,6 +337,6 @@ def _validate(case: object, *sections: Rounds | Workload) -> None:
         section.validate()
 
 
-def _check_scratch(folder: str | None) -> None:
+def _check_folder(flag: str, folder: str | None) -> None:
     if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise ConfigError(f"--scratch {folder}: expected an existing folder that can be written")
+        raise ConfigError(f"--{flag} {folder}: expected an existing folder that can be written")

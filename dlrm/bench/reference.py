@@ -104,13 +104,18 @@ def shard_reference(model: nn.Module, config: Config, device: torch.device) -> D
 def build_pipeline(
     sharded: DistributedModelParallel, config: OptimizerConfig, device: torch.device
 ) -> StepClock[Batch, Any]:
-    """TorchRec's sparse-dist pipeline over the tables' optimizer and one of the dense parts."""
+    """TorchRec's sparse-dist pipeline."""
+    optimizer: Any = build_optimizer(sharded, config)
+    return StepClock(TrainPipelineSparseDist(sharded, optimizer, device, execute_all_batches=True))
+
+
+def build_optimizer(sharded: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
+    """The tables' optimizer and one of the dense parts."""
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(sharded.named_parameters())),
         lambda parameters: _DENSE_OPTIMIZERS[config.algorithm](parameters, **_options(config)),
     )
-    optimizer: Any = CombinedOptimizer([sharded.fused_optimizer, dense])
-    return StepClock(TrainPipelineSparseDist(sharded, optimizer, device, execute_all_batches=True))
+    return CombinedOptimizer([sharded.fused_optimizer, dense])
 
 
 def _options(config: OptimizerConfig) -> dict[str, Any]:

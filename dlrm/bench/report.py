@@ -1,7 +1,7 @@
 """Figures of a comparison: median and spread, ratio, share of the floor; as a table and as JSON."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,15 @@ def print_speeds(speeds: dict[str, Speed], unit: str = "samples") -> None:
         p10, p50, p90 = (quantile(steps, share) for share in (0.1, 0.5, 0.9))
         rates = f"{speed.rate:>20,.0f} {min(speed.rates):>11,.0f} {max(speed.rates):>11,.0f}"
         print(f"{name:<{width}}  {rates}   {p10:>13,.1f} {p50:>8,.1f} {p90:>8,.1f}")
+
+
+def print_durations(seconds: Mapping[str, Sequence[float]], gib: float) -> None:
+    """A line for each: seconds over the rounds, and seconds a GiB."""
+    width = max(map(len, seconds))
+    print(f"\n{'':<{width}}{'seconds: median':>17}{'min':>9}{'max':>9}{'s/GiB':>9}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:<{width}}{median:>17.3f}{min(values):>9.3f}{max(values):>9.3f}{median / gib:>9.3f}")
 
 
 def describe_spread(values: Sequence[float]) -> str:

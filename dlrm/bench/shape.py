@@ -1,6 +1,6 @@
 """The run that both sides make: the shape of the public example's results table, with tables that fit this machine."""
 
-from dlrm.bench.config import Shape, Workload
+from dlrm.bench.config import DEFAULT_EMBEDDING_DIM, Shape, Workload
 from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, OutputConfig, TrainingConfig
 from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, spec_mlperf_a100x8
@@ -16,7 +16,7 @@ _BYTES_PER_WEIGHT = 4
 _LEARNING_RATES = {"sgd": 0.1, "adagrad": 0.01, "rowwise_adagrad": 0.01}
 
 
-def make_config(shape: Shape, steps: int) -> Config:
+def make_config(shape: Shape, steps: int, dim: int = DEFAULT_EMBEDDING_DIM) -> Config:
     """Our side's run of `steps` training steps, on random data.
 
     Raises:
@@ -30,7 +30,7 @@ def make_config(shape: Shape, steps: int) -> Config:
             num_generated_batches=cached,
             zipf_exponent=shape.exponent,
         ),
-        model=make_model(table_rows(shape)),
+        model=make_model(table_rows(shape, dim), dim),
         optimizer=OptimizerConfig(optimizer=shape.optimizer, learning_rate=_LEARNING_RATES[shape.optimizer]),
         training=TrainingConfig(seed=0, precision=shape.arithmetic),
         evaluation=EvaluationConfig(evaluate_on_epoch_end=False, evaluate_on_training_end=False),
@@ -38,18 +38,18 @@ def make_config(shape: Shape, steps: int) -> Config:
     )
 
 
-def make_model(rows: tuple[int, ...]) -> ModelConfig:
-    """The layers of the results table over tables of these sizes."""
+def make_model(rows: tuple[int, ...], dim: int = DEFAULT_EMBEDDING_DIM) -> ModelConfig:
+    """The layers of the results table over tables of these sizes, the last dense layer as wide as their rows."""
     layers = spec_mlperf_a100x8().model
     return ModelConfig(
         num_embeddings_per_feature=rows,
-        embedding_dim=layers.embedding_dim,
-        dense_arch_layer_sizes=layers.dense_arch_layer_sizes,
+        embedding_dim=dim,
+        dense_arch_layer_sizes=(*layers.dense_arch_layer_sizes[:-1], dim),
         over_arch_layer_sizes=layers.over_arch_layer_sizes,
     )
 
 
-def table_rows(shape: Workload) -> tuple[int, ...]:
+def table_rows(shape: Workload, dim: int = DEFAULT_EMBEDDING_DIM) -> tuple[int, ...]:
     """Rows of each table.
 
     Raises:
@@ -57,7 +57,6 @@ def table_rows(shape: Workload) -> tuple[int, ...]:
     """
     if shape.rows == "uniform100k":
         return (shape.num_embeddings,) * NUM_CATEGORICAL_FEATURES
-    dim = spec_mlperf_a100x8().model.embedding_dim
     bytes_per_row = _BYTES_PER_WEIGHT * (dim + state_floats(shape.optimizer, dim))
     rows = scale_rows(MLPERF_ROWS, int(shape.tables_gib * 2**30 / bytes_per_row))
     if rows is None:

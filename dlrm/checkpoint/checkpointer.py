@@ -132,7 +132,9 @@ class Checkpointer:
 
     def drain(self) -> list[Saved]:
         """Checkpoints completed since the last call."""
-        saved, self._saved = self._saved, []
+        saved = []
+        while self._saved:  # the checkpoint's thread may add one at any moment
+            saved.append(self._saved.pop(0))
         return saved
 
     def _raise(self) -> None:

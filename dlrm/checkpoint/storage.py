@@ -249,23 +249,35 @@ def _write_tensor(file: Hashed, tensor: Any) -> None:
 
 
 def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadItem, target: torch.Tensor) -> None:
-    """Reads the rows of a chunk that are asked for, some MiB at a time, and of them the columns."""
+    """Reads the rows of a chunk that are asked for, some MiB at a time, and of them the columns.
+
+    Whole rows go straight to where they belong, if that is host memory.
+    """
     shape, offsets, lengths = chunk.shape or (1,), item.storage_offsets or (0,), item.lengths or (1,)
     target = target.view(lengths)
     row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
     if row_bytes == 0 or target.numel() == 0:
         return
     columns = tuple(slice(start, start + length) for start, length in zip(offsets[1:], lengths[1:], strict=True))
+    is_whole = tuple(lengths[1:]) == tuple(shape[1:]) and _name_of(target.dtype) == dtype.name
+    is_direct = is_whole and target.is_contiguous() and target.device.type == "cpu"
     rows_at_once = max(1, _READ_BYTES // row_bytes)
     file.seek(chunk.start + offsets[0] * row_bytes)
     for first in range(0, lengths[0], rows_at_once):
         rows = min(rows_at_once, lengths[0] - first)
-        block = np.empty((rows, *shape[1:]), dtype)
-        view = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[bad-argument-type] # an array is a buffer
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise CheckpointError(f"{chunk.file} ends too early")
-            filled += count
-        target[first : first + rows].copy_(torch.from_numpy(block[(slice(None), *columns)]))
+        own = target[first : first + rows]
+        block = own.numpy() if is_direct else np.empty((rows, *shape[1:]), dtype)
+        _fill(file, block, chunk.file)
+        if not is_direct:
+            own.copy_(torch.from_numpy(block[(slice(None), *columns)]))
+
+
+def _fill(file: Any, block: np.ndarray[Any, Any], name: str) -> None:
+    """Reads as many bytes as an array has."""
+    view = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[bad-argument-type] # an array is a buffer
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise CheckpointError(f"{name} ends too early")
+        filled += count
