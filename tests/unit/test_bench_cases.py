@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm.bench import ceilings, config, micro, products, torchrec_preprocess
+from dlrm.bench import ceilings, checkpoint, config, micro, products, torchrec_preprocess
 from dlrm.bench import preprocess as preprocess_module
 from dlrm.bench import rounds as rounds_module
 from dlrm.bench.workers import Reply, Side
@@ -145,6 +146,28 @@ def test_preprocess(bench, monkeypatch, capsys):
     }
     assert "our whole process, verification and start-up included" in capsys.readouterr().out
     assert "parsing" in result["sides"]["ours"]["stages"][0]["stages"]
+
+
+def test_checkpoint(bench, tmp_path, capsys):
+    flags = ("--steps", "2", "--num_embeddings", "50", "--embedding_dim", "8", "--folder", str(tmp_path))
+    result = bench("checkpoint", *TINY, *flags)
+    assert (result["case"], result["ratio"] > 0, len(result["ratios"])) == ("checkpoint", True, 2)
+    assert result["saved_gib"] * 2**30 > 26 * 50 * (8 + 1) * 4  # weights, and row-wise Adagrad's state
+    seconds = result["seconds"]
+    for name in ("ours: stall", "torch.save", "torch.save, fsync", "ours: check, restore", "torch.load"):
+        assert 0 < seconds[name]["min"] <= seconds[name]["median"] <= seconds[name]["max"]
+    assert seconds["ours: stall"]["median"] < seconds["ours: saved while training"]["median"]
+    for name in ("save_ratio", "load_ratio", "ratio_without_fsync", "rate_while_writing"):
+        assert result[name] > 0
+    assert [len(turn["quiet_steps"]) for turn in result["steps"]] == [2, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"results"}
+    assert "torch.save with fsync takes" in capsys.readouterr().out
+
+
+def test_checkpoint_on_a_disk_that_is_too_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert main(["bench", "checkpoint", "--folder", str(tmp_path)]) == 2
+    assert f"{tmp_path}: 1.0 GiB free, expected 3.7. Give smaller tables" in capsys.readouterr().err
 
 
 def test_interaction(bench):
