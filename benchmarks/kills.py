@@ -142,12 +142,14 @@ def try_once(kind: str, days: Path, run_dir: Path, wait: float, generator: rando
     killed = kill(kind, run, generator)
     partial = bool(list(run_dir.glob("checkpoints/.*.partial")))
     newest = max((path.name for path in run_dir.glob("checkpoints/step_*")), default=None)
-    code, starts = run.wait(), 1
-    while code != 0 and starts < 4:
+    run.wait()
+    starts = 1
+    while not (finished := (run_dir / "summary.json").exists()) and starts < 4:
         run = Run(days, run_dir, max_restarts=0)
-        code, starts = run.wait(), starts + 1
+        run.wait()
+        starts += 1
     facts = {"kind": kind, "seconds": round(wait, 3), "killed": killed, "while_writing": partial, "starts": starts}
-    return {**facts, "newest": newest, "exit_code": code, **outcome_of(run_dir)}
+    return {**facts, "newest": newest, "finished": finished, **outcome_of(run_dir)}
 
 
 def main() -> int:
@@ -175,7 +177,7 @@ def main() -> int:
                     result = try_once(kind, days, run_dir, generator.uniform(0.0, length), generator)
                     killed = result["killed"]
                     same = {part: result.pop(part) == expected[part] for part in ("step", "tensors", "metrics")}
-                    result["same"] = all(same.values()) and result["exit_code"] == 0
+                    result["same"] = all(same.values()) and result["finished"]
                     results.append(result)
                     verdict = "same" if result["same"] else f"DIFFERENT {same}"
                     where = f"{number + 1}/{arguments.moments} {kind:<9} after {result['seconds']:.2f} s"

@@ -1,6 +1,6 @@
 """A checkpoint's tensors back into a model, whatever its world size and sharding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.checkpoint import CheckpointException, load
@@ -53,29 +53,39 @@ def find_newest(address: str, runtime: Runtime, check: Check, note: Callable[[st
     """The newest sound checkpoint of a store; None if none was ever finished there. Collective.
 
     Args:
-        note: told on rank 0 of what is left out, and why.
+        note: told on rank 0 of what is left out, and why, unless nothing is taken.
 
     Raises:
         MisfitError: if all that is sound there is of another training.
         CheckpointError: if all that is there is damaged, or the store can't be listed.
     """
-    misfit: CheckpointError | None = None
-    damaged: CheckpointError | None = None
+    left_out: list[tuple[str, CheckpointError]] = []
+    source = None
     for name in on_main_rank(runtime, lambda: checkpoint_names(open_store(address))):
         try:
-            return _open(address, name, runtime, check)
+            source = _open(address, name, runtime, check)
+            break
         except CheckpointError as error:
-            if isinstance(error, MisfitError):
-                misfit = misfit or MisfitError(f"{address}/{name}: {error}.")
-            elif not isinstance(error, UnfinishedError):
-                damaged = damaged or CheckpointError(
-                    f"{address}: no checkpoint there is sound. {name}: {error}. To start anew, choose other folders."
-                )
-            if runtime.is_main:
-                note(f"Left out {address}/{name}: {error}.")
-    if error := misfit or damaged:
-        raise _everywhere(error)
-    return None
+            left_out.append((name, error))
+    if source is None:
+        _refuse_to_begin_again(address, left_out)
+    if runtime.is_main:
+        for name, error in left_out:
+            note(f"Left out {address}/{name}: {error}.")
+    return source
+
+
+def _refuse_to_begin_again(address: str, left_out: Sequence[tuple[str, CheckpointError]]) -> None:
+    """Names the newest that was finished and still isn't taken, one of another training before one that is damaged."""
+    finished = [(name, error) for name, error in left_out if not isinstance(error, UnfinishedError)]
+    misfits = [(name, error) for name, error in finished if isinstance(error, MisfitError)]
+    if misfits:
+        name, error = misfits[0]
+        raise _everywhere(MisfitError(f"{address}/{name}: {error}."))
+    if finished:
+        name, error = finished[0]
+        advice = "To start anew, choose other folders."
+        raise _everywhere(CheckpointError(f"{address}: no checkpoint there is sound. {name}: {error}. {advice}"))
 
 
 def find_given(address: str, runtime: Runtime, check: Check, note: Callable[[str], None]) -> Source:
