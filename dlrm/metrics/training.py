@@ -33,7 +33,7 @@ class TrainingMeter:
         self._steps: list[tuple[int, int]] = []
         self._restored: list[tuple[int, int, float]] = []
         self.num_samples = 0
-        """Of all reports."""
+        """Of all steps, over all ranks."""
         self._started = time.perf_counter()
         self.seconds = 0.0
         """Time spent training up to the last report, evaluations left out."""
@@ -46,6 +46,7 @@ class TrainingMeter:
         """Takes in this rank's loss of a step; the mean over ranks is the mean over the step's samples."""
         self._losses[len(self._steps)] = loss
         self._steps.append((step, global_rows))
+        self.num_samples += global_rows
 
     @property
     def is_full(self) -> bool:
@@ -58,7 +59,7 @@ class TrainingMeter:
 
     def restore(self, num_samples: int, seconds: float, pending: Sequence[tuple[int, int, float]]) -> None:
         """Goes on where another meter was: its samples and seconds, and of them the steps that were not reported."""
-        self.num_samples = num_samples - sum(rows for _, rows, _ in pending)
+        self.num_samples = num_samples
         self.seconds = seconds
         self._restored = list(pending)
 
@@ -94,7 +95,6 @@ class TrainingMeter:
         self._started = time.perf_counter()
         self.seconds += seconds
         rows = sum(rows for _, rows, _ in steps)
-        self.num_samples += rows
         loss = sum(loss * rows for _, rows, loss in steps) / rows
         rate = sum(rows for _, rows in self._steps) / seconds
         report = TrainingReport(steps[-1][0], self.num_samples, loss, rate)

@@ -194,7 +194,7 @@ class Trainer:
 
     @property
     def num_samples(self) -> int:
-        """Trained on and reported, over all ranks."""
+        """Trained on, over all ranks."""
         return self.meter.num_samples
 
     @property
@@ -208,18 +208,17 @@ class Trainer:
         Raises:
             DivergedError: if a loss that is not reported yet is not finite.
         """
-        pending = self.meter.pending()
         return Position(
             step=self.step,
             epoch=self.epoch,
             epoch_step=self.epoch_step,
             row=self.row,
-            num_samples=self.num_samples + sum(rows for _, rows, _ in pending),
+            num_samples=self.num_samples,
             validated_step=self.validated_step,
             reached_target=self.reached_target,
             train_seconds=self.meter.elapsed_seconds(),
             total_seconds=self.seconds,
-            pending=pending,
+            pending=self.meter.pending(),
             validations=tuple(asdict(result) for result in self.val_results),
         )
 
