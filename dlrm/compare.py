@@ -24,6 +24,8 @@ from dlrm.flags import parse_flags
 _OF_EVERY_RUN = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
 _SCORES = {"auroc": "AUROC", "logloss": "log loss", "ne": "NE", "calibration": "calibration"}
 _MEASURES = {
+    "num_val_samples": ("val samples", ",.0f"),
+    "num_test_samples": ("test samples", ",.0f"),
     "num_train_samples": ("training samples", ",.0f"),
     "num_train_steps": ("training steps", ",.0f"),
     "train_seconds": ("training seconds", ",.1f"),
@@ -118,9 +120,9 @@ def read_record(address: str) -> Record:
             {**{key: value for key, value in environment.items() if key not in ("versions", "launch")}}
             | environment.get("versions", {}),
             {table["table"]: _describe_placement(table) for table in plan["tables"]},
-            _sum_up(lines) if summary is None else _metrics_of(summary),
+            {**(_sum_up(lines) if summary is None else _metrics_of(summary)), **_count_scored(lines)},
         )
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (ConfigError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunDirectoryError(f"{address}: a file there is damaged or of another version ({error}).") from None
 
 
@@ -196,6 +198,12 @@ def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "samples_per_second": samples[-1] / seconds if seconds else None,
         "peak_memory_gib": None,
     }
+
+
+def _count_scored(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Samples of the last validation and of the test."""
+    scored = {line["kind"]: line.get("num_samples") for line in lines if line["kind"] in ("val", "test")}
+    return {f"num_{kind}_samples": scored.get(kind) for kind in ("val", "test")}
 
 
 def changes_between(one: Record, other: Record) -> list[Changes]:
@@ -295,7 +303,7 @@ def main(argv: Sequence[str]) -> None:
     one, other = read_record(config.run1), read_record(config.run2)
     try:
         lines = to_text(one, other)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RunDirectoryError(f"{one.address} or {other.address}: its metrics are no numbers ({error}).") from None
     if config.json:
         print(json.dumps(to_json(one, other), indent=2))

@@ -489,7 +489,10 @@ class Config:
             ConfigError: as `from_json` does.
             ValueError: if it is no JSON.
         """
-        return Config.from_json(json.loads(text))
+        try:
+            return Config.from_json(json.loads(text))
+        except RecursionError:
+            raise ValueError("too many levels") from None
 
 
 _Section = TypeVar("_Section")

@@ -135,6 +135,8 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     if every not in (None, "never") and not _INTERVAL.fullmatch(every):
         raise ConfigError(f"--checkpoint_every {every[:40]}: expected steps, as in 500, minutes, as in 30m, or never")
     _check_path("checkpoint_dir", checkpoint.checkpoint_dir)
+    if (checkpoint.checkpoint_dir or "").startswith("memory:"):
+        raise ConfigError(f"--checkpoint_dir {checkpoint.checkpoint_dir}: is gone when the process is. Give a folder")
     _check_path("resume", checkpoint.resume)
 
 
@@ -147,7 +149,8 @@ def check_output_file(name: str, path: str) -> None:
     parent = Path(path).absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    is_other = os.path.lexists(path) and (Path(path).is_symlink() or not Path(path).is_file())
+    if is_other or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--{name} {path}: can't be written. Expected a file's name in a folder of yours.")
 
 

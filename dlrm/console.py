@@ -1,5 +1,6 @@
 """How far a long task is: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import threading
 import time
@@ -8,6 +9,8 @@ from collections.abc import Collection, Sequence
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 2.0
+_LARGE = 1_000_000
+"""From here on a bar shows 1.00M in place of all digits."""
 
 
 class Progress:
@@ -28,10 +31,16 @@ class Progress:
         self._passes: set[str] = set()
         self._lock = threading.Lock()
         self._started = self._printed = time.monotonic()
-        bar = shown and sys.stderr is not None and sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
-            if bar
+            tqdm(
+                total=total,
+                initial=done,
+                desc=label,
+                unit=f" {unit}",
+                unit_scale=total >= _LARGE,
+                dynamic_ncols=True,
+            )
+            if shown and _has_bars()
             else None
         )
 
@@ -86,6 +95,11 @@ class Progress:
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+
+def _has_bars() -> bool:
+    """Whether stderr is a terminal that is wide enough for anything; some say that they have no columns."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def print_line(text: str) -> None:

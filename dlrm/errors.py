@@ -1,5 +1,7 @@
 """What a user can cause and fix. Shown as one line, without a traceback, with exit code 2."""
 
+from typing_extensions import Self
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_HANGS = 3
@@ -13,6 +15,11 @@ class DlrmError(Exception):
     """
 
     everywhere: bool = False
+
+    def raised_everywhere(self) -> Self:
+        """This error, which every rank raises."""
+        self.everywhere = True
+        return self
 
     def __str__(self) -> str:
         """What was said, newlines as spaces; all else stays, so that a path can be copied from it."""

@@ -105,8 +105,11 @@ def new_control_group(world_size: int) -> dist.ProcessGroup | None:
 
     Objects travel over gloo, with patience: one rank may read its rows for long while another waits.
     """
-    if world_size == 1:
-        return None
+    return None if world_size == 1 else new_gloo_group()
+
+
+def new_gloo_group() -> dist.ProcessGroup:
+    """A group of all ranks that waits for hours. Collective."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
 
 
@@ -206,8 +209,7 @@ def on_main_rank(runtime: Runtime, action: Callable[[], T]) -> T:
     if runtime.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, group=runtime.control_group)
     if isinstance(outcome[0], DlrmError):
-        outcome[0].everywhere = True
-        raise outcome[0]
+        raise outcome[0].raised_everywhere()
     return outcome[0]  # type: ignore[return-value]
 
 
@@ -228,8 +230,7 @@ def on_every_rank(runtime: Runtime, action: Callable[[], T]) -> T:
         dist.all_gather_object(errors, error, group=runtime.control_group)
     for first in errors:
         if first is not None:
-            first.everywhere = True
-            raise first
+            raise first.raised_everywhere()
     return result  # type: ignore[return-value]
 
 

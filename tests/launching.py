@@ -61,7 +61,7 @@ class Fork:
 
         Args:
             log: a file for what it says on stdout; stderr goes to another one beside it.
-            changes: values for names in modules, as in `{"dlrm.train.run_directory._SECONDS_FOR_LOCK": 1.0}`.
+            changes: values for names in modules, as in `{"dlrm.lock._SECONDS": 1.0}`.
         """
         self._files = (log, log.with_suffix(".err"))
         for file in self._files:

@@ -49,7 +49,7 @@ def run(bench: CheckpointBench) -> dict[str, Any]:
         ]
         at_once = fits_at_once(sides, 2 * tables_gib, shape.batch_size)  # both load or copy what they hold
         results = take_turns([*sides, ceilings_side("fp32")], bench.repetition.rounds, show_turn, at_once=at_once)
-    saved_bytes = sum(facts["saved_bytes"] for facts in results["ours"].facts)
+    saved_bytes = results["ours"].facts[0]["saved_bytes"]  # rank 0's is of the whole
     seconds = collect_seconds(results["ours"].turns, results["reference"].turns)
     # Of the copy that training waits for, each byte is read once and written once.
     floor = Floor(Work(0, 2 * saved_bytes), best_ceilings(results))
@@ -159,21 +159,29 @@ def summarize(values: Sequence[float], gib: float) -> dict[str, Any]:
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
-    """The ratios in words."""
+    """The ratios in words, each a median over rounds and its range."""
     first = result["sides"]["ours"]["first_stall_seconds"][0]
     print(
-        f"stall, by round: torch.save with fsync takes {describe_spread(result['ratios'])} times as long, without "
-        f"{describe_spread(result['ratio_without_fsync_rounds'])}; a run's first save stalls {first:.2f} s"
+        "\nStall: training that saves in the background stands still for the copy only. torch.save with fsync stops it "
+        f"{describe_spread(result['ratios'])} times as long, without fsync "
+        f"{describe_spread(result['ratio_without_fsync_rounds'])} times. A run's first copy takes {first:.2f} s."
     )
     print(
-        f"ratio by round: save, training waits, ours with SHA-256: {describe_spread(result['save_ratio_rounds'])}; "
-        f"load: {describe_spread(result['load_ratio_rounds'])}, without check "
-        f"{describe_spread(result['load_ratio_without_check_rounds'])}"
+        f"While one is written, training runs at {describe_spread(result['rate_while_writing_rounds'])} of its rate. "
+        f"All in all a checkpoint costs {describe_spread(result['cost_seconds_rounds'])} s of training."
     )
     print(
-        f"training while a checkpoint is written: {describe_spread(result['rate_while_writing_rounds'])} of its rate "
-        f"without; a save costs {describe_spread(result['cost_seconds_rounds'])} s of training, its stall included"
+        "Save, training waits: ours, with SHA-256 and fsync, takes "
+        f"{_times_as_long(result['save_ratio_rounds'])} times as long as torch.save with fsync."
     )
+    print(
+        f"Load: ours takes {_times_as_long(result['load_ratio_rounds'])} times as long as torch.load, without the "
+        f"check of SHA-256 {_times_as_long(result['load_ratio_without_check_rounds'])} times."
+    )
+
+
+def _times_as_long(ratios: Sequence[float]) -> str:
+    return describe_spread([1 / ratio for ratio in ratios])
 
 
 def show_turn(side: str, turn: str, value: Any) -> str | None:

@@ -3,9 +3,9 @@
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,22 +15,20 @@ from torch.distributed.checkpoint import CheckpointException, save
 from dlrm.checkpoint.find import best_of, complete_checkpoints
 from dlrm.checkpoint.manifest import File, Manifest, Tensor
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.state import Part, Parts, State, blocks
+from dlrm.checkpoint.state import Part, State, blocks
 from dlrm.checkpoint.storage import ShardPlanner, Writer
 from dlrm.checkpoint.store import Store
-from dlrm.console import show_bytes
 from dlrm.errors import CheckpointError
-from dlrm.runtime import Runtime, new_control_group, on_main_rank
+from dlrm.runtime import Runtime, new_gloo_group, on_main_rank
 
 _SECONDS_TO_SETTLE = 60.0
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete. Seconds are rank 0's, bytes those of its own tensors."""
+    """A checkpoint that is complete. Seconds are this rank's; bytes too, but on rank 0 those of the whole."""
 
     step: int
-    address: str
     stall_seconds: float
     write_seconds: float
     num_bytes: int
@@ -50,6 +48,8 @@ class Checkpointer:
         copies: bool,
         data: str | None,
         documents: Callable[[], Mapping[str, bytes]],
+        left_out: Collection[str] = (),
+        note_written: Callable[[], None] = lambda: None,
     ) -> None:
         """Collective.
 
@@ -58,6 +58,8 @@ class Checkpointer:
             copies: whether to copy tensors first and let training go on while they are written.
             data: digest of the data.
             documents: gives files of rank 0 that a checkpoint holds too.
+            left_out: checkpoints there that this training did not go on from. They stay, and count for nothing.
+            note_written: called now and then, from any thread, while a checkpoint is written.
 
         Raises:
             CheckpointError: if what is there can't be listed.
@@ -65,14 +67,16 @@ class Checkpointer:
         self._store, self._runtime, self._keep = store, runtime, keep
         self.copies = copies
         self._data, self._documents = data, documents
-        self._group = new_control_group(runtime.world_size)  # of its own, for another thread
+        self._left_out, self._note_written = frozenset(left_out), note_written
+        self._group = new_gloo_group()  # of its own, for another thread
         self._token = on_main_rank(runtime, lambda: secrets.token_hex(4))
-        self._copied: State = {}
+        self._copied: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._saved: list[Saved] = []
         self.last_step: int | None = None
         """Of the newest checkpoint, even if it is still being written."""
+        self._complete_step: int | None = None
         on_main_rank(runtime, self._remove_leftovers)
 
     def save(self, state: State, position: Position, val_auroc: float | None, *, wait: bool = False) -> float:
@@ -87,7 +91,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.finish()
-        own = {name: parts.saved_by(self._runtime.rank) for name, parts in state.items()}
+        own = _saved_here(state, self._runtime)
         writer = Writer(
             self._store,
             position.step,
@@ -95,6 +99,7 @@ class Checkpointer:
             self._runtime.rank,
             self._documents() if self._runtime.is_main else {},
             partial(self._describe, position, val_auroc),
+            self._note_written,
         )
         self.last_step = position.step
         if self.copies and not wait:
@@ -118,6 +123,8 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            if self._error is None and self._complete_step != self.last_step:
+                raise CheckpointError(f"{self._store.address}: the thread that writes ended. Its traceback is above.")
         self._raise()
 
     def settle(self) -> None:
@@ -143,24 +150,20 @@ class Checkpointer:
 
     def _copy(self, state: State) -> State:
         """The tensors, copied to host memory that is kept from one checkpoint to the next."""
-        for name, part in blocks(state):
-            key = f"{name} {part.offsets}"
-            copy = self._copied.get(key)
-            if copy is None:
-                pinned = part.tensor.device.type == "cuda"
-                tensor = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
-                copy = self._copied[key] = Parts(tensor.shape, tensor.dtype, (Part(part.offsets, tensor),))
-            copy.parts[0].tensor.copy_(part.tensor, non_blocking=True)
-        if self._runtime.device.type == "cuda":
-            torch.cuda.synchronize(self._runtime.device)
-        return {
-            name: Parts(
-                parts.shape,
-                parts.dtype,
-                tuple(self._copied[f"{name} {part.offsets}"].parts[0] for part in parts.parts),
-            )
+        copied = {
+            name: replace(parts, parts=tuple(Part(part.offsets, self._copy_part(name, part)) for part in parts.parts))
             for name, parts in state.items()
         }
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+        return copied
+
+    def _copy_part(self, name: str, part: Part) -> torch.Tensor:
+        key = name, part.offsets
+        if key not in self._copied:
+            pinned = part.tensor.device.type == "cuda"
+            self._copied[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
+        return self._copied[key].copy_(part.tensor, non_blocking=True)
 
     def _write(self, state: State, writer: Writer, stall: float | None) -> None:
         """Runs on the checkpoint's thread, or in place of one. DCP has every rank raise what one of them does."""
@@ -172,22 +175,20 @@ class Checkpointer:
                 planner=ShardPlanner(),
                 process_group=self._group,
             )
-            if self._runtime.is_main:
-                self._prune()
         except CheckpointException as error:
             self._error = _explain(self._store, error)
             if self._runtime.is_main:
                 with suppress(OSError):
                     writer.discard()
-        except OSError as error:
-            self._error = _unwritable(self._store, "", error)
-        except CheckpointError as error:
-            self._error = error
+            return
         except RuntimeError as error:  # another rank is gone; the launcher says which
             self._error = CheckpointError(f"{self._store.address}: {str(error).splitlines()[0]}")
-        else:
-            seconds = time.perf_counter() - started
-            self._saved.append(Saved(self.last_step or 0, writer.address, stall or seconds, seconds, writer.num_bytes))
+            return
+        if self._runtime.is_main:
+            self._prune()
+        seconds = time.perf_counter() - started
+        self._complete_step = self.last_step
+        self._saved.append(Saved(self.last_step or 0, stall or seconds, seconds, writer.num_bytes))
 
     def _describe(
         self, position: Position, val_auroc: float | None, files: Mapping[str, File], tensors: Mapping[str, Tensor]
@@ -198,12 +199,12 @@ class Checkpointer:
         )
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints and the best one. A folder that will not go is left and named.
-
-        What is there of later steps was left out when this training was resumed, and counts for nothing.
-        """
-        newest = self.last_step or 0
-        there = [(name, manifest) for name, manifest in complete_checkpoints(self._store) if manifest.step <= newest]
+        """Removes all but the newest checkpoints and the best one. What will not go is left and named."""
+        try:
+            there = [found for found in complete_checkpoints(self._store) if found[0] not in self._left_out]
+        except CheckpointError as error:
+            print(f"{error}: old checkpoints stay.")
+            return
         best = best_of(there)
         for name, _ in there[self._keep :]:
             if name != best:
@@ -226,18 +227,19 @@ def copies_fit(state: State, runtime: Runtime, available_bytes: int) -> bool:
     Args:
         available_bytes: free for this rank.
     """
-    needed = sum(
-        part.tensor.nbytes for _, part in blocks({name: parts.saved_by(runtime.rank) for name, parts in state.items()})
-    )
-    fits = torch.tensor(needed <= available_bytes, dtype=torch.int32)
+    fits = torch.tensor(copy_bytes(state, runtime) <= available_bytes, dtype=torch.int32)
     if runtime.world_size > 1:
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=runtime.control_group)
     return bool(fits)
 
 
-def describe_copy(state: State) -> str:
-    """The size of this rank's copy, in words."""
-    return show_bytes(sum(part.tensor.nbytes for _, part in blocks(state)))
+def copy_bytes(state: State, runtime: Runtime) -> int:
+    """The size of what this rank saves."""
+    return sum(part.tensor.nbytes for _, part in blocks(_saved_here(state, runtime)))
+
+
+def _saved_here(state: State, runtime: Runtime) -> State:
+    return {name: parts.saved_by(runtime.rank) for name, parts in state.items()}
 
 
 def _explain(store: Store, error: CheckpointException) -> CheckpointError:
@@ -246,8 +248,7 @@ def _explain(store: Store, error: CheckpointException) -> CheckpointError:
         explained = _unwritable(store, f" (rank {rank})" if len(error.failures) > 1 else "", cause)
     else:
         explained = CheckpointError(f"{store.address}: {' '.join(str(cause).split()) or type(cause).__name__}")
-    explained.everywhere = True
-    return explained
+    return explained.raised_everywhere()
 
 
 def _unwritable(store: Store, who: str, error: OSError) -> CheckpointError:

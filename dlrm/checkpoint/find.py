@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
 from dlrm.checkpoint.store import Store, open_store
-from dlrm.errors import CheckpointError
+from dlrm.config import Config
+from dlrm.errors import CheckpointError, ConfigError
 
 _READ_BYTES = 1 << 22
 _FOLDER = "checkpoints"
@@ -30,9 +32,19 @@ def locate(address: str) -> tuple[Store, str | None]:
     store = open_store(address)
     if _FOLDER in _list(store):
         store = open_store(f"{address.rstrip('/')}/{_FOLDER}")
+    elif (elsewhere := _checkpoint_dir_of(address)) is not None:
+        store = open_store(elsewhere)
     if not checkpoint_names(store):
         raise CheckpointError(f"{address}: holds no checkpoint. Expected a run directory, or a folder step_...")
     return store, None
+
+
+def _checkpoint_dir_of(address: str) -> str | None:
+    """Where the run of a run directory has its checkpoints, if its --checkpoint_dir was given."""
+    try:
+        return Config.load(Path(address, "config.json")).checkpoint.checkpoint_dir
+    except (OSError, ValueError, ConfigError):
+        return None
 
 
 def checkpoint_names(store: Store) -> list[str]:
@@ -60,7 +72,10 @@ def read_manifest(store: Store, name: str) -> Manifest:
         UnfinishedError: if it has none.
         CheckpointError: if it is damaged, or of another version.
     """
-    return Manifest.from_bytes(read_file(store, name, MANIFEST))
+    manifest = Manifest.from_bytes(read_file(store, name, MANIFEST))
+    if step_of(name) != manifest.step:
+        raise CheckpointError(f"manifest.json is that of step {manifest.step}: the folder was renamed")
+    return manifest
 
 
 def read_file(store: Store, name: str, file: str) -> bytes:
@@ -78,6 +93,22 @@ def read_file(store: Store, name: str, file: str) -> bytes:
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
+
+
+def read_config(store: Store, name: str, manifest: Manifest) -> Config:
+    """The config that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: if it is not there, damaged, or of another version.
+    """
+    check_files(store, name, manifest, ["config.json"])
+    try:
+        config = Config.from_text(read_file(store, name, "config.json").decode())
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"its config.json can't be read ({error})") from None
+    if config.training.seed is None:
+        raise CheckpointError("its config.json has no seed")
+    return config
 
 
 def check_files(

@@ -44,6 +44,8 @@ class Difference:
 
 
 def _show(value: Any) -> str:
+    if value is None:
+        return "not given"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from dlrm.checkpoint.find import best_of, check_files, checkpoint_names, read_ma
 from dlrm.checkpoint.manifest import Manifest, Tensor
 from dlrm.checkpoint.pick import Picked, open_address
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.store import Store
+from dlrm.checkpoint.store import Store, size_of
 from dlrm.checkpoint.tables import Table, tables_of
 from dlrm.console import Progress, align, plural, printable, show_bytes
 from dlrm.errors import CheckpointError
@@ -101,8 +100,7 @@ def _check_sizes(store: Store, name: str, manifest: Manifest) -> None:
     """
     for file, expected in manifest.files.items():
         try:
-            with store.open(name, file) as opened:
-                num_bytes = opened.seek(0, os.SEEK_END)
+            num_bytes = size_of(store, name, file)
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror or error}") from None
         if num_bytes != expected.num_bytes:
@@ -180,7 +178,7 @@ def to_text(facts: Mapping[str, Any]) -> list[str]:
     """Lines that show the facts of one checkpoint."""
     lines = [
         ("checkpoint", facts["address"]),
-        ("step", f"{facts['step']:,} (epoch {facts['epoch']:,}, next row {facts['row']:,})"),
+        ("step", f"{facts['step']:,} (epoch {facts['epoch']:,}, {facts['row']:,} rows of it taken)"),
         ("samples", f"{facts['num_samples']:,}, in {facts['train_seconds']:,.1f} s of training"),
         ("written", f"{facts['created']} by {plural(facts['world_size'], 'rank')}"),
         ("validation", _show_validation(facts)),
@@ -253,6 +251,10 @@ def _list_all(facts: Mapping[str, Any]) -> list[str]:
     return text
 
 
+def _count_sound(facts: Mapping[str, Any]) -> int:
+    return sum(entry["is_usable"] for entry in facts["checkpoints"]) if "checkpoints" in facts else 1
+
+
 def main(argv: Sequence[str]) -> None:
     """`dlrm inspect`.
 
@@ -267,6 +269,8 @@ def main(argv: Sequence[str]) -> None:
         listed = [*_list_all(facts), ""] if "checkpoints" in facts else []
         text = [*listed, *(to_text(facts["checkpoint"]) if facts["checkpoint"] else [])]
         print("\n".join(map(printable, text)))
+    if config.verify and facts["checkpoint"] is not None and not config.json:
+        print(f"\nverified    {plural(_count_sound(facts), 'checkpoint')}: the SHA-256 of every file is the manifest's")
     damaged = [entry for entry in facts.get("checkpoints", ()) if not entry["is_usable"]]
     if facts["checkpoint"] is None:
         raise CheckpointError(f"{facts['address']}: no checkpoint there is sound.")

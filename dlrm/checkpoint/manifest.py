@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ CHECKPOINT_VERSION = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{10})(-\d)?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_MOST = 2**63
 _DTYPES = ("float32", "float64", "int64", "uint8")
 
 
@@ -68,6 +71,10 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise CheckpointError(f"a tensor has the dtype {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
 
     @property
     def num_bytes(self) -> int:
@@ -123,7 +130,7 @@ class Manifest:
             _check(manifest)
             if manifest.to_bytes() != text:  # the digest is of what the text says, not of how it says it
                 raise CheckpointError("manifest.json is damaged: its text was changed")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"manifest.json is damaged: {error}") from None
         return manifest
 
@@ -141,26 +148,50 @@ def _read_tensor(content: Mapping[str, Any]) -> Tensor:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuses names that leave the folder, and chunks that leave their file or tensor.
+    """Refuses what is no count, names that leave the folder, and chunks that leave their file or are not the tensor.
 
     Raises:
         CheckpointError: if there is one.
     """
-    for name in manifest.files:
+    _check_counts("step and world_size", (manifest.step, manifest.world_size))
+    if type(manifest.created) is not str or type(manifest.data) not in (str, type(None)):
+        raise CheckpointError("manifest.json is damaged: created and data must be text")
+    if type(manifest.val_auroc) not in (float, int, type(None)) or not 0 <= (manifest.val_auroc or 0) <= 1:
+        raise CheckpointError("manifest.json is damaged: val_auroc must be a number from 0 to 1")
+    for name, file in manifest.files.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"manifest.json names a file {name[:80]!r}")
+        _check_counts(name, (file.num_bytes,))
     for name, tensor in manifest.tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{name} has the dtype {tensor.dtype!r}")
-        size = np.dtype(tensor.dtype).itemsize
+        if not _TENSOR_NAME.fullmatch(name):
+            raise CheckpointError(f"manifest.json names a tensor {name[:80]!r}")
+        _check_counts(name, (*tensor.shape, math.prod(tensor.shape)))
         for chunk in tensor.chunks:
+            _check_counts(f"a chunk of {name}", (*chunk.offsets, *chunk.shape, chunk.start))
             file = manifest.files.get(chunk.file)
-            ends = [start + length for start, length in zip(chunk.offsets, chunk.shape, strict=True)]
-            inside = all(
-                0 <= start <= end <= whole for start, end, whole in zip(chunk.offsets, ends, tensor.shape, strict=True)
-            )
-            stop = chunk.start + math.prod(chunk.shape) * size
-            if file is None or not inside or chunk.start < 0 or stop > file.num_bytes:
+            stop = chunk.start + math.prod(chunk.shape) * np.dtype(tensor.dtype).itemsize
+            if file is None or stop > file.num_bytes or {len(chunk.offsets), len(chunk.shape)} != {len(tensor.shape)}:
                 raise CheckpointError(f"a chunk of {name} lies outside its file or tensor")
-        if sum(math.prod(chunk.shape) for chunk in tensor.chunks) != math.prod(tensor.shape):
-            raise CheckpointError(f"{name} is not complete")
+        blocks = [(chunk.offsets, chunk.shape) for chunk in tensor.chunks if math.prod(chunk.shape)]
+        if not _tile(blocks, tensor.shape):
+            raise CheckpointError(f"the chunks of {name} overlap, or do not make up all of it")
+
+
+def _check_counts(what: str, numbers: Iterable[Any]) -> None:
+    if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
+        raise CheckpointError(f"manifest.json is damaged: {what} must be whole numbers from 0 to 2^63")
+
+
+def _tile(blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    """Whether blocks (offsets, shape) make up a tensor: strips along the last dimension, each of such strips."""
+    if not shape or not blocks:
+        return len(blocks) == (math.prod(shape) > 0)
+    strips = defaultdict(list)
+    for offsets, sizes in blocks:
+        strips[offsets[-1], sizes[-1]].append((offsets[:-1], sizes[:-1]))
+    stop = 0
+    for (start, length), strip in sorted(strips.items()):
+        if start != stop or not _tile(strip, shape[:-1]):
+            return False
+        stop += length
+    return stop == shape[-1]

@@ -18,7 +18,6 @@ class Position:
         row: the row of the epoch's order that the next batch starts with.
         num_samples: trained on, over all ranks.
         validated_step: the step after which the last validation was.
-        reached_target: whether a validation reached --validation_auroc.
         train_seconds: spent training; `total_seconds` adds validations.
         pending: steps not reported yet: step, samples, mean loss over all ranks.
         validations: metrics of each validation.
@@ -30,7 +29,6 @@ class Position:
     row: int = 0
     num_samples: int = 0
     validated_step: int = 0
-    reached_target: bool = False
     train_seconds: float = 0.0
     total_seconds: float = 0.0
     pending: tuple[tuple[int, int, float], ...] = ()
@@ -49,7 +47,18 @@ class Position:
         """
         try:
             pending = tuple((int(step), int(rows), float(loss)) for step, rows, loss in content["pending"])
-            fields: dict[str, Any] = {**content, "pending": pending, "validations": tuple(content["validations"])}
-            return Position(**fields)
+            validations = tuple(dict(validation) for validation in content["validations"])
+            fields: dict[str, Any] = {**content, "pending": pending, "validations": validations}
+            position = Position(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"its position does not fit this dlrm ({error})") from None
+        counts = (position.step, position.epoch, position.epoch_step, position.row, position.num_samples)
+        seconds = (position.train_seconds, position.total_seconds)
+        if not all(type(count) is int and 0 <= count < 2**63 for count in (*counts, position.validated_step)):
+            raise CheckpointError("its position has a count that is no whole number from 0 to 2^63")
+        if not all(type(value) in (int, float) and value >= 0 for value in seconds):
+            raise CheckpointError("its position has a time that is no number from 0 on")
+        metrics = [value for validation in position.validations for value in validation.values()]
+        if not all(type(value) in (int, float, type(None)) for value in metrics):
+            raise CheckpointError("its position has a validation that is no numbers")
+        return position

@@ -1,7 +1,7 @@
 """A checkpoint's tensors back into a model, whatever its world size and sharding."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.checkpoint import CheckpointException, load
 
@@ -10,7 +10,7 @@ from dlrm.checkpoint.find import (
     check_files,
     checkpoint_names,
     locate,
-    read_file,
+    read_config,
     read_manifest,
 )
 from dlrm.checkpoint.manifest import Manifest
@@ -18,7 +18,7 @@ from dlrm.checkpoint.state import RANDOM, State
 from dlrm.checkpoint.storage import Reader, RestorePlanner
 from dlrm.checkpoint.store import Store, open_store
 from dlrm.config import Config
-from dlrm.errors import CheckpointError, ConfigError
+from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank
 
 
@@ -28,12 +28,13 @@ class MisfitError(CheckpointError):
 
 @dataclass(frozen=True)
 class Source:
-    """A sound checkpoint, and the config that wrote it."""
+    """A sound checkpoint, and the config that wrote it. `left_out` names others there that could not be taken."""
 
     store: str
     name: str
     manifest: Manifest
     config: Config
+    left_out: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -53,26 +54,38 @@ def find_newest(address: str, runtime: Runtime, check: Check, note: Callable[[st
     """The newest sound checkpoint of a store; None if none was ever finished there. Collective.
 
     Args:
-        note: told on rank 0 of what is left out, and why, unless nothing is taken.
+        note: told on rank 0 of what is left out, and why.
 
     Raises:
         MisfitError: if all that is sound there is of another training.
         CheckpointError: if all that is there is damaged, or the store can't be listed.
     """
     left_out: list[tuple[str, CheckpointError]] = []
-    source = None
-    for name in on_main_rank(runtime, lambda: checkpoint_names(open_store(address))):
+    names = on_main_rank(runtime, lambda: checkpoint_names(open_store(address)))
+    for name in names:
         try:
             source = _open(address, name, runtime, check)
-            break
         except CheckpointError as error:
             left_out.append((name, error))
-    if source is None:
+        else:
+            break
+    else:
         _refuse_to_begin_again(address, left_out)
+        return None
     if runtime.is_main:
         for name, error in left_out:
             note(f"Left out {address}/{name}: {error}.")
-    return source
+    older = names[len(left_out) + 1 :]
+    foreign = on_main_rank(runtime, lambda: [name for name in older if not _fits(address, name, check)])
+    return replace(source, left_out=(*(name for name, _ in left_out), *foreign))
+
+
+def _fits(address: str, name: str, check: Check) -> bool:
+    try:
+        _read(address, name, check)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _refuse_to_begin_again(address: str, left_out: Sequence[tuple[str, CheckpointError]]) -> None:
@@ -81,11 +94,11 @@ def _refuse_to_begin_again(address: str, left_out: Sequence[tuple[str, Checkpoin
     misfits = [(name, error) for name, error in finished if isinstance(error, MisfitError)]
     if misfits:
         name, error = misfits[0]
-        raise _everywhere(MisfitError(f"{address}/{name}: {error}."))
+        raise MisfitError(f"{address}/{name}: {error}.").raised_everywhere()
     if finished:
         name, error = finished[0]
         advice = "To start anew, choose other folders."
-        raise _everywhere(CheckpointError(f"{address}: no checkpoint there is sound. {name}: {error}. {advice}"))
+        raise CheckpointError(f"{address}: no checkpoint there is sound. {name}: {error}. {advice}").raised_everywhere()
 
 
 def find_given(address: str, runtime: Runtime, check: Check, note: Callable[[str], None]) -> Source:
@@ -104,32 +117,24 @@ def find_given(address: str, runtime: Runtime, check: Check, note: Callable[[str
         try:
             return _open(store, name, runtime, check)
         except CheckpointError as error:
-            raise _everywhere(type(error)(f"{store}/{name}: {error}.")) from None
+            raise type(error)(f"{store}/{name}: {error}.").raised_everywhere() from None
     source = find_newest(store, runtime, check, note)
     if source is None:
-        raise _everywhere(CheckpointError(f"{address}: no checkpoint there is sound."))
+        raise CheckpointError(f"{address}: no checkpoint there is sound.").raised_everywhere()
     return source
 
 
-def _everywhere(error: CheckpointError) -> CheckpointError:
-    error.everywhere = True
-    return error
+def _read(address: str, name: str, check: Check) -> Source:
+    """A checkpoint whose tensors nobody has looked at yet."""
+    store = open_store(address)
+    manifest = read_manifest(store, name)
+    config = read_config(store, name, manifest)
+    check(manifest, config)
+    return Source(address, name, manifest, config)
 
 
 def _open(address: str, name: str, runtime: Runtime, check: Check) -> Source:
-    def read() -> Source:
-        store = open_store(address)
-        manifest = read_manifest(store, name)
-        check_files(store, name, manifest, ["config.json"])
-        text = read_file(store, name, "config.json")
-        try:
-            config = Config.from_text(text.decode())
-        except (ValueError, ConfigError) as error:
-            raise CheckpointError(f"its config.json can't be read ({error})") from None
-        check(manifest, config)
-        return Source(address, name, manifest, config)
-
-    source = on_main_rank(runtime, read)
+    source = on_main_rank(runtime, lambda: _read(address, name, check))
     files = sorted(source.manifest.files)[runtime.rank :: runtime.world_size]
     on_every_rank(runtime, lambda: check_files(source.open(), name, source.manifest, files))
     return source
@@ -167,5 +172,5 @@ def restore(source: Source, state: State, runtime: Runtime) -> State:
         )
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
-        raise _everywhere(CheckpointError(f"{source.address} (rank {rank}): {cause}")) from None
+        raise CheckpointError(f"{source.address} (rank {rank}): {cause}").raised_everywhere() from None
     return wanted

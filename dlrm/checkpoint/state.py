@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime
 
 COUNTS = "counts."
@@ -164,12 +165,19 @@ def _random_states(runtime: Runtime) -> State:
 
 
 def restore_random_states(state: State, runtime: Runtime) -> None:
-    """Sets this rank's generators to what was loaded."""
+    """Sets this rank's generators to what was loaded.
+
+    Raises:
+        CheckpointError: if that is no generator's state.
+    """
     for name, parts in state.items():
-        if name.startswith(f"{RANDOM}cpu."):
-            torch.set_rng_state(parts.parts[0].tensor)
-        elif name.startswith(f"{RANDOM}cuda."):
-            torch.cuda.set_rng_state(parts.parts[0].tensor, runtime.device)
+        try:
+            if name.startswith(f"{RANDOM}cpu."):
+                torch.set_rng_state(parts.parts[0].tensor)
+            elif name.startswith(f"{RANDOM}cuda."):
+                torch.cuda.set_rng_state(parts.parts[0].tensor, runtime.device)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name} is no generator's state ({error})") from None
 
 
 def fill_optimizer_states(optimizer: CombinedOptimizer, step: int) -> None:

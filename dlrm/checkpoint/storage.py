@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from torch.futures import Future
 
 from dlrm.checkpoint import manifest as files
 from dlrm.checkpoint.state import Parts
-from dlrm.checkpoint.store import Hashed, Store
+from dlrm.checkpoint.store import Hashed, Store, size_of
 from dlrm.errors import CheckpointError
 
 _ALIGNMENT = 64
-_READ_BYTES = 32 << 20
+_BLOCK_BYTES = 32 << 20
 
 Describe = Callable[[Mapping[str, files.File], Mapping[str, files.Tensor]], files.Manifest]
 
@@ -76,7 +76,14 @@ class Writer(StorageWriter):
     """Writes this rank's blocks to one file; rank 0 adds the small files, the manifest, and the name."""
 
     def __init__(
-        self, store: Store, step: int, token: str, rank: int, documents: Mapping[str, bytes], describe: Describe
+        self,
+        store: Store,
+        step: int,
+        token: str,
+        rank: int,
+        documents: Mapping[str, bytes],
+        describe: Describe,
+        note_written: Callable[[], None],
     ) -> None:
         """Makes a writer for one checkpoint.
 
@@ -84,11 +91,13 @@ class Writer(StorageWriter):
             token: of this run, so that what another one that is about to die still writes goes elsewhere.
             documents: rank 0's other files.
             describe: gives the manifest of files and tensors, on rank 0.
+            note_written: called now and then while tensors are written.
         """
         self._store, self._step, self._token, self._rank = store, step, token, rank
-        self._documents, self._describe = documents, describe
+        self._documents, self._describe, self._note_written = documents, describe, note_written
         self._name = self._written = ""
         self.num_bytes = 0
+        """What this rank has written; on rank 0, once all is complete, of the whole checkpoint."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing to reset: a writer writes once."""
@@ -121,7 +130,7 @@ class Writer(StorageWriter):
             for item in plan.items:
                 file.write(bytes(-file.num_bytes % _ALIGNMENT))
                 start = file.num_bytes
-                _write_tensor(file, planner.resolve_data(item))
+                self._write_tensor(file, cast(torch.Tensor, planner.resolve_data(item)).detach())
                 places.append((item.index, start, file.num_bytes - start))
         self.num_bytes = file.num_bytes
         return [WriteResult(index, size, _Place(name, start, file.facts)) for index, start, size in places]
@@ -145,6 +154,8 @@ class Writer(StorageWriter):
             name: files.Tensor(_name_of(tensor.properties.dtype), tuple(tensor.size), tuple(chunks[name]))  # type: ignore[union-attr]
             for name, tensor in metadata.state_dict_metadata.items()
         }
+        for name, facts in written.items():
+            self._check_is_here(name, facts)
         for name, document in self._documents.items():
             with self._store.create(self._written, name) as file:
                 file.write(document)
@@ -152,11 +163,30 @@ class Writer(StorageWriter):
         with self._store.create(self._written, files.MANIFEST) as file:
             file.write(self._describe(written, tensors).to_bytes())
         self._store.finish(self._written, self._name)
+        self.num_bytes = sum(facts.num_bytes for facts in written.values())
 
-    @property
-    def address(self) -> str:
-        """Of the finished checkpoint."""
-        return f"{self._store.address}/{self._name}"
+    def _check_is_here(self, name: str, facts: files.File) -> None:
+        """Whether this rank sees what another one has written.
+
+        Raises:
+            CheckpointError: if not.
+        """
+        try:
+            num_bytes = size_of(self._store, self._written, name)
+        except OSError:
+            num_bytes = None
+        if num_bytes != facts.num_bytes:
+            raise CheckpointError(
+                f"rank 0 does not see {name} of another rank. Give a --checkpoint_dir that all hosts see"
+            )
+
+    def _write_tensor(self, file: Hashed, tensor: torch.Tensor) -> None:
+        """Block by block, so that of a tensor on a GPU no whole copy is made."""
+        rows = tensor if tensor.dim() else tensor.view(1)
+        row_bytes = rows[:1].nbytes
+        for block in rows.split(max(1, _BLOCK_BYTES // row_bytes)) if row_bytes else ():
+            file.write(block.cpu().contiguous().view(-1).numpy())
+            self._note_written()
 
     def discard(self) -> None:
         """Removes what was written of a checkpoint that can't be finished."""
@@ -243,11 +273,6 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_tensor(file: Hashed, tensor: Any) -> None:
-    if tensor.numel():
-        file.write(tensor.detach().cpu().contiguous().view(-1).numpy())
-
-
 def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadItem, target: torch.Tensor) -> None:
     """Reads the rows of a chunk that are asked for, some MiB at a time, and of them the columns.
 
@@ -261,7 +286,7 @@ def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadI
     columns = tuple(slice(start, start + length) for start, length in zip(offsets[1:], lengths[1:], strict=True))
     is_whole = tuple(lengths[1:]) == tuple(shape[1:]) and _name_of(target.dtype) == dtype.name
     is_direct = is_whole and target.is_contiguous() and target.device.type == "cpu"
-    rows_at_once = max(1, _READ_BYTES // row_bytes)
+    rows_at_once = max(1, _BLOCK_BYTES // row_bytes)
     file.seek(chunk.start + offsets[0] * row_bytes)
     for first in range(0, lengths[0], rows_at_once):
         rows = min(rows_at_once, lengths[0] - first)

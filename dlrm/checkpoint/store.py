@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dlrm.artifacts import sync
 from dlrm.checkpoint.manifest import MANIFEST, File, step_of
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, DlrmError
 
 _PARTIAL = ".partial"
 _PIECE_BYTES = 1 << 22
@@ -52,7 +52,7 @@ class Store(Protocol):
     address: str
 
     def names(self) -> list[str]:
-        """Of the folders there, links included; none where nothing is there yet."""
+        """Of what is there, links and files included; none where nothing is there yet."""
         ...
 
     def check_writable(self) -> None:
@@ -88,6 +88,16 @@ class Store(Protocol):
         ...
 
 
+def size_of(store: Store, name: str, file: str) -> int:
+    """Bytes of a file of a checkpoint.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    with store.open(name, file) as opened:
+        return opened.seek(0, os.SEEK_END)
+
+
 def open_store(address: str) -> "Store":
     """The store at a local path, or at an address such as s3://bucket/folder.
 
@@ -98,7 +108,7 @@ def open_store(address: str) -> "Store":
         return LocalStore(address, Path(address))
     try:
         files, root = fsspec.core.url_to_fs(address)
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - each kind of address has errors of its own
         raise CheckpointError(f"{address}: {' '.join(str(error).split())}") from None
     return LocalStore(address, Path(root)) if isinstance(files, LocalFileSystem) else RemoteStore(address, files, root)
 
@@ -108,17 +118,17 @@ class LocalStore:
 
     def __init__(self, address: str, root: Path) -> None:
         self.address = address
-        self._root = root
+        self.root = root
 
     def names(self) -> list[str]:
         """See `Store`."""
-        if not self._root.is_dir():
+        if not self.root.is_dir():
             return []
-        return sorted(entry.name for entry in os.scandir(self._root) if entry.is_symlink() or entry.is_dir())
+        return sorted(entry.name for entry in self.root.iterdir())
 
     def check_writable(self) -> None:
         """See `Store`."""
-        folder = self._root.absolute()
+        folder = self.root.absolute()
         while not os.path.lexists(folder):
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
@@ -127,22 +137,23 @@ class LocalStore:
     def begin(self, name: str, token: str) -> str:
         """See `Store`."""
         written = f".{name}.{token}{_PARTIAL}"
-        (self._root / written).mkdir(parents=True)
+        make_folder(self.root)
+        (self.root / written).mkdir()
         return written
 
     @contextmanager
     def create(self, name: str, file: str) -> Iterator[Hashed]:
         """See `Store`."""
-        with (self._root / name / file).open("xb") as opened:
+        with (self.root / name / file).open("xb") as opened:
             yield Hashed(opened)
             opened.flush()
             os.fsync(opened.fileno())
 
     def finish(self, written: str, name: str) -> None:
         """See `Store`."""
-        sync(self._root / written)
-        (self._root / written).rename(self._root / name)
-        sync(self._root)
+        sync(self.root / written)
+        (self.root / written).rename(self.root / name)
+        sync(self.root)
 
     def open(self, name: str, file: str) -> BinaryIO:
         """See `Store`. A link is not followed: it may lead anywhere, and what it points to is not ours.
@@ -150,7 +161,7 @@ class LocalStore:
         Raises:
             OSError: if it is not a file in that folder.
         """
-        folder, path = self._root / name, self._root / name / file
+        folder, path = self.root / name, self.root / name / file
         if folder.is_symlink():
             raise OSError(errno.ELOOP, "lies behind a link, which is not followed", str(path))
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -159,7 +170,7 @@ class LocalStore:
 
     def remove(self, name: str) -> None:
         """See `Store`. It stops being a checkpoint at once, whatever happens to the rest."""
-        path = self._root / name
+        path = self.root / name
         if path.is_symlink():
             raise OSError(errno.ELOOP, "is a link", str(path))
         if not name.endswith(_PARTIAL):
@@ -174,8 +185,18 @@ class LocalStore:
         return [
             name
             for name in self.names()
-            if name.startswith(".step_") and name.endswith(_PARTIAL) and not (self._root / name).is_symlink()
+            if name.startswith(".step_")
+            and name.endswith(_PARTIAL)
+            and stat.S_ISDIR((self.root / name).lstat().st_mode)
         ]
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, and has them on disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 class RemoteStore:
@@ -195,7 +216,7 @@ class RemoteStore:
     def names(self) -> list[str]:
         """See `Store`."""
         self._files.invalidate_cache()
-        with suppress(FileNotFoundError):
+        with _as_os_error(), suppress(FileNotFoundError):
             entries = self._files.ls(self._root, detail=True)
             return sorted(Path(entry["name"]).name for entry in entries if entry["type"] == "directory")
         return []
@@ -203,19 +224,25 @@ class RemoteStore:
     def check_writable(self) -> None:
         """See `Store`."""
         path = f"{self._root}/.writable-{secrets.token_hex(4)}"
-        self._files.pipe_file(path, b"")
-        self._files.rm(path)
+        with _as_os_error():
+            try:
+                self._files.pipe_file(path, b"")
+            except FileNotFoundError:  # unlike object stores, some have folders that must be made
+                self._files.makedirs(self._root, exist_ok=True)
+                self._files.pipe_file(path, b"")
+            self._files.rm(path)
 
     def begin(self, name: str, token: str) -> str:
         """See `Store`."""
         del token
-        self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
+        with _as_os_error():
+            self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
         return name
 
     @contextmanager
     def create(self, name: str, file: str) -> Iterator[Hashed]:
         """See `Store`."""
-        with self._files.open(f"{self._root}/{name}/{file}", "wb") as opened:
+        with _as_os_error(), self._files.open(f"{self._root}/{name}/{file}", "wb") as opened:
             yield Hashed(opened)
 
     def finish(self, written: str, name: str) -> None:
@@ -223,18 +250,32 @@ class RemoteStore:
 
     def open(self, name: str, file: str) -> BinaryIO:
         """See `Store`."""
-        return self._files.open(f"{self._root}/{name}/{file}", "rb")
+        with _as_os_error():
+            return self._files.open(f"{self._root}/{name}/{file}", "rb")
 
     def remove(self, name: str) -> None:
         """See `Store`. The manifest goes first."""
-        with suppress(FileNotFoundError):
-            self._files.rm(f"{self._root}/{name}/{MANIFEST}")
-        self._files.rm(f"{self._root}/{name}", recursive=True)
+        with _as_os_error():
+            with suppress(FileNotFoundError):
+                self._files.rm(f"{self._root}/{name}/{MANIFEST}")
+            self._files.rm(f"{self._root}/{name}", recursive=True)
 
     def leftovers(self) -> list[str]:
         """See `Store`."""
-        return [
-            name
-            for name in self.names()
-            if step_of(name) is not None and not self._files.exists(f"{self._root}/{name}/{MANIFEST}")
-        ]
+        with _as_os_error():
+            return [
+                name
+                for name in self.names()
+                if step_of(name) is not None and not self._files.exists(f"{self._root}/{name}/{MANIFEST}")
+            ]
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Behind fsspec are many libraries, each with errors of its own: what went wrong is an OSError here."""
+    try:
+        yield
+    except (OSError, DlrmError, NotImplementedError):
+        raise
+    except Exception as error:  # there is no list of them
+        raise OSError(errno.EIO, f"{type(error).__name__}: {' '.join(str(error).split())}") from error

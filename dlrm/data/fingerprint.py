@@ -25,6 +25,8 @@ def fingerprint(data: DataConfig) -> str | None:
         return None
     digest = hashlib.sha256()
     for folder in map(Path, folders):
+        if not folder.is_dir():
+            continue  # whoever opens it says so
         try:
             for path in sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".npz")):
                 size = path.stat().st_size

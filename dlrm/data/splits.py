@@ -68,7 +68,8 @@ class Split:
 
     def resumed(self, row: int, step: int) -> "Split":
         """The rest of a pass of which `row` rows were taken in `step` steps, by however many ranks."""
-        partition = self.partition.resumed(row, step)
+        if (partition := self.partition.resumed(row, step)) == self.partition:
+            return self
         source = self.source if partition.is_regular or self.mapped is None else self.mapped
         return replace(self, partition=partition, source=source)
 

@@ -76,11 +76,9 @@ class EvaluationMeter:
             dist.all_reduce(self._sums)
         loss_sum, prediction_sum, positives, count = self._sums.tolist()
         if not torch.isfinite(self._sums[:2]).all():
-            error = DivergedError(
+            raise DivergedError(
                 f"the model's scores on the {stage} set are not finite. Try a smaller --learning_rate, or --adagrad."
-            )
-            error.everywhere = True
-            raise error
+            ).raised_everywhere()
         share = positives / count
         logloss = loss_sum / count
         mixed = 0 < share < 1

@@ -75,12 +75,10 @@ class TrainingMeter:
         means = (losses / self._world_size).tolist()
         for (step, _), loss in zip(self._steps, means, strict=True):
             if not math.isfinite(loss):
-                error = DivergedError(
+                raise DivergedError(
                     f"loss {loss} at step {step}. Try a smaller --learning_rate, or --adagrad, and look for extreme "
                     "dense values in the data."
-                )
-                error.everywhere = True
-                raise error
+                ).raised_everywhere()
         new = ((step, rows, loss) for (step, rows), loss in zip(self._steps, means, strict=True))
         return (*self._restored, *new)
 

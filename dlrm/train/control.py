@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dlrm.runtime import Runtime, new_control_group
 
 _SECONDS_BETWEEN = 0.05
-_MOST_STEPS_BETWEEN = 1000
+_MOST_STEPS_BETWEEN = 100
 _SECONDS_OF_ONE_SIGNAL = 1.0
 
 
@@ -47,30 +47,39 @@ class Agreement:
         self._since = time.perf_counter()
 
     def reach(self, wish: Wish) -> Wish:
-        """Call at every step. Collective."""
+        """Call at every step. Collective. What is agreed on is not asked for again in the same breath."""
         if self._is_alone:
             return wish
         if self._steps_left:
             self._steps_left -= 1
             return Wish.GO_ON
+        now = time.perf_counter()
+        seconds_a_step = (now - self._since) / self._steps_between
+        self._since = now
         agreed = Wish.GO_ON
         if self._work is not None:
             self._work.wait()
             agreed, self._steps_between = Wish(int(self._sent[0])), int(self._sent[1])
-        now = time.perf_counter()
-        seconds_a_step = (now - self._since) / self._steps_between
-        self._since = now
         steps = min(_MOST_STEPS_BETWEEN, max(1, int(_SECONDS_BETWEEN / max(seconds_a_step, 1e-9))))
-        self._sent = torch.tensor([wish, steps])
+        self._sent = torch.tensor([wish if wish > agreed else Wish.GO_ON, steps])
         self._work = dist.all_reduce(self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._steps_left = self._steps_between - 1
         return agreed
 
 
+class Ended(BaseException):
+    """A signal has ended a run that has nothing to save. Logs are closed on the way out."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
 class StopSignals:
     """SIGTERM and SIGINT as a request to save and end. A second one, a second or more later, ends at once.
 
-    Launchers pass on what the terminal has already sent to all: two in the same second are one.
+    Launchers pass on what the terminal has already sent to all: two in the same second are one. With nothing to save
+    the first one raises Ended.
     """
 
     def __init__(self) -> None:
@@ -107,15 +116,19 @@ class StopSignals:
             self.received, self._at = name, time.monotonic()
             self._say(f"{name.name}: saving a checkpoint, then ending. Send it again to end at once.")
             return
-        if self.received is not None and time.monotonic() - self._at < _SECONDS_OF_ONE_SIGNAL:
-            return
-        self._say(f"{name.name}: ended, nothing saved" if self.received is None else f"{name.name} again: ended")
-        os._exit(exit_code(name))
+        if self.received is None:
+            self.received, self._at = name, time.monotonic()
+            self._say(f"{name.name}: ended, nothing saved")
+            raise Ended(name)
+        if time.monotonic() - self._at >= _SECONDS_OF_ONE_SIGNAL:
+            self._say(f"{name.name} again: ended")
+            os._exit(exit_code(name))
 
     @staticmethod
     def _say(text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"dlrm: {text}\n".encode())
+            start = "\n" if sys.stderr.isatty() else ""  # there may be a bar on the line
+            os.write(sys.stderr.fileno(), f"{start}dlrm: {text}\n".encode())
 
 
 def exit_code(number: signal.Signals) -> int:

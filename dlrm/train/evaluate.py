@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dlrm.allocator import keep_freed_memory
-from dlrm.checkpoint.find import read_file
+from dlrm.checkpoint.find import read_config
 from dlrm.checkpoint.fit import Difference, differences, model_misfits
 from dlrm.checkpoint.pick import open_address, pick
 from dlrm.config import Config, EvaluationConfig, optional
 from dlrm.config_checks import check_config, check_output_file, check_ranges, fields_without_effect
-from dlrm.errors import CheckpointError, ConfigError, DlrmError
+from dlrm.errors import CheckpointError, ConfigError
 from dlrm.flags import is_named, parse_flags, reset, value_of
 from dlrm.train.main import end_with_launcher, errors_as_one_line, on_each_rank, quieten_libraries
 
@@ -200,9 +200,9 @@ def _show_only(section: Any, names: Sequence[str]) -> Any:
 def _read_config(address: str) -> Config:
     picked = pick(address, lambda _: None)
     try:
-        return Config.from_text(read_file(picked.store, picked.name, "config.json").decode())
-    except (ValueError, DlrmError) as error:
-        raise CheckpointError(f"{picked.address}: its config.json can't be read ({error}).") from None
+        return read_config(picked.store, picked.name, picked.manifest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{picked.address}: {error}.") from None
 
 
 def main(argv: Sequence[str]) -> None:

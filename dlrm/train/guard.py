@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from dlrm.checkpoint.checkpointer import Checkpointer, copies_fit, describe_copy
+from dlrm.checkpoint.checkpointer import Checkpointer, copies_fit, copy_bytes
 from dlrm.checkpoint.store import open_store
+from dlrm.console import show_bytes
 from dlrm.host import available_memory_bytes
 from dlrm.runtime import on_main_rank
 from dlrm.train.control import StopSignals
@@ -23,22 +24,29 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
         CheckpointError: if a checkpoint can't be written.
     """
     config, runtime = trainer.config.checkpoint, trainer.runtime
-    checkpointer = None
+    checkpointer, watchdog = None, Watchdog(runtime, config.hang_timeout)
     if config.checkpoint_every != "never":
         copies = config.checkpoint_mode == "async"
         if copies:
             state = state_of(trainer)
             copies = copies_fit(state, runtime, available_memory_bytes() // runtime.local_world_size)
             if not copies and runtime.is_main:
-                print(
-                    f"Checkpoints: no memory for a copy of {describe_copy(state)} a rank, so training waits while one "
-                    "is written."
-                )
+                needed = show_bytes(copy_bytes(state, runtime))
+                print(f"Checkpoints: no memory for a copy of {needed} a rank, so training waits while one is written.")
         address = on_main_rank(runtime, lambda: store_address(trainer.config, start.path))
-        checkpointer = Checkpointer(open_store(address), runtime, config.keep, copies, start.data, directory.documents)
-        if start.source is not None and start.source.store == address:
-            checkpointer.last_step = trainer.step
-    watchdog = Watchdog(runtime, config.hang_timeout).start()
+        own = start.source if start.source is not None and start.source.store == address else None
+        checkpointer = Checkpointer(
+            open_store(address),
+            runtime,
+            config.keep,
+            copies,
+            start.data,
+            directory.documents,
+            own.left_out if own is not None else (),
+            watchdog.note_written,
+        )
+        checkpointer.last_step = trainer.step if own is not None else None
+    watchdog.start()
     safety = RunSafety(config, runtime, checkpointer, signals, watchdog)
     try:
         with signals.saving() if checkpointer is not None else nullcontext():

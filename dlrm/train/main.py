@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
-        from dlrm.train.control import StopSignals, exit_code
+        from dlrm.train.control import Ended, StopSignals, exit_code
         from dlrm.train.run import run
         from dlrm.train.safety import Stopped
 
@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> None:
                         flush=True,
                     )
                 raise SystemExit(exit_code(stopped.number)) from None
+            except Ended as ended:
+                sys.stdout.flush()
+                os._exit(exit_code(ended.number))  # other ranks may be gone: no teardown
 
 
 def end_with_launcher() -> None:
@@ -69,8 +72,7 @@ def on_each_rank(parse: Callable[[], T]) -> T:
     try:
         return parse()
     except DlrmError as error:
-        error.everywhere = True
-        raise
+        raise error.raised_everywhere() from None
 
 
 @contextmanager
@@ -92,13 +94,16 @@ def errors_as_one_line() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _leave_alone(f"{where}{error.strerror or error}", EXIT_USER_ERROR)
     except RuntimeError as error:
         if not _has_peers() or not _is_lost_peer(error):
             raise
         # The launcher ends this process once it has seen the rank that failed; its error is the one to read.
         time.sleep(_SECONDS_FOR_LAUNCHER)
         last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        _leave_alone(f"lost another rank; its error says why ({last_line})", 1)
+        _leave_alone(f"lost another rank or its host; its error, if there is one, says why ({last_line})", 1)
 
 
 def _has_peers() -> bool:

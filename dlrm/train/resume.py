@@ -1,7 +1,6 @@
 """Where a run begins: anew, or at a checkpoint."""
 
 import dataclasses
-import os
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +10,15 @@ from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import MisfitError, Source, find_given, find_newest, restore
 from dlrm.checkpoint.state import counts_of, fill_optimizer_states, restore_random_states
-from dlrm.checkpoint.store import open_store
+from dlrm.checkpoint.store import LocalStore, make_folder, open_store
 from dlrm.config import Config
+from dlrm.console import plural
 from dlrm.data.fingerprint import fingerprint
 from dlrm.errors import CheckpointError, ConfigError, DlrmError
+from dlrm.lock import Locks
 from dlrm.metrics.sinks import reported
-from dlrm.runtime import Runtime, on_main_rank
-from dlrm.train.run_directory import Lock, RunDirectory
+from dlrm.runtime import Runtime, on_every_rank, on_main_rank
+from dlrm.train.run_directory import RunDirectory
 from dlrm.train.safety import state_of
 from dlrm.train.trainer import Trainer
 
@@ -30,42 +31,40 @@ class FinishedError(DlrmError):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where and from what a run begins.
-
-    Attributes:
-        lock: of the run directory, on rank 0, if it was there already.
-        data: digest of the data; None for random data.
-    """
+    """Where and from what a run begins. `data` is the data's digest; None for random data."""
 
     path: Path
-    lock: Lock | None
     source: Source | None
     data: str | None
 
 
-def find_start(config: Config, runtime: Runtime) -> Start:
-    """Checks the run directory and finds the checkpoint to go on from. Collective. Writes nothing but a lock.
+def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
+    """Checks the run directory and finds the checkpoint to go on from. Collective. Writes nothing but locks.
+
+    Args:
+        locks: on rank 0, they take the run directory if it is there, and the folder of checkpoints.
 
     Raises:
         RunDirectoryError: if the run directory can't be used.
         CheckpointError: if the checkpoint does not fit, or is damaged.
         DatasetError: if the data can't be read.
     """
-    lock: list[Lock] = []
-    # A restart goes on from its own checkpoints, whatever the run itself was started from.
-    is_auto = config.checkpoint.resume == "auto" or _is_restart()
 
-    def prepare() -> tuple[Path, bool, str | None]:
+    def prepare() -> tuple[Path, bool, bool, str | None]:
         path = RunDirectory.locate(config)
-        if _is_restart() and (path / "summary.json").exists():
+        is_restart = RunDirectory(path).is_of_this_launch()
+        if is_restart and (path / "summary.json").exists():
             raise FinishedError(f"{path}: the run has finished.")
+        # A restart goes on from its own checkpoints, whatever the run itself was started from.
+        is_auto = is_restart or config.checkpoint.resume == "auto"
         is_unfinished = RunDirectory.check(path, config, may_resume=is_auto)
         if is_unfinished:
-            lock.append(reported(path, lambda: Lock.take(path)))
+            reported(path, lambda: locks.take(path, f"--run_dir {path}"))
             RunDirectory.check(path, config, may_resume=is_auto)  # it may have finished while we waited
-        return path, is_unfinished, fingerprint(config.data)
+        _prepare_store(config, path, locks, is_auto=is_auto)
+        return path, is_auto, is_unfinished, fingerprint(config.data)
 
-    path, is_unfinished, data = on_main_rank(runtime, prepare)
+    path, is_auto, is_unfinished, data = on_main_rank(runtime, prepare)
     check = partial(_check_fit, config, data)
     source = None
     if is_auto:
@@ -75,20 +74,15 @@ def find_start(config: Config, runtime: Runtime) -> Start:
     if source is None and is_unfinished:
         on_main_rank(runtime, lambda: _check_elsewhere(config, path))
     if source is not None and config.output.mlperf_log:
-        raise _everywhere(
-            ConfigError("--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out.")
-        )
+        raise ConfigError(
+            "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."
+        ).raised_everywhere()
     if runtime.is_main:
         if source is not None:
             _tell(source, config, runtime)
         elif is_unfinished:
             print(f"{path}: holds a run without a checkpoint. Starting anew; its files move to attempt-N.")
-    return Start(path, lock[0] if lock else None, source, data)
-
-
-def _everywhere(error: ConfigError) -> ConfigError:
-    error.everywhere = True
-    return error
+    return Start(path, source, data)
 
 
 def store_address(config: Config, path: Path) -> str:
@@ -114,22 +108,30 @@ def _check_elsewhere(config: Config, path: Path) -> None:
         )
 
 
-def check_store(config: Config, start: Start) -> None:
-    """Finds out whether checkpoints can be written where they are to go. Nothing is left there. On rank 0.
+def _prepare_store(config: Config, path: Path, locks: Locks, *, is_auto: bool) -> None:
+    """Finds out whether checkpoints can be written where they are to go, and takes a folder that has been named.
 
     Raises:
         CheckpointError: if they can't, or another training's are there.
+        RunDirectoryError: if another run is using the folder.
     """
-    address = store_address(config, start.path)
+    if config.checkpoint.checkpoint_every == "never":
+        return
+    address = store_address(config, path)
     store = open_store(address)
-    others = checkpoint_names(store) if start.source is None or start.source.store != address else []
-    if others and config.checkpoint.resume != "auto" and not _is_restart():
+    if isinstance(store, LocalStore) and RunDirectory(path).has_file(store.root):
+        raise CheckpointError(f"--checkpoint_dir {address}: is where the run writes a file. Choose another folder.")
+    others = checkpoint_names(store)
+    if others and not is_auto:
         raise CheckpointError(
             f"{address}: holds {others[0]} of another training. Choose another --checkpoint_dir, or go on from it with "
             "--resume auto."
         )
     try:
         store.check_writable()
+        if config.checkpoint.checkpoint_dir is not None and isinstance(store, LocalStore):
+            make_folder(store.root)
+            locks.take(store.root, f"--checkpoint_dir {address}")
     except OSError as error:
         raise CheckpointError(
             f"{address}: can't be written ({error.strerror or error}). Choose another --checkpoint_dir."
@@ -155,12 +157,17 @@ def _tell(source: Source, config: Config, runtime: Runtime) -> None:
     position = Position.from_json(source.manifest.position)
     where = f"step {position.step:,}, epoch {position.epoch}, row {position.row:,}"
     ranks = source.manifest.world_size
-    then = "" if ranks == runtime.world_size else f", written by {ranks} ranks"
+    then = "" if ranks == runtime.world_size else f", written by {plural(ranks, 'rank')}"
     print(f"Resuming from {source.address}: {where}{then}.")
+    before, now = source.config.data.batch_size * ranks, config.data.batch_size * runtime.world_size
+    if before != now:
+        same, left = divmod(before, runtime.world_size)
+        advice = "" if left else f" --batch_size {same:,} keeps what it was."
+        print(f"A step had {before:,} samples over all ranks and now has {now:,}, at the same learning rate.{advice}")
     told = ("data", "training", "sharding")
     for difference in differences(source.config, config):
         if difference.section in told and difference.name != "seed":
-            print(f"Changed since: --{difference.name} {difference.saved} to {difference.given}.")
+            print(f"Changed since: {difference}.")
 
 
 def with_seed_of(config: Config, source: Source | None) -> Config:
@@ -179,7 +186,7 @@ def resume_training(trainer: Trainer, source: Source, runtime: Runtime) -> bytes
     position = Position.from_json(source.manifest.position)
     fill_optimizer_states(trainer.optimizer, position.step)
     state = restore(source, state_of(trainer), runtime)
-    restore_random_states(state, runtime)
+    on_every_rank(runtime, lambda: restore_random_states(state, runtime))
     frequencies = trainer.splits["train"].frequencies
     if frequencies is not None and runtime.is_main:
         frequencies.add(counts_of(state))
@@ -188,8 +195,3 @@ def resume_training(trainer: Trainer, source: Source, runtime: Runtime) -> bytes
     except TypeError as error:
         raise CheckpointError(f"{source.address}: its validations have other metrics ({error})") from None
     return on_main_rank(runtime, lambda: read_file(source.open(), source.name, "metrics.jsonl"))
-
-
-def _is_restart() -> bool:
-    """Whether a launcher or a scheduler has started this run before."""
-    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -2,18 +2,22 @@
 
 import dataclasses
 import importlib.util
+import json
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dlrm.config import Config
+from dlrm.console import plural
 from dlrm.data.binary_days import Stage
 from dlrm.errors import ConfigError, RunDirectoryError
+from dlrm.lock import Locks
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
@@ -23,7 +27,7 @@ from dlrm.train.assemble import assemble
 from dlrm.train.control import StopSignals
 from dlrm.train.guard import guard
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, check_store, find_start, resume_training, with_seed_of
+from dlrm.train.resume import FinishedError, Start, find_start, resume_training, with_seed_of
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -36,33 +40,25 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
         Stopped: when a signal has ended training; what it had reached is saved.
     """
     on_main_rank(runtime, lambda: _check_output(config))
-    try:
-        start = find_start(config, runtime)
-    except FinishedError as finished:
-        if runtime.is_main:
-            print(finished, flush=True)
-        return
-    with ExitStack() as held:
-        if start.lock is not None:
-            held.callback(start.lock.release)
-        _run_from(
-            start,
-            on_main_rank(runtime, lambda: _resolve(with_seed_of(config, start.source))),
-            runtime,
-            started,
-            signals,
-            held,
-        )
+    config = _with_interval(config)
+    with Locks() as locks:
+        try:
+            start = find_start(config, runtime, locks)
+        except FinishedError as finished:
+            if runtime.is_main:
+                print(finished, flush=True)
+            return
+        config = on_main_rank(runtime, lambda: _with_seed(with_seed_of(config, start.source)))
+        _run_from(start, config, runtime, started, signals, locks)
 
 
 def _run_from(
-    start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, held: ExitStack
+    start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, locks: Locks
 ) -> None:
-    """A run from where it begins, to its summary. What it opens for longer is closed with `held`."""
-    if config.checkpoint.checkpoint_every != "never":
-        on_main_rank(runtime, lambda: check_store(config, start))
+    """A run from where it begins, to its summary."""
     if runtime.is_main:
         _note_idle_flags(config, runtime)
+        _note_other_ranks(config, runtime)
     assembly = assemble(config, runtime)
     trainer, placement, runtime = assembly.trainer, assembly.placement, assembly.trainer.runtime
     metrics = resume_training(trainer, start.source, runtime) if start.source is not None else None
@@ -73,12 +69,10 @@ def _run_from(
             config,
             describe_environment(runtime, config, start.data),
             placement.to_json(),
-            start.lock,
+            locks,
             metrics,
         ),
     )
-    if runtime.is_main:
-        held.callback(directory.release)
     rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
     if runtime.is_main:
         _announce(config, placement, rows)
@@ -182,14 +176,29 @@ def _check_output(config: Config) -> None:
         raise ConfigError("--tensorboard: the package tensorboard is not installed. Install it, or leave the flag out.")
 
 
-def _resolve(config: Config) -> Config:
-    """The config with what flags leave open: a seed, and how often checkpoints are written."""
-    training, checkpoint = config.training, config.checkpoint
-    if training.seed is None:
-        training = dataclasses.replace(training, seed=secrets.randbits(31))
-    if checkpoint.checkpoint_every is None:
-        checkpoint = dataclasses.replace(checkpoint, checkpoint_every="never" if config.is_random else "30m")
-    return dataclasses.replace(config, training=training, checkpoint=checkpoint)
+def _with_interval(config: Config) -> Config:
+    """The config, with how often checkpoints are written."""
+    every = config.checkpoint.checkpoint_every or ("never" if config.is_random else "30m")
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, checkpoint_every=every))
+
+
+def _with_seed(config: Config) -> Config:
+    """The config with a seed, drawn if it has none."""
+    seed = config.training.seed
+    drawn = dataclasses.replace(config.training, seed=secrets.randbits(31) if seed is None else seed)
+    return dataclasses.replace(config, training=drawn)
+
+
+def _note_other_ranks(config: Config, runtime: Runtime) -> None:
+    """The number of ranks is the launcher's and in no config: says so where a run is started again with another one."""
+    if config.config is None:
+        return
+    try:
+        ranks = json.loads(Path(config.config).with_name("environment.json").read_text())["world_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if ranks != runtime.world_size:
+        print(f"{config.config} is of a run of {plural(ranks, 'rank')}; this one has {runtime.world_size:,}.")
 
 
 def _note_idle_flags(config: Config, runtime: Runtime) -> None:

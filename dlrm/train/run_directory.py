@@ -1,6 +1,5 @@
 """The run directory: what was asked for, on what it ran, and what came out."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -21,26 +20,25 @@ import numpy.typing as npt
 import torch
 
 from dlrm.artifacts import MANIFEST_NAME, write_atomically, write_json
+from dlrm.checkpoint.manifest import step_of
 from dlrm.config import Config
 from dlrm.errors import RunDirectoryError
+from dlrm.lock import LOCK, Locks
 from dlrm.metrics.sinks import reported, unwritable
 from dlrm.runtime import Runtime
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
 _OTHERS = ("mlperf_log.txt", "tensorboard", "trace_rank0.json.gz")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
-_LOCK = ".lock"
-_SECONDS_FOR_LOCK = 60.0
 DOCUMENTS = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
 """What a checkpoint holds a copy of."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes the files of a run. Only rank 0 holds one, and with it the folder's lock."""
+    """Writes the files of a run, on rank 0. The others know where it is."""
 
     path: Path
-    lock: "Lock | None" = None
 
     @staticmethod
     def locate(config: Config) -> Path:
@@ -49,12 +47,27 @@ class RunDirectory:
         if config.output.run_dir is not None:
             return Path(config.output.run_dir)
         if (launch := launch_id()) is not None:
-            for path in sorted(Path("runs").glob("*/environment.json"), reverse=True):
-                with suppress(OSError, ValueError):
-                    if json.loads(path.read_text()).get("launch") == launch:
-                        return path.parent
+            for path in sorted(Path("runs").glob("*/"), reverse=True):
+                if RunDirectory(path)._launch() == launch:
+                    return path
         name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
         return _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
+
+    def is_of_this_launch(self) -> bool:
+        """Whether this process is a launcher's or a scheduler's restart of a run.
+
+        Launchers count restarts of their own host. One that others make necessary, as a host that is lost does, they do
+        not count: then the folder tells.
+        """
+        names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        if any(os.environ.get(name, "0") != "0" for name in names):
+            return True
+        return (launch := launch_id()) is not None and self._launch() == launch
+
+    def _launch(self) -> str | None:
+        with suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.path / "environment.json").read_text()).get("launch")
+        return None
 
     @staticmethod
     def check(path: Path, config: Config, *, may_resume: bool) -> bool:
@@ -63,6 +76,10 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if it can't be written, holds a finished run, or one that is not to be resumed.
         """
+        if any(step_of(part) is not None for part in Path(os.path.realpath(path)).parts):
+            raise RunDirectoryError(
+                f"--run_dir {path}: is or lies in a checkpoint. To train on from one: --resume, and another --run_dir."
+            )
         taken = reported(path, lambda: [name for name in (*_FILES, *_OTHERS) if os.path.lexists(path / name)])
         if taken and not may_resume:
             raise RunDirectoryError(
@@ -75,7 +92,7 @@ class RunDirectory:
                 "To train on from it: --resume PATH, and another --run_dir."
             )
         folders = (config.data.in_memory_binary_criteo_path, config.data.synthetic_multi_hot_criteo_path)
-        if any(folder is not None and path.resolve() == Path(folder).resolve() for folder in folders):
+        if any(folder is not None and os.path.realpath(path) == os.path.realpath(folder) for folder in folders):
             raise RunDirectoryError(f"--run_dir {path}: is the data's folder. Choose another one.")
         parent = path
         while not parent.exists():
@@ -92,7 +109,7 @@ class RunDirectory:
         config: Config,
         environment: Mapping[str, Any],
         plan: Mapping[str, Any],
-        lock: "Lock | None",
+        locks: Locks,
         metrics: bytes | None,
     ) -> "RunDirectory":
         """Makes the folder with config.json, environment.json and plan.json.
@@ -100,18 +117,24 @@ class RunDirectory:
         What a run without a checkpoint has left there is moved into attempt-1, attempt-2, ...
 
         Args:
-            lock: of the folder, if it was there already.
+            locks: what this process has of folders. A folder that was there already is among them; a new one joins.
             metrics: lines of metrics.jsonl that a checkpoint brings; None for a new run.
 
         Raises:
             RunDirectoryError: if it can't be written, or another run has taken it.
         """
 
+        is_new = not locks.holds(path)
+
         def write() -> "RunDirectory":
             path.mkdir(parents=True, exist_ok=True)
-            directory = RunDirectory(path, lock or Lock.take(path))
-            if lock is None and (path / "config.json").exists():
-                raise RunDirectoryError(f"--run_dir {path}: another run has just begun there. Choose another folder.")
+            directory = RunDirectory(path)
+            if is_new:
+                locks.take(path, f"--run_dir {path}")
+                if (path / "config.json").exists():
+                    raise RunDirectoryError(
+                        f"--run_dir {path}: another run has just begun there. Choose another folder."
+                    )
             if metrics is None:
                 directory._move_aside()
             else:
@@ -125,7 +148,7 @@ class RunDirectory:
         try:
             return write()
         except OSError as error:
-            if metrics is None and lock is None:
+            if metrics is None and is_new:
                 RunDirectory(path).discard()
             raise unwritable(path, error) from None
 
@@ -143,17 +166,17 @@ class RunDirectory:
         for name in old:
             (self.path / name).rename(attempt / name)
 
+    def has_file(self, path: Path) -> bool:
+        """Whether a path is one of the files that a run writes, or lies below one."""
+        own, other = Path(os.path.realpath(self.path)), Path(os.path.realpath(path))
+        return any(other.is_relative_to(own / name) for name in (*_FILES, *_OTHERS))
+
     def discard(self) -> None:
         """Removes what a run has written that can't begin, so that the folder can be used again."""
         with suppress(OSError):
-            for name in (*_FILES, "mlperf_log.txt", _LOCK):  # `check` saw none of them: what is there is ours
+            for name in (*_FILES, "mlperf_log.txt", LOCK):  # `check` saw none of them: what is there is ours
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-
-    def release(self) -> None:
-        """Lets another run have the folder."""
-        if self.lock is not None:
-            self.lock.release()
 
     def documents(self) -> dict[str, bytes]:
         """Files that a checkpoint holds a copy of.
@@ -206,46 +229,6 @@ class RunDirectory:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
         reported(self.path, lambda: write_json(self.path / "summary.json", summary))
-
-
-class Lock:
-    """Keeps two runs out of one folder. It goes with the process that holds it, however that ends."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    @staticmethod
-    def take(path: Path) -> "Lock":
-        """Takes the lock of a folder that is there; waits a minute for a run that is about to end.
-
-        Raises:
-            RunDirectoryError: if another run holds it.
-            OSError: if the folder can't be written.
-        """
-        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        deadline = time.monotonic() + _SECONDS_FOR_LOCK
-        told = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(handle)
-                    raise RunDirectoryError(
-                        f"--run_dir {path}: another run is using it. Choose another folder, or end that run."
-                    ) from None
-                if not told:
-                    print(f"{path}: another run is using it. Waiting for up to a minute.", flush=True)
-                    told = True
-                time.sleep(0.2)
-            else:
-                return Lock(handle)
-
-    def release(self) -> None:
-        """Lets the next run have the folder. A second call does nothing."""
-        handle, self._handle = self._handle, -1
-        if handle >= 0:
-            os.close(handle)
 
 
 def launch_id() -> str | None:

@@ -5,6 +5,7 @@ Shapes: B samples of this rank.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -71,7 +72,6 @@ class Trainer:
         )
         self.meter = TrainingMeter(self.steps_per_report, runtime.device, runtime.world_size)
         self._shows = runtime.is_main and config.output.print_progress
-        self.reached_target = False
         self._started = time.perf_counter()
 
     def train(self) -> None:
@@ -87,10 +87,8 @@ class Trainer:
             self._started = time.perf_counter()
         while self.epoch < self.config.training.epochs and not self.reached_target:
             self._train_epoch()
-            self.epoch += 1
-            self.row = self.epoch_step = 0
-        self.write("train_stop", reached_target=self.reached_target)
         self.safety.end_training(self)
+        self.write("train_stop", reached_target=self.reached_target)
 
     def _train_epoch(self) -> None:
         """What is left of an epoch. The pipeline runs dry before each validation and is filled again after it."""
@@ -99,19 +97,21 @@ class Trainer:
         if self.epoch_step == 0:
             self.write("epoch_start", epoch=self.epoch)
         batches = self.safety.watched(split.batches(self.epoch), "training")
-        progress = Progress(f"Epoch {self.epoch}", steps, "steps", self._shows, self.epoch_step)
         every = self.config.evaluation.validation_freq_within_epoch or max(1, steps)
-        while True:
-            if self._validation_is_due(steps):
-                paused = time.perf_counter()
-                self._validate(progress)
-                progress.pause(time.perf_counter() - paused)
-            if self.epoch_step == steps or self.reached_target:
-                break
-            stop = min(steps, (self.epoch_step // every + 1) * every)
-            self._train_steps(islice(batches, stop - self.epoch_step), stop, split.partition, progress)
-        progress.close()
+        with closing(Progress(f"Epoch {self.epoch}", steps, "steps", self._shows, self.epoch_step)) as progress:
+            while True:
+                if self._validation_is_due(steps):
+                    paused = time.perf_counter()
+                    self._validate(progress)
+                    progress.pause(time.perf_counter() - paused)
+                if self.epoch_step == steps or self.reached_target:
+                    break
+                stop = min(steps, (self.epoch_step // every + 1) * every)
+                self._train_steps(islice(batches, stop - self.epoch_step), stop, split.partition, progress)
         self.write("epoch_stop", epoch=self.epoch)
+        if self.epoch_step == steps:
+            self.epoch += 1
+            self.row = self.epoch_step = 0
 
     def _validation_is_due(self, steps: int) -> bool:
         """Whether one is, in an epoch of so many steps, at the step that was just taken."""
@@ -162,14 +162,11 @@ class Trainer:
         self.validated_step = self.step
         if self.runtime.is_main:
             progress.print(f"AUROC over val set: {result.describe()}")
-        target = self.config.evaluation.validation_auroc
-        if target is not None and result.auroc is not None and result.auroc >= target:
-            self.reached_target = True
-            if self.runtime.is_main:
-                progress.print(
-                    f"Validation AUROC {result.auroc:.6f} reached the target {target:g} after {self.num_samples:,} "
-                    f"samples and {self.seconds:.1f} s."
-                )
+        if self.reached_target and self.runtime.is_main:
+            progress.print(
+                f"Validation AUROC {result.auroc:.6f} reached the target {self.config.evaluation.validation_auroc:g} "
+                f"after {self.num_samples:,} samples and {self.seconds:.1f} s."
+            )
         self.safety.after_validation(self, is_best=is_best)
 
     def test(self) -> EvaluationResult:
@@ -198,6 +195,12 @@ class Trainer:
         return self.meter.num_samples
 
     @property
+    def reached_target(self) -> bool:
+        """Whether a validation has come to --validation_auroc."""
+        target = self.config.evaluation.validation_auroc
+        return target is not None and any((result.auroc or 0.0) >= target for result in self.val_results)
+
+    @property
     def seconds(self) -> float:
         """Since training began, validations included, and time before it was resumed."""
         return time.perf_counter() - self._started
@@ -215,7 +218,6 @@ class Trainer:
             row=self.row,
             num_samples=self.num_samples,
             validated_step=self.validated_step,
-            reached_target=self.reached_target,
             train_seconds=self.meter.elapsed_seconds(),
             total_seconds=self.seconds,
             pending=self.meter.pending(),
@@ -230,7 +232,6 @@ class Trainer:
         """
         self.step, self.epoch, self.epoch_step = position.step, position.epoch, position.epoch_step
         self.row, self.validated_step = position.row, position.validated_step
-        self.reached_target = position.reached_target
         self.val_results = [EvaluationResult(**result) for result in position.validations]
         self.meter.restore(position.num_samples, position.train_seconds, position.pending)
         self._started = time.perf_counter() - position.total_seconds

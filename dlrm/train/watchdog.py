@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dlrm.runtime import Runtime
 _CHECKS_PER_TIMEOUT = 8
 _LONGEST_INTERVAL = 15.0
 _SECONDS_FOR_VERDICT = 10.0
+_SECONDS_FOR_STORE = 30.0
 
 
 class Watchdog:
@@ -32,6 +34,7 @@ class Watchdog:
         self._interval = min(_LONGEST_INTERVAL, timeout / _CHECKS_PER_TIMEOUT)
         self._main = threading.main_thread().ident
         self._beats = 0
+        self._written = 0
         self._doing = "starting"
         self._at = time.monotonic()
         self._published = 0
@@ -41,6 +44,7 @@ class Watchdog:
         if runtime.world_size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("dlrm/watchdog", store.clone())  # a connection of this thread's own
+            self._store.set_timeout(timedelta(seconds=_SECONDS_FOR_STORE))
 
     def start(self) -> "Watchdog":
         """Begins to watch. Collective."""
@@ -55,6 +59,11 @@ class Watchdog:
         """The main thread is alive, and about to do this. Cheap. All ranks beat in the same order."""
         self._doing = doing
         self._beats += 1
+        self._at = time.monotonic()
+
+    def note_written(self) -> None:
+        """Some more of a checkpoint is written. Cheap; may be called from any thread."""
+        self._written += 1
         self._at = time.monotonic()
 
     def stop(self) -> None:
@@ -82,6 +91,7 @@ class Watchdog:
         return {
             "published": self._published,
             "beats": self._beats,
+            "written": self._written,
             "doing": self._doing,
             "host": os.uname().nodename,
             "frame": self._frame(),
@@ -97,7 +107,14 @@ class Watchdog:
         return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({stack[-1].name})"
 
     def _give_up(self) -> None:
-        text, accused = self._judge()
+        try:
+            verdict = self._judge()
+        except RuntimeError as error:
+            verdict = f"{self._doing}, at {self._frame()}; other ranks can't be asked ({error})", []
+        if verdict is None:
+            self._at = time.monotonic()
+            return
+        text, accused = verdict
         free = [rank for rank in range(self._runtime.world_size) if rank not in accused]
         if free and self._runtime.rank != free[0]:
             time.sleep(_SECONDS_FOR_VERDICT)  # one rank is enough to say it
@@ -106,8 +123,12 @@ class Watchdog:
             print(f"dlrm: error: {waited}: {text}", file=sys.stderr, flush=True)
         os._exit(EXIT_HANGS)
 
-    def _judge(self) -> tuple[str, list[int]]:
-        """What is wrong, and with whom."""
+    def _judge(self) -> tuple[str, list[int]] | None:
+        """What is wrong, and with whom; None if all wait for a checkpoint of which more and more is written.
+
+        Raises:
+            RuntimeError: if the launcher's store does not answer.
+        """
         if self._store is None:
             return f"{self._doing}, at {self._frame()}", []
         before = self._read_all()
@@ -115,6 +136,8 @@ class Watchdog:
             time.sleep(self._interval / 2)
             self._publish()
         after = self._read_all()
+        if any(after[rank]["written"] > before[rank]["written"] for rank in after):
+            return None
         silent = [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
         if silent:
             return f"{_name(silent, after)} gives no sign of life. {_last(silent, after)}", silent

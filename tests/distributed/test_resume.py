@@ -28,6 +28,7 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
+from dlrm.lock import Locks
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.train import control
 from dlrm.train.assemble import assemble
@@ -227,10 +228,9 @@ def train_a_link(folder: Path, link: int) -> dict[str, tuple[float, float]]:
 
 
 def load_and_save_again(config: Config, runtime: Runtime, folder: Path) -> tuple[float, float]:
-    start = find_start(config, runtime)
+    with Locks() as locks:
+        start = find_start(config, runtime, locks)
     assert start.source is not None
-    if start.lock is not None:
-        start.lock.release()
     trainer = assemble(replace(config, training=start.source.config.training), runtime).trainer
     resume_training(trainer, start.source, runtime)
     documents = {"config.json": json.dumps(config.to_json()).encode(), "metrics.jsonl": b""}

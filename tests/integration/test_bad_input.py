@@ -80,7 +80,7 @@ def test_bad_flags(tmp_path: Path, flags: list[str], words: str) -> None:
 def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("mine")
-    done = run_main(*TINY, "--run_dir", str(tmp_path / "run"))
+    done = run_main(*TINY, "--run_dir", str(tmp_path / "run"), "--resume", "never")
     assert done.returncode == 2
     assert "holds a run already" in done.stderr
     assert (tmp_path / "run" / "config.json").read_text() == "mine"

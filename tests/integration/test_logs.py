@@ -48,7 +48,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says(reached: Path) -> None:
     events = EventAccumulator(str(reached / "tensorboard")).Reload()
     shown = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
     measured = ("loss", "samples_per_second", "learning_rate", "dense_learning_rate")
-    measured += ("auroc", "logloss", "ne", "calibration")
+    measured += ("auroc", "logloss", "ne", "calibration", "stall_seconds", "write_seconds")
     expected = {
         (f"{line['kind']}/{name}", line["step"]): line[name]
         for line in read_metrics(reached)
@@ -57,7 +57,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says(reached: Path) -> None:
     }
     assert shown == pytest.approx(expected, rel=1e-6)  # TensorBoard keeps float32
     assert len({step for tag, step in shown if tag == "val/auroc"}) == len(read_summary(reached)["val_auroc"]) > 2
-    assert {tag.split("/")[0] for tag, _ in shown} == {"train", "val", "test"}
+    assert {tag.split("/")[0] for tag, _ in shown} == {"train", "val", "test", "checkpoint"}
 
 
 def test_mlperfs_checker_accepts_the_log(reached: Path) -> None:

@@ -308,7 +308,7 @@ def test_two_runs_on_one_run_directory(folder: Path) -> None:
     first = start(folder, "shared")
     wait_until(lambda: (folder / "shared" / "metrics.jsonl").exists())
     first.send(signal.SIGSTOP)
-    second = start(folder, "shared", log="second", changes={"dlrm.train.run_directory._SECONDS_FOR_LOCK": 0.5})
+    second = start(folder, "shared", log="second", changes={"dlrm.lock._SECONDS": 0.5})
     assert second.wait() == 2
     assert "another run is using it. Waiting for up to a minute." in second.stdout
     assert f"--run_dir {folder / 'shared'}: another run is using it. Choose another folder, or end" in second.stderr
@@ -320,6 +320,39 @@ def test_two_runs_on_one_run_directory(folder: Path) -> None:
     assert third.wait() == 2
     assert "holds a finished run" in third.stderr
     assert_same(folder / "shared", folder / "undisturbed")
+
+
+def test_two_runs_on_one_folder_of_checkpoints(folder: Path) -> None:
+    place = ["--checkpoint_dir", str(folder / "shared place")]
+    first = start(folder, "owner", *place)
+    wait_until(lambda: (folder / "owner" / "metrics.jsonl").exists())
+    first.send(signal.SIGSTOP)
+    second = start(folder, "guest", *place, changes={"dlrm.lock._SECONDS": 0.5})
+    assert second.wait() == 2
+    assert f"--checkpoint_dir {folder / 'shared place'}: another run is using it. Choose another" in second.stderr
+    assert not (folder / "guest").exists()
+    first.send(signal.SIGCONT)
+    assert first.wait() == 0
+
+
+def test_a_target_may_change_when_a_run_goes_on(folder: Path) -> None:
+    """The rest of the epoch that a target has cut off is trained then."""
+    every = ["--validation_freq_within_epoch", "20"]
+    train(folder, "target", *every, "--validation_auroc", "0.51", "--learning_rate", "0.01", "--adagrad")
+    lines = read_metrics(folder / "target")
+    reached = next(line["step"] for line in lines if line["kind"] == "val" and line["auroc"] >= 0.51)
+    assert len(read_losses(folder / "target")) == reached < STEPS
+    flags = ["--resume", str(folder / "target"), "--learning_rate", "0.01", "--adagrad"]
+    train(folder, "further", *every, *flags, "--validation_auroc", "0.9999")
+    assert len(read_losses(folder / "further")) == STEPS
+    assert read_summary(folder / "further")["target_reached"] is False
+    assert read_summary(folder / "target")["target_reached"] is True
+
+
+def test_another_batch_size_is_told(folder: Path) -> None:
+    unfinished(folder, "smaller", newest=60)
+    done = train(folder, "smaller", "--batch_size", "2")
+    assert "A step had 4 samples over all ranks and now has 2, at the same learning rate. --batch_size 4" in done.stdout
 
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
@@ -348,12 +381,14 @@ def _never(*_: Any, **__: Any) -> None:
         (["--checkpoint_dir", "nosuch://place"], "nosuch://place: Protocol not known: nosuch"),
         (["--checkpoint_dir", "s3://bucket/run", "--resume", "never"], "s3://bucket/run: Install s3fs"),
         (["--checkpoint_dir", "/dev/null/here"], "/dev/null/here: can't be written (Not a directory)"),
+        (["--checkpoint_dir", "memory://here"], "memory://here: is gone when the process is"),
+        (["--checkpoint_dir", "{run}/metrics.jsonl/here"], "is where the run writes a file"),
     ],
 )
 def test_a_place_for_checkpoints_that_is_none_is_refused_at_the_start(
     folder: Path, flags: list[str], words: str
 ) -> None:
-    done = train(folder, "nowhere", *flags, code=2)
+    done = train(folder, "nowhere", *(flag.format(run=folder / "nowhere") for flag in flags), code=2)
     assert words in done.stderr
     assert not (folder / "nowhere").exists()
 
@@ -362,8 +397,9 @@ def test_checkpoints_of_another_training_are_left_alone(folder: Path) -> None:
     run_dir = unfinished(folder, "others")
     place = ["--checkpoint_dir", str(run_dir / "checkpoints")]
     before = contents(run_dir)
-    done = train(folder, "new", *place, "--resume", "never", code=2)
-    assert f"{run_dir / 'checkpoints'}: holds step_{STEPS:010d} of another training." in done.stderr
+    for resume in ("never", str(step(run_dir, 5))):
+        done = train(folder, "new", *place, "--resume", resume, code=2)
+        assert f"{run_dir / 'checkpoints'}: holds step_{STEPS:010d} of another training." in done.stderr
     assert contents(run_dir) == before
     assert not (folder / "new").exists()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlrm.checkpoint.manifest import Chunk, File, Manifest, Tensor, name_of
 from dlrm.checkpoint.position import Position
-from dlrm.config import Config
+from dlrm.config import Config, TrainingConfig
 
 ROWS, DIM = 37, 12
 VALIDATION = {
@@ -71,7 +71,7 @@ def write_checkpoint(
     }.items():
         add(name, array, [(blocks[0][0], (0,) * array.ndim, array)])
     documents = {
-        "config.json": json.dumps((config or Config()).to_json()),
+        "config.json": json.dumps((config or Config(training=TrainingConfig(seed=0))).to_json()),
         "environment.json": json.dumps(environment or {}),
         "plan.json": json.dumps({"tables": []}),
         "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),

@@ -161,7 +161,7 @@ def test_checkpoint(bench, tmp_path, capsys):
         assert result[name] > 0
     assert [len(turn["quiet_steps"]) for turn in result["steps"]] == [2, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"results"}
-    assert "torch.save with fsync takes" in capsys.readouterr().out
+    assert "torch.save with fsync stops it" in capsys.readouterr().out
 
 
 def test_checkpoint_on_a_disk_that_is_too_small(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from dlrm.checkpoint.find import best_of, check_files, complete_checkpoints, loc
 from dlrm.checkpoint.manifest import Chunk, Manifest, Tensor, name_of
 from dlrm.checkpoint.restore import MisfitError, find_given, find_newest
 from dlrm.checkpoint.store import open_store
-from dlrm.config import Config, TrainingConfig
+from dlrm.config import CheckpointConfig, Config, TrainingConfig
 from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime
 
@@ -135,7 +135,7 @@ def test_a_file_that_is_missing(store):
     if store.address.startswith("memory://"):
         fsspec.filesystem("memory").rm(f"{store.address.removeprefix('memory:/')}/step_0000000005/rank_0.bin")
     else:
-        store._root.joinpath("step_0000000005", "rank_0.bin").unlink()
+        store.root.joinpath("step_0000000005", "rank_0.bin").unlink()
     with pytest.raises(CheckpointError, match=r"step_0000000005: rank_0.bin"):
         find_newest(store.address, RUNTIME, of_seed(0), print)
 
@@ -166,6 +166,36 @@ def test_one_of_another_training(store):
         newest(store, seed=2)
     with pytest.raises(MisfitError, match=r"step_0000000010: seed 1\.$"):
         find_given(f"{store.address}/step_0000000010", RUNTIME, of_seed(0), print)
+
+
+def test_older_ones_of_another_training_are_known(store):
+    """They are not this run's to remove."""
+    save(store, 5, seed=1)
+    save(store, 7)
+    save(store, 10)
+    rewrite(store, save(store, 20), "rank_0.bin", flip)
+    source, notes = newest(store)
+    assert source.name == "step_0000000010"
+    assert source.left_out == ("step_0000000020", "step_0000000005")
+    assert len(notes) == 1
+
+
+def test_one_that_was_renamed(store):
+    save(store, 5)
+    with store.open("step_0000000005", "manifest.json") as opened:
+        manifest = opened.read()
+    rewrite(store, save(store, 6), "manifest.json", lambda _: manifest)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is that of step 5: the folder was renamed"):
+        find_given(f"{store.address}/step_0000000006", RUNTIME, of_seed(0), print)
+
+
+def test_a_run_directory_whose_checkpoints_are_elsewhere(tmp_path):
+    store = open_store(str(tmp_path / "place"))
+    save(store, 5)
+    config = Config(checkpoint=CheckpointConfig(checkpoint_dir=store.address))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_json()))
+    assert find_given(str(tmp_path / "run"), RUNTIME, of_seed(0), print).address == f"{store.address}/step_0000000005"
 
 
 def test_what_an_address_means(store):

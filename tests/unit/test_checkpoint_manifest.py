@@ -26,7 +26,7 @@ def manifests(draw):
     files = {name: File(10_000, draw(st.text("0123456789abcdef", min_size=64, max_size=64))) for name in ("a.bin",)}
     files |= {name: File(10_000, "0" * 64) for name in draw(st.lists(file_names, max_size=3))}
     tensors = {}
-    for name in draw(st.lists(st.text(min_size=1, max_size=8), max_size=3, unique=True)):
+    for name in draw(st.lists(st.text("ab_.9", min_size=1, max_size=8), max_size=3, unique=True)):
         dtype = draw(st.sampled_from(sorted(SIZES)))
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
         cuts = sorted({0, *draw(st.lists(st.integers(0, shape[0]), max_size=2)), shape[0]}) if shape else []
@@ -107,9 +107,20 @@ def with_chunk(**changes):
     return {"dense.w": {"dtype": "float32", "shape": [4, 2], "chunks": [chunk]}}
 
 
+def with_chunks(*blocks):
+    chunks = [{"offsets": o, "shape": s, "file": "rank_0.bin", "start": 64} for o, s in blocks]
+    return {"dense.w": {"dtype": "float32", "shape": [4, 2], "chunks": chunks}}
+
+
 def test_what_the_damaged_ones_below_differ_from():
     assert Manifest.from_bytes(written()) == MANIFEST
     assert Manifest.from_bytes(written(tensors=with_chunk())) == MANIFEST
+    for blocks in (
+        [([0, 0], [4, 1]), ([0, 1], [4, 1])],
+        [([2, 0], [2, 2]), ([0, 0], [2, 2]), ([4, 0], [0, 2])],
+        [([0, 0], [3, 1]), ([3, 0], [1, 1]), ([0, 1], [4, 1])],
+    ):
+        assert len(Manifest.from_bytes(written(tensors=with_chunks(*blocks))).tensors["dense.w"].chunks) == len(blocks)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +135,25 @@ def test_what_the_damaged_ones_below_differ_from():
         ({"tensors": with_chunk(file="rank_9.bin")}, "a chunk of dense.w lies outside its file or tensor"),
         ({"tensors": with_chunk(file=["rank_0.bin"])}, "damaged"),
         ({"tensors": with_chunk(start=65)}, "lies outside"),
-        ({"tensors": with_chunk(start=-1)}, "lies outside"),
-        ({"tensors": with_chunk(offsets=[1, 0])}, "lies outside"),
-        ({"tensors": with_chunk(offsets=[0])}, "damaged"),
-        ({"tensors": with_chunk(shape=[3, 2])}, "dense.w is not complete"),
-        ({"tensors": {"dense.w": {"dtype": "object", "shape": [], "chunks": []}}}, "dense.w has the dtype 'object'"),
+        ({"tensors": with_chunk(start=-1)}, "a chunk of dense.w must be whole numbers from 0 to"),
+        ({"tensors": with_chunk(start=64.0)}, "a chunk of dense.w must be whole numbers from 0 to"),
+        ({"tensors": with_chunk(offsets=[1, 0])}, "overlap, or do not make up all of it"),
+        ({"tensors": with_chunk(offsets=[0])}, "lies outside"),
+        ({"tensors": with_chunk(shape=[3, 2])}, "the chunks of dense.w overlap, or do not make up all of it"),
+        ({"tensors": with_chunks(([0, 0], [2, 2]), ([0, 0], [2, 2]))}, "overlap"),
+        ({"tensors": with_chunks(([0, 0], [2, 2]), ([1, 0], [2, 2]))}, "overlap"),
+        ({"tensors": with_chunks(([0, 0], [4, 1]), ([0, 0], [4, 1]))}, "overlap"),
+        ({"tensors": {"dense.w": {"dtype": "object", "shape": [], "chunks": []}}}, "has the dtype 'object'"),
+        ({"step": "12"}, "step and world_size must be whole numbers from 0 to"),
+        ({"step": True}, "step and world_size must be whole numbers from 0 to"),
+        ({"val_auroc": 10**400}, "val_auroc must be a number from 0 to 1"),
+        ({"created": 5}, "created and data must be text"),
+        (
+            {"tensors": {"t_cat_" + "9" * 5000: {"dtype": "float32", "shape": [], "chunks": []}}},
+            "names a tensor 't_cat_9",
+        ),
+        ({"tensors": {"dense.w": {"dtype": "float32", "shape": [2**40, 2**40], "chunks": []}}}, "whole numbers"),
+        ({"world_size": -1}, "step and world_size must be whole numbers from 0 to"),
         ({"tensors": {"dense.w": {"dtype": ["float32"], "shape": [], "chunks": []}}}, "has the dtype"),
         ({"more": 1}, "damaged"),
         ({"val_auroc": math.nan}, "damaged"),
@@ -137,6 +162,13 @@ def test_what_the_damaged_ones_below_differ_from():
 def test_one_that_is_made_up_is_refused(changes, words):
     with pytest.raises(CheckpointError, match=words):
         Manifest.from_bytes(written(**changes))
+
+
+def test_one_of_many_levels_is_refused():
+    text = written(created="here")
+    for levels in range(300, 1200, 10):
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            Manifest.from_bytes(text.replace(b'"here"', b"[" * levels + b"]" * levels))
 
 
 def test_a_manifest_holds_no_number_that_json_has_not():

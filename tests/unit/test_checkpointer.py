@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm.checkpoint import checkpointer as checkpointers
+from dlrm.checkpoint import storage
 from dlrm.checkpoint.checkpointer import Checkpointer
 from dlrm.checkpoint.find import check_files, complete_checkpoints, read_manifest
 from dlrm.checkpoint.position import Position
@@ -32,8 +33,8 @@ def store(tmp_path):
     return LocalStore(str(tmp_path / "checkpoints"), tmp_path / "checkpoints")
 
 
-def make(store, keep=1, copies=False, last_step=None):
-    checkpointer = Checkpointer(store, RUNTIME, keep, copies, None, lambda: {"config.json": b"{}"})
+def make(store, keep=1, copies=False, last_step=None, left_out=()):
+    checkpointer = Checkpointer(store, RUNTIME, keep, copies, None, lambda: {"config.json": b"{}"}, left_out)
     checkpointer.last_step = last_step
     return checkpointer
 
@@ -65,14 +66,39 @@ def test_the_newest_stay_and_the_best(store):
     assert checkpointer.drain() == []
 
 
-def test_checkpoints_of_later_steps_do_not_count(store):
-    """Those that were left out when this training was resumed: it must keep what it writes itself."""
-    save(make(store, keep=9), 10, 50, 60)
-    checkpointer = make(store, keep=1, last_step=10)
-    save(checkpointer, 20)
+def test_what_was_left_out_stays_and_does_not_count(store):
+    """When this training was resumed: it must keep what it writes itself, and not the best of another."""
+    save(make(store, keep=9), 10, 50)
+    save(make(store, keep=9), 60, auroc=0.9)
+    checkpointer = make(store, keep=1, last_step=10, left_out=("step_0000000050", "step_0000000060"))
+    save(checkpointer, 20, auroc=0.7)
     assert steps_in(store) == [60, 50, 20]
     save(checkpointer, 50)
-    assert [name for name, _ in complete_checkpoints(store)] == ["step_0000000060", "step_0000000050-1"]
+    save(checkpointer, 70)
+    assert steps_in(store) == [70, 60, 50, 20]
+    assert store.names() == [f"step_00000000{step}" for step in (20, 50, 60, 70)]
+
+
+def test_a_writing_thread_that_dies_is_an_error(store, monkeypatch):
+    checkpointer = make(store, copies=True)
+
+    def fail(*_, **__):
+        raise KeyError
+
+    monkeypatch.setattr(checkpointers, "save", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(CheckpointError, match="the thread that writes ended"):
+        save(checkpointer, 1)
+
+
+def test_writing_is_noted_block_by_block(store, monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 8)
+    noted = []
+    checkpointer = Checkpointer(store, RUNTIME, 1, True, None, dict, note_written=lambda: noted.append(1))
+    save(checkpointer, 3)
+    assert len(noted) == 4
+    with store.open("step_0000000003", "rank_0.bin") as file:
+        assert torch.frombuffer(bytearray(file.read()), dtype=torch.float32).tolist() == [3.0] * 8
 
 
 def test_leftovers_go_when_a_run_begins(store):
@@ -109,7 +135,7 @@ def test_what_is_saved_is_what_was_there_then(store, copies, monkeypatch):
 @pytest.mark.parametrize("method", ["begin", "create", "finish"])
 def test_a_full_disk(store, method, copies, monkeypatch):
     save(make(store, keep=5), 1)
-    before = sorted(path.name for path in store._root.rglob("*"))
+    before = sorted(path.name for path in store.root.rglob("*"))
     checkpointer = make(store, copies=copies, last_step=1)
 
     def fail(*_):
@@ -123,26 +149,23 @@ def test_a_full_disk(store, method, copies, monkeypatch):
     assert checkpointer.has_failed
     with pytest.raises(CheckpointError):
         save(checkpointer, 3)  # what failed once is not forgotten
-    assert sorted(path.name for path in store._root.rglob("*")) == before
+    assert sorted(path.name for path in store.root.rglob("*")) == before
 
 
-def test_a_folder_that_can_no_longer_be_listed(store, monkeypatch):
+def test_a_folder_that_can_no_longer_be_listed(store, monkeypatch, capsys):
+    """The checkpoint is complete: training goes on."""
     checkpointer = make(store, copies=True)
 
     def fail(_):
-        raise OSError(errno.EIO, "Input/output error")
+        raise CheckpointError("Input/output error")
 
-    monkeypatch.setattr(checkpointers, "complete_checkpoints", lambda store: complete_checkpoints(Broken(store)))
-
-    class Broken:
-        def __init__(self, store):
-            self.address = store.address
-
-        names = fail
-
-    with pytest.raises(CheckpointError, match=f"{store.address}: Input/output error"):
-        save(checkpointer, 1)
-    assert steps_in(store) == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointers, "complete_checkpoints", fail)
+        save(checkpointer, 1, 2)
+    assert steps_in(store) == [2, 1]
+    assert "Input/output error: old checkpoints stay." in capsys.readouterr().out
+    save(checkpointer, 3)
+    assert steps_in(store) == [3]
 
 
 def test_an_old_one_that_stays_is_named(store, monkeypatch, capsys):
@@ -170,10 +193,19 @@ def test_a_run_that_ends_waits_for_what_is_being_written(store, monkeypatch):
     assert steps_in(store) == [1]
 
 
+def test_a_folder_that_rank_0_does_not_share(store, monkeypatch):
+    def hide(_, name, file):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"{name}/{file}")
+
+    monkeypatch.setattr(storage, "size_of", hide)
+    with pytest.raises(CheckpointError, match=r"rank 0 does not see rank_0.bin .* that all hosts see"):
+        save(make(store), 1)
+    assert store.names() == []
+
+
 def test_bytes_are_counted(store):
     checkpointer = make(store)
     save(checkpointer, 1)
     (saved,) = checkpointer.drain()
     manifest = read_manifest(store, "step_0000000001")
-    assert saved.num_bytes == manifest.files["rank_0.bin"].num_bytes == 32
-    assert saved.address == f"{store.address}/step_0000000001"
+    assert saved.num_bytes == sum(file.num_bytes for file in manifest.files.values()) == 32 + len("{}")

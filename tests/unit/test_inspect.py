@@ -56,7 +56,7 @@ def test_facts_of_a_checkpoint(sharding, tmp_path, capsys):
 def test_what_is_shown_of_a_checkpoint(tmp_path, capsys):
     assert main(["inspect", str(write_checkpoint(tmp_path, val_auroc=0.75))]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert "step        20 (epoch 0, next row 320)" in shown
+    assert "step        20 (epoch 0, 320 rows of it taken)" in shown
     assert "samples     320, in 2.5 s of training" in shown
     assert "written     2026-11-23T10:00:00+0000 by 1 rank" in shown
     wanted = "AUROC 0.750000 | log loss 0.500000 | NE 0.900000 | calibration 1.250000 (1,234 samples)"

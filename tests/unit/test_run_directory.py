@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlrm import lock
 from dlrm.artifacts import sha256_of
 from dlrm.config import Config, DataConfig, OutputConfig
 from dlrm.errors import RunDirectoryError
+from dlrm.lock import Locks
 from dlrm.recipes import RECIPES
 from dlrm.runtime import Runtime
 from dlrm.train import run_directory
 from dlrm.train.run_directory import (
-    Lock,
     RunDirectory,
     describe_environment,
     describe_software,
@@ -79,44 +80,64 @@ def write_json_at(folder, launch):
 
 
 def test_two_runs_on_one_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_directory, "_SECONDS_FOR_LOCK", 0.3)
-    first = RunDirectory.open(tmp_path / "run", Config(), {}, {}, None, None)
-    with pytest.raises(RunDirectoryError, match="another run is using it"):
-        Lock.take(tmp_path / "run")
+    monkeypatch.setattr(lock, "_SECONDS", 0.3)
+    with Locks() as locks:
+        RunDirectory.open(tmp_path / "run", Config(), {}, {}, locks, None)
+        assert locks.take(tmp_path / "run", "--run_dir run").holds(tmp_path / "run")
+        with Locks() as others, pytest.raises(RunDirectoryError, match="--run_dir run: another run is using it"):
+            others.take(tmp_path / "run", "--run_dir run")
     assert "another run is using it. Waiting" in capsys.readouterr().out
-    first.lock.release()
-    with pytest.raises(RunDirectoryError, match="another run has just begun there"):
-        RunDirectory.open(tmp_path / "run", Config(), {}, {}, None, None)
+    with Locks() as others, pytest.raises(RunDirectoryError, match="another run has just begun there"):
+        RunDirectory.open(tmp_path / "run", Config(), {}, {}, others, None)
 
 
 def test_a_run_without_a_checkpoint_is_kept(tmp_path):
-    first = RunDirectory.open(tmp_path, Config(), {"attempt": 1}, {}, None, None)
-    first.append_metrics({"step": 1})
+    with Locks() as locks:
+        RunDirectory.open(tmp_path, Config(), {"attempt": 1}, {}, locks, None).append_metrics({"step": 1})
     for number in (1, 2):
-        first.lock.release()
-        lock = Lock.take(tmp_path)
-        first = RunDirectory.open(tmp_path, Config(), {"attempt": number + 1}, {}, lock, None)
+        with Locks() as locks:
+            locks.take(tmp_path, "")
+            RunDirectory.open(tmp_path, Config(), {"attempt": number + 1}, {}, locks, None)
         assert json.loads((tmp_path / f"attempt-{number}" / "environment.json").read_text()) == {"attempt": number}
         assert not (tmp_path / "metrics.jsonl").exists()
     assert json.loads((tmp_path / "attempt-1" / "metrics.jsonl").read_text()) == {"step": 1}
 
 
 def test_a_resumed_run_has_the_metrics_of_its_checkpoint(tmp_path):
-    first = RunDirectory.open(tmp_path, Config(), {}, {}, None, None)
-    first.append_metrics({"step": 1})
-    line = (tmp_path / "metrics.jsonl").read_bytes()
-    first.append_metrics({"step": 2})
-    first.lock.release()
-    second = RunDirectory.open(tmp_path, Config(), {}, {}, Lock.take(tmp_path), line)
+    with Locks() as locks:
+        first = RunDirectory.open(tmp_path, Config(), {}, {}, locks, None)
+        first.append_metrics({"step": 1})
+        line = (tmp_path / "metrics.jsonl").read_bytes()
+        first.append_metrics({"step": 2})
+        second = RunDirectory.open(tmp_path, Config(), {}, {}, locks, line)
     assert second.lines() == [{"step": 1}]
     assert second.documents()["metrics.jsonl"] == line
     assert not list(tmp_path.glob("attempt-*"))
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_checkpoint_is_no_run_directory(below, tmp_path):
+    path = tmp_path / "checkpoints" / "step_0000000020" / below
+    path.mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=r"is or lies in a checkpoint\. To train on from one: --resume"):
+        RunDirectory.check(path, Config(), may_resume=True)
+
+
+def test_a_restart_that_a_lost_host_makes_necessary_is_known_by_its_launch(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    write_json_at(tmp_path / "first", launch_id())
+    write_json_at(tmp_path / "second", "another launch")
+    known = [RunDirectory(tmp_path / name).is_of_this_launch() for name in ("first", "second", "third")]
+    assert known == [True, False, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert RunDirectory(tmp_path / "third").is_of_this_launch()
+
+
 def test_a_lock_that_is_a_link(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunDirectoryError, match="can't be written"):
-        RunDirectory.open(tmp_path, Config(), {}, {}, None, None)
+    with Locks() as locks, pytest.raises(RunDirectoryError, match="can't be written"):
+        RunDirectory.open(tmp_path, Config(), {}, {}, locks, None)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -126,8 +147,9 @@ def test_a_file_in_the_folders_place(below, tmp_path):
     path = tmp_path / "file" / below
     with pytest.raises(RunDirectoryError, match=f"--run_dir {path}: {tmp_path / 'file'} is not a folder"):
         RunDirectory.check(path, Config(), may_resume=True)
-    with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(.+\). Mend that and start"):
-        RunDirectory.open(path, Config(), {}, {}, None, None)
+    expected = rf"{path}: can't be written \(.+\). Mend that and start"
+    with Locks() as locks, pytest.raises(RunDirectoryError, match=expected):
+        RunDirectory.open(path, Config(), {}, {}, locks, None)
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
@@ -139,7 +161,8 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 def test_open_writes_what_the_run_is(tmp_path):
     path = tmp_path / "runs" / "first"
     config = replace(RECIPES["mlperf_v2"](), output=OutputConfig(run_dir=str(path)))
-    directory = RunDirectory.open(path, config, {"host": "here"}, {"tables": [1]}, None, None)
+    with Locks() as locks:
+        directory = RunDirectory.open(path, config, {"host": "here"}, {"tables": [1]}, locks, None)
     assert directory.path == path
     assert sorted(file.name for file in path.glob("[!.]*")) == ["config.json", "environment.json", "plan.json"]
     assert Config.load(path / "config.json") == config

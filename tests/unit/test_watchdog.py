@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from dlrm.runtime import Runtime
+from dlrm.runtime import Runtime, on_main_rank
 from dlrm.train import watchdog as watchdogs
 from dlrm.train.watchdog import Watchdog
 
@@ -22,13 +22,15 @@ class Statuses:
         self._statuses = {"0": None, **{str(rank): dict(status) for rank, status in others.items()}}
         self._silent = {str(rank) for rank in silent}
         for rank in others:
-            self._statuses[str(rank)].update(published=1, host=f"host{rank}", frame=f"place{rank}.py:1 (wait)")
+            status = {"published": 1, "written": 0, "host": f"host{rank}", "frame": f"place{rank}.py:1 (wait)"}
+            self._statuses[str(rank)].update(status)
 
     def set(self, key, text):
         self._statuses[key] = json.loads(text)
         for rank, status in self._statuses.items():
             if rank not in (key, *self._silent):
                 status["published"] += 1
+                status["written"] += status.get("writes", 0)
 
     def get(self, key):
         return json.dumps(self._statuses[key]).encode()
@@ -77,6 +79,27 @@ def test_no_rank_is_accused_when_all_stand_at_the_same_step():
     assert text.endswith("rank 1 saving a checkpoint at place1.py:1 (wait)")
 
 
+def test_all_may_wait_for_a_checkpoint(exits):
+    watchdog = watch({1: {"beats": 3, "doing": "writing a checkpoint", "writes": 1}}, beats=4)
+    assert watchdog._judge() is None
+    watchdog._at = 0.0
+    watchdog._give_up()
+    assert exits == []
+    assert watchdog._at > 0.0
+
+
+def test_a_store_that_does_not_answer(exits, capsys):
+    watchdog = watch({}, beats=1)
+    watchdog._store.get = refuse
+    watchdog._give_up()
+    assert exits == [3]
+    assert "other ranks can't be asked (timed out)" in capsys.readouterr().err
+
+
+def refuse(_):
+    raise RuntimeError("timed out")
+
+
 @pytest.fixture
 def exits(monkeypatch):
     codes = []
@@ -116,6 +139,15 @@ def test_one_that_is_slow_is_left_alone(exits):
     assert not watchdog._thread.is_alive()
 
 
+def test_one_that_writes_is_left_alone(exits):
+    watchdog = Watchdog(ALONE, 1.0).start()
+    for _ in range(4):
+        time.sleep(0.5)
+        watchdog.note_written()
+    watchdog.stop()
+    assert exits == []
+
+
 def test_a_launcher_that_is_gone_ends_the_watch_and_not_the_run(exits):
     class Gone(Statuses):
         def set(self, *_):
@@ -130,13 +162,14 @@ def test_a_launcher_that_is_gone_ends_the_watch_and_not_the_run(exits):
 
 
 def test_where_the_main_thread_is():
-    watchdog = Watchdog(ALONE, 60.0)
-    found = []
-
-    def look():
-        found.append(watchdog._frame())
-
-    thread = threading.Thread(target=look)
+    watchdog, ended = Watchdog(ALONE, 60.0), threading.Event()
+    thread = threading.Thread(target=lambda: on_main_rank(ALONE, ended.wait))
     thread.start()
+    watchdog._main = thread.ident
+    deadline = time.monotonic() + 10
+    while "wait" not in watchdog._frame() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = watchdog._frame()
+    ended.set()
     thread.join()
-    assert re.fullmatch(r"\w+\.py:\d+ \(\w+\)", found[0])
+    assert re.fullmatch(r"runtime\.py:\d+ \(wait\)", found)
