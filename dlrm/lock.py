@@ -33,11 +33,11 @@ class Locks(ExitStack):
 
         Raises:
             RunDirectoryError: if another run has it.
-            OSError: if it can't be written.
+            OSError: if it has no lock yet and can't be written.
         """
         if self.holds(folder):
             return self
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         deadline = time.monotonic() + _SECONDS
         told = False
         while True:
