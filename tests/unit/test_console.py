@@ -1,0 +1,37 @@
+import io
+import os
+import sys
+
+import pytest
+
+from dlrm import console
+
+
+class Terminal:
+    """A stderr that says it is one."""
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 2
+
+
+@pytest.mark.parametrize(("columns", "has_bars"), [(0, False), (80, True)])
+def test_a_terminal_without_columns_gets_lines(columns, has_bars, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+    assert console._has_bars() is has_bars
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_no_terminal(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not console._has_bars()
+
+
+def test_bytes_and_plurals():
+    assert [console.show_bytes(size) for size in (0, 2**20, 2**30, 5 * 2**29)] == [
+        *("0.0 MiB", "1.0 MiB", "1.0 GiB", "2.5 GiB")
+    ]
+    assert [console.plural(number, "rank") for number in (1, 2, 1000)] == ["1 rank", "2 ranks", "1,000 ranks"]
