@@ -1,5 +1,6 @@
 # make demo   synthesize logs, train, validate and test on two processes
 # make test   the whole test suite that needs no GPU
+# make test-slurm   jobs on a Slurm that it installs (Debian, root), starts and stops
 # make check  format, lint, types, import contracts
 # Each sets up .venv first. DEVICE=cuda takes the CUDA packages; the default looks for a GPU driver.
 
@@ -12,10 +13,10 @@ DEMO ?= build/demo
 DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock clean
+.PHONY: help setup demo test test-slurm check format lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 setup: $(KERNELS)
 
@@ -47,7 +48,10 @@ demo: $(KERNELS)
 	@$(BIN)/python benchmarks/demo_summary.py $(DEMO)/raw/truth.json $(DEMO)/run/summary.json
 
 test: $(KERNELS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-slurm: $(KERNELS)
+	$(BIN)/python -m pytest tests/slurm
 
 check: $(READY)
 	$(BIN)/ruff format --check .

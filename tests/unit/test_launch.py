@@ -1,0 +1,202 @@
+"""What the torchx component asks of a scheduler, up to the request that would be sent."""
+
+import json
+import shlex
+
+import pytest
+from torchx import specs
+from torchx.runner import get_runner
+from torchx.specs import AppDef
+
+from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig
+from dlrm.errors import LaunchError
+from dlrm.launch.components import train
+from dlrm.launch.resources import Shape, estimate_host_gib, parse_shape
+from tests.launching import ROOT
+
+COMPONENT = str(ROOT / "dlrm" / "launch" / "components.py:train")
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "shape"),
+    [
+        ("1", 0, Shape(1, 1, 1)),
+        ("3", 0, Shape(3, 3, 1)),
+        ("2x4", 0, Shape(2, 2, 4)),
+        ("2", 8, Shape(2, 2, 8)),
+        ("2x8", 8, Shape(2, 2, 8)),
+        ("1:4x2", 0, Shape(1, 4, 2)),
+    ],
+)
+def test_shapes(text, gpus, shape):
+    assert parse_shape(text, gpus) == shape
+    assert shape.nnodes == ("1:4" if text.startswith("1:") else str(shape.hosts))
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "words"),
+    [
+        ("2x", 0, "-j 2x: expected HOSTSxPROCESSES"),
+        ("0x2", 0, "-j 0x2: expected"),
+        ("two", 0, "-j two: expected"),
+        ("4:2x1", 0, "at least 4 hosts, at most 2. Swap them"),
+        ("2x4", 8, "-j 2x4 with 8 GPUs a host: expected a process for each GPU, -j 2x8"),
+    ],
+)
+def test_shapes_that_make_no_sense(text, gpus, words):
+    with pytest.raises(LaunchError, match=words):
+        parse_shape(text, gpus)
+
+
+def role_of(app: AppDef) -> specs.Role:
+    (role,) = app.roles
+    return role
+
+
+def test_one_host():
+    app = train("--batch_size", "64", j="1x2")
+    role = role_of(app)
+    assert (app.name, role.entrypoint, role.num_replicas, role.min_replicas) == ("dlrm", "bash", 1, None)
+    assert (role.resource.cpu, role.resource.gpu) == (4, 0)
+    assert role.env["OMP_NUM_THREADS"] == "2"
+    command = shlex.split(role.args[1])
+    assert command[:2] == ["exec", "torchrun"]
+    assert command[command.index("--rdzv_endpoint") + 1] == "localhost:0"
+    assert command[command.index("dlrm_main.py") :] == [
+        *("dlrm_main.py", "--batch_size", "64", "--run_dir", f"runs/{specs.macros.app_id}")
+    ]
+
+
+def test_many_hosts_with_gpus():
+    mounts = ["type=bind", "src=/data", "dst=/data", "readonly"]
+    app = train(
+        "--run_dir", "/data/a run", j="2", gpu=8, interface="eth0", mounts=mounts, max_retries=2, env={"A": "b"}
+    )
+    role = role_of(app)
+    assert (role.num_replicas, role.max_retries) == (2, 2)
+    assert (role.resource.cpu, role.resource.gpu) == (64, 8)
+    assert {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "A": "b"}.items() <= role.env.items()
+    assert [(mount.src_path, mount.read_only) for mount in role.mounts] == [("/data", True)]
+    command = role.args[1]
+    assert "--nnodes 2 --nproc_per_node 8 " in command
+    assert f"--rdzv_endpoint $${{{specs.macros.rank0_env}:=localhost}}:29500" in command
+    assert command.endswith("dlrm_main.py --run_dir '/data/a run'")
+
+
+def test_a_job_that_may_lose_hosts():
+    role = role_of(train(j="1:3x2"))
+    assert (role.min_replicas, role.num_replicas) == (1, 3)
+    assert "--nnodes 1:3 " in role.args[1]
+
+
+def test_a_named_resource():
+    role = role_of(train(j="2", h="aws_p4d.24xlarge"))
+    assert (role.resource.gpu, role.resource.cpu) == (8, 96)
+    assert "--nproc_per_node 8 " in role.args[1]
+    assert role.env["OMP_NUM_THREADS"] == "12"
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "words"),
+    [
+        (["--batch_size", "0"], {}, "--batch_size 0: expected more than 0"),
+        (["--batch_sise", "3"], {}, "did you mean --batch_size"),
+        ([], {"j": "x"}, "-j x: expected"),
+        ([], {"h": "aws_p4d.24xlarge", "gpu": 4}, "-h aws_p4d.24xlarge with --gpu, --cpu or --memory_gib"),
+        (["--in_memory_binary_criteo_path", "/not/here"], {}, "/not/here: can't be seen from here"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_submitted(flags, options, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(*flags, **options)
+    error = capsys.readouterr().err
+    assert error.startswith("dlrm: error: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+GIB_OF_TABLES = 26 * 2**20 * 64 * 4 / 2**30
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mode", "gpus", "copies"),
+    [
+        ("sgd", "sync", 0, 1.0),
+        ("sgd", "async", 0, 2.0),
+        ("adagrad", "async", 0, 4.0),
+        ("adagrad", "async", 1, 2.0),
+        ("rowwise_adagrad", "sync", 1, 0.0),
+        ("adam", "sync", 0, 3.0),
+    ],
+)
+def test_memory_is_that_of_tables_and_copies(optimizer, mode, gpus, copies):
+    config = Config(
+        model=ModelConfig(num_embeddings=2**20, embedding_dim=64),
+        optimizer=OptimizerConfig(optimizer=optimizer),
+        checkpoint=CheckpointConfig(checkpoint_every="5", checkpoint_mode=mode),
+    )
+    estimates = [estimate_host_gib(config, Shape(hosts, hosts, 1), gpus) for hosts in (1, 4)]
+    processes = 6.0 if gpus else 1.5
+    expected = [1.2 * (copies * GIB_OF_TABLES / hosts + processes) for hosts in (1, 4)]
+    assert estimates == pytest.approx(expected, abs=1.0)
+    assert all(estimate >= wanted for estimate, wanted in zip(estimates, expected, strict=True))
+
+
+def test_memory_of_rows(tmp_path):
+    for name in ("day_0_dense.npy", "day_0_sparse.npy"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(5 * 2**30)
+    data = DataConfig(in_memory_binary_criteo_path=str(tmp_path))
+    mapped = DataConfig(in_memory_binary_criteo_path=str(tmp_path), mmap_mode=True)
+    shape, checkpoint = Shape(2, 2, 1), CheckpointConfig(checkpoint_every="never")
+    in_memory, on_disk = (
+        estimate_host_gib(Config(data=one, checkpoint=checkpoint), shape, 0) for one in (data, mapped)
+    )
+    assert in_memory - on_disk == pytest.approx(1.2 * 5, abs=1)
+
+
+def request(scheduler: str, *arguments: str, **options: object) -> str:
+    """What would be sent to the scheduler."""
+    with get_runner() as runner:
+        return str(runner.dryrun_component(COMPONENT, list(arguments), scheduler, options))
+
+
+def test_a_job_for_slurm():
+    script = request("slurm", "-j", "2x2", "--memory_gib", "3", "--max_retries", "2", "--", "--batch_size", "64")
+    assert script.count("#SBATCH --job-name=train-") == 2
+    assert script.count("--requeue --ntasks-per-node=1 --cpus-per-task=4 --mem=3072") == 2
+    assert "TORCHX_MAX_RETRIES=2" in script
+    assert "--rdzv_endpoint ${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500" in script
+    assert "runs/'\"$SLURM_JOB_ID\"''" in script
+
+
+# 2026-11-23: torchx 0.7 warns that Volcano 1.4 restarts jobs in its own way (volcano-sh/volcano#1651).
+@pytest.mark.filterwarnings("ignore:\\nRole train configured with restarts")
+def test_a_job_for_kubernetes():
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("kubernetes")
+    asked = ["-j", "2", "--gpu", "8", "--cpu", "64", "--memory_gib", "100", "--max_retries", "3", "--name", "v1"]
+    asked += ["--image", "registry/dlrm:1", "--mounts", "type=bind,src=/data,dst=/data,readonly", "--env", "A=b"]
+    job = yaml.safe_load(request("kubernetes", *asked, "--", "--recipe", "mlperf_v1", queue="default"))
+    assert (job["kind"], job["spec"]["schedulerName"], job["spec"]["queue"]) == ("Job", "volcano", "default")
+    assert job["metadata"]["name"].startswith("v1-")
+    assert [task["replicas"] for task in job["spec"]["tasks"]] == [1, 1]
+    for task in job["spec"]["tasks"]:
+        assert task["maxRetry"] == 3
+        (container,) = task["template"]["spec"]["containers"]
+        assert container["image"] == "registry/dlrm:1"
+        limits = container["resources"]["limits"]
+        assert (limits["nvidia.com/gpu"], limits["cpu"]) == ("8", "64000m")
+        assert container["resources"]["limits"]["memory"] == f"{100 * 1024}M"
+        assert {"name": "A", "value": "b"} in container["env"]
+        assert {"name": "OMP_NUM_THREADS", "value": "8"} in container["env"]
+        assert {"name": "mount-0", "mountPath": "/data", "readOnly": True}.items() <= container["volumeMounts"][
+            1
+        ].items()
+        command = container["command"][2]
+        assert "--nnodes 2 --nproc_per_node 8" in command
+        assert f"--recipe mlperf_v1 --run_dir runs/{job['metadata']['name']}" in command.replace("'", "")
+    endpoints = [task["template"]["spec"]["containers"][0]["command"][2] for task in job["spec"]["tasks"]]
+    assert "${TORCHX_RANK0_HOST:=localhost}:29500" in endpoints[0]
+    assert "${VC_TRAIN_0_HOSTS:=localhost}:29500" in endpoints[1]
+    json.dumps(job)
