@@ -60,7 +60,7 @@ def test_evaluate_on_other_days_and_limits(trained: Path) -> None:
     ("flags", "words"),
     [
         (["--num_embeddings", "65"], "written with --num_embeddings 64 (here 65)"),
-        (["--in_memory_binary_criteo_path", "gone"], "gone: No such file"),
+        (["--in_memory_binary_criteo_path", "gone"], "gone: no such folder"),
     ],
 )
 def test_mistakes_on_two_ranks_are_told_once(trained: Path, flags: list[str], words: str) -> None:
