@@ -13,6 +13,7 @@ COMMANDS = {
     "preprocess": ("dlrm.preprocess.command", "turn raw Criteo text into binary days"),
     "materialize": ("dlrm.preprocess.materialize", "give binary days several ids per feature, as MLPerf v2 has"),
     "verify": ("dlrm.preprocess.verify", "check binary days against their manifest"),
+    "plan": ("dlrm.plan.command", "say what a training would take on a cluster: memory, sharding, step time"),
     "train": ("dlrm.train.main", "train, validate and test; the same as dlrm_main.py"),
     "evaluate": ("dlrm.train.evaluate", "score the held-out sets with a checkpoint's weights"),
     "inspect": ("dlrm.checkpoint.inspect", "say what a checkpoint holds, or which checkpoints there are"),

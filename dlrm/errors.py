@@ -38,6 +38,18 @@ class PlanError(DlrmError):
     """Embedding tables that can't be placed on the devices at hand."""
 
 
+class DoesNotFitError(PlanError):
+    """Embedding tables that need more memory than there is.
+
+    Attributes:
+        missing_gib_per_rank: how much more would do.
+    """
+
+    def __init__(self, message: str, missing_gib_per_rank: float) -> None:
+        super().__init__(message)
+        self.missing_gib_per_rank = missing_gib_per_rank
+
+
 class RunDirectoryError(DlrmError):
     """A run directory that can't be written, or already holds a run."""
 

@@ -30,16 +30,20 @@ def parse_args(argv: Sequence[str]) -> Config:
         ConfigError: on an unknown flag, a value of the wrong kind, or a combination that makes no sense.
         SystemExit: after --help, with code 0.
     """
-    base = _base_of(argv)
-    if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
-        base = reset(base, "model", "num_embeddings_per_feature")
-    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
-        base = reset(base, "optimizer", "optimizer")
-    config = parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base)
-    # What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and
-    # so is a recipe's data set that is not given.
+    return settle(parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base_of(argv)), argv)
+
+
+def settle(config: Config, argv: Sequence[str], *, needs_data: bool = True) -> Config:
+    """The config of a command line, checked.
+
+    What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and so
+    is, where something reads it (`needs_data`), a recipe's data set that is not given.
+
+    Raises:
+        ConfigError: on a combination that makes no sense.
+    """
     for section, name, _ in fields_without_effect(config):
-        if section != "data" and not is_named(argv, name):
+        if not (section == "data" and needs_data) and not is_named(argv, name):
             config = reset(config, section, name)
     check_config(config)
     return config
@@ -83,8 +87,21 @@ def is_named(argv: Sequence[str], flag: str) -> bool:
     return any(token.split("=", 1)[0] in spelled for token in argv)
 
 
-def _base_of(argv: Sequence[str]) -> Config:
-    """What the other flags change: a run's config, a recipe, or the defaults."""
+def base_of(argv: Sequence[str]) -> Config:
+    """What the other flags of a command line change: a run's config, a recipe, or the defaults.
+
+    Raises:
+        ConfigError: if there is no such recipe or config.
+    """
+    base = _named_base(argv)
+    if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
+        base = reset(base, "model", "num_embeddings_per_feature")
+    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
+        base = reset(base, "optimizer", "optimizer")
+    return base
+
+
+def _named_base(argv: Sequence[str]) -> Config:
     name, path = value_of(argv, "recipe"), value_of(argv, "config")
     if path is not None:
         if name is not None:

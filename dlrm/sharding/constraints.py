@@ -142,6 +142,8 @@ class PinnedPartitioner(GreedyPerfPartitioner):
             PlannerError: if a table fits none of its ranks, or the rest does not fit.
         """
         assert hbm_per_device is None, "would forget what pinned tables take"
+        if not self._ranks:  # TorchRec copies what it changes; another copy is a fifth of a plan's time for 80 ranks
+            return super().partition(proposal, storage_constraint, hbm_per_device)
         topology = copy.deepcopy(storage_constraint)
         pinned = [option for option in proposal if option.name in self._ranks]
         for option in sorted(pinned, key=_bytes, reverse=True):  # the largest first, as TorchRec does

@@ -16,7 +16,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSha
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from dlrm.config import ModelConfig, ShardingConfig
-from dlrm.errors import PlanError
+from dlrm.errors import DoesNotFitError, PlanError
 from dlrm.runtime import count
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import GIB, Cluster
@@ -157,19 +157,11 @@ def plan_sharding(
         sharding_types: to choose from.
 
     Raises:
-        PlanError: if the tables need more memory than there is, with the shortfall in GiB per rank; if a constraint
-            can't be met.
+        DoesNotFitError: if the tables need more memory than there is, with the shortfall in GiB per rank.
+        PlanError: if a constraint can't be met.
     """
-    tables = {name.split(".")[-2]: p for name, p in model.named_parameters() if ".embedding_bags." in name}
-    hotness_of_table = dict(zip(TABLE_NAMES, hotness, strict=True))
-    limits = {
-        name: to_parameter_constraints(
-            name, constraints.get(name, TableConstraint()), tuple(table.shape), hotness_of_table[name], cluster
-        )
-        for name, table in tables.items()
-    }
-    pinned = {name: constraint.ranks for name, constraint in constraints.items() if constraint.ranks is not None}
-    search = _Search(model, sharder, batch_size, limits, pinned, sharding_types)
+    tables = _tables_of(model)
+    search = _build_search(model, cluster, sharder, batch_size, hotness, constraints, sharding_types)
     with _quiet_planner():
         try:
             plan = search.plan(cluster)
@@ -178,9 +170,51 @@ def plan_sharding(
             if shortage is None:
                 raise PlanError(f"no sharding plan, however much memory there is: {_first_line(error)}") from None
             refusal = _describe_shortfall(list(tables.values()), cluster, shortage, is_constrained=bool(constraints))
-            raise PlanError(refusal) from None
+            raise DoesNotFitError(refusal, shortage.missing_gib) from None
     assert sum(len(cast(EmbeddingModuleShardingPlan, part)) for part in plan.plan.values()) == len(tables)
     return plan
+
+
+def fits_sharding(
+    model: nn.Module,
+    cluster: Cluster,
+    sharder: TableSharder,
+    batch_size: int,
+    hotness: Sequence[int],
+    constraints: Mapping[str, TableConstraint],
+    sharding_types: Sequence[str],
+) -> bool:
+    """Whether `plan_sharding` would find a place for each table; takes the time of one plan."""
+    try:
+        search = _build_search(model, cluster, sharder, batch_size, hotness, constraints, sharding_types)
+        with _quiet_planner():
+            return search.fits(cluster)
+    except PlanError:
+        return False
+
+
+def _tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.split(".")[-2]: p for name, p in model.named_parameters() if ".embedding_bags." in name}
+
+
+def _build_search(
+    model: nn.Module,
+    cluster: Cluster,
+    sharder: TableSharder,
+    batch_size: int,
+    hotness: Sequence[int],
+    constraints: Mapping[str, TableConstraint],
+    sharding_types: Sequence[str],
+) -> "_Search":
+    hotness_of_table = dict(zip(TABLE_NAMES, hotness, strict=True))
+    limits = {
+        name: to_parameter_constraints(
+            name, constraints.get(name, TableConstraint()), tuple(table.shape), hotness_of_table[name], cluster
+        )
+        for name, table in _tables_of(model).items()
+    }
+    pinned = {name: constraint.ranks for name, constraint in constraints.items() if constraint.ranks is not None}
+    return _Search(model, sharder, batch_size, limits, pinned, sharding_types)
 
 
 @dataclass(frozen=True)
@@ -236,7 +270,21 @@ def _first_line(error: PlannerError) -> str:
     return f"TorchRec's planner says: {(str(error).strip().splitlines() or [error.error_type.value])[0]}"
 
 
-def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> str | None:
+@dataclass(frozen=True)
+class _Shortage:
+    """Bytes of a rank, there and needed, and of what memory."""
+
+    where: str
+    there: int
+    needed: int
+
+    @property
+    def missing_gib(self) -> float:
+        """GiB a rank."""
+        return (self.needed - self.there) / GIB
+
+
+def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> _Shortage | None:
     """What there is too little of on a rank, and how much more it takes; None where no amount would do."""
     if cluster.device == "cuda" and fits(replace(cluster, host_bytes=_PLENTY)):
         where, there = " of the host", cluster.host_bytes
@@ -244,14 +292,11 @@ def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> str | N
     else:
         where, there = " of the GPU" if cluster.device == "cuda" else "", cluster.table_bytes
         needed = _smallest_that_fits(lambda size: fits(replace(cluster, table_bytes=size)), there)
-    if needed is None:
-        return None
-    missing = f"{(needed - there) / GIB:.2f} GiB a rank more needed"
-    return f"of {there / GIB:.2f} GiB{where} (after {cluster.reserved_share:.0%} reserve), {missing}"
+    return None if needed is None else _Shortage(where, there, needed)
 
 
 def _describe_shortfall(
-    tables: Sequence[nn.Parameter], cluster: Cluster, shortage: str, *, is_constrained: bool
+    tables: Sequence[nn.Parameter], cluster: Cluster, shortage: _Shortage, *, is_constrained: bool
 ) -> str:
     weights = sum(table.numel() * table.element_size() for table in tables)
     classes = {kind for table in tables for kind in getattr(table, "_optimizer_classes", [])}
@@ -264,9 +309,11 @@ def _describe_shortfall(
         remedies.append("--optimizer with less state (rowwise_adagrad: a number a row; sgd: none)")
     if cluster.reserved_share > 0:
         remedies.append("a smaller --reserved_memory_share")
+    there = f"{shortage.there / GIB:.2f} GiB{shortage.where} (after {cluster.reserved_share:.0%} reserve)"
     return (
-        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(cluster.world_size, 'rank')} {shortage} with "
-        f"optimizer state and buffers. What would help: {'; '.join(remedies)}."
+        f"{weights / GIB:.2f} GiB of embedding tables do not fit: {count(cluster.world_size, 'rank')} of {there}, "
+        f"{shortage.missing_gib:.2f} GiB a rank more needed with optimizer state and buffers. What would help: "
+        f"{'; '.join(remedies)}."
     )
 
 

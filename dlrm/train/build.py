@@ -1,5 +1,7 @@
 """A run's model and plan, before any of it is sharded."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torchrec.distributed.types import ShardingPlan
@@ -12,8 +14,9 @@ from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.runtime import Runtime, derive_seed, on_main_rank
 from dlrm.schema import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import constraints_of, plan_sharding
+from dlrm.sharding.plan import constraints_of, fits_sharding, plan_sharding
 from dlrm.sharding.sharder import TableSharder
+from dlrm.table_constraints import TableConstraint
 from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
@@ -61,12 +64,26 @@ def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan
     """Where the run's tables go.
 
     Raises:
-        PlanError: if they do not fit, or a rule or the optimizer asks for what can't be had.
+        DoesNotFitError: if they do not fit.
+        PlanError: if a rule or the optimizer asks for what can't be had.
     """
+    return plan_sharding(model, cluster, *_plan_arguments(config, cluster))
+
+
+def fits_run(config: Config, cluster: Cluster, model: DLRMTrain) -> bool:
+    """Whether `plan_run` would find a plan; takes the time of one.
+
+    Raises:
+        PlanError: if the optimizer asks for what can't be had.
+    """
+    return fits_sharding(model, cluster, *_plan_arguments(config, cluster))
+
+
+def _plan_arguments(
+    config: Config, cluster: Cluster
+) -> tuple[TableSharder, int, Sequence[int], Mapping[str, TableConstraint], Sequence[str]]:
     constraints = constraints_of(config.sharding, config.model)
-    return plan_sharding(
-        model,
-        cluster,
+    return (
         make_sharder(config),
         max(config.data.batch_size, config.data.test_batch_size or 0),
         hotness_of(config),

@@ -1,0 +1,1 @@
+"""What a training would take on a cluster that is not at hand: its plan, its memory, the time of a step."""

@@ -1,0 +1,109 @@
+"""A prediction as a picture: memory of each rank, and the step's timeline. No torch here."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlrm.config_checks import check_output_file
+from dlrm.errors import ConfigError
+from dlrm.plan.report import PARTS
+
+_SUFFIXES = (".html", ".svg")
+_WIDTH = 860
+_COLORS_OF_MEMORY = ("#4c78a8", "#72b7b2", "#f58518", "#9d9da1", "#eeeeee")
+_PARTS_OF_STEP = ("lookup", "dense", "communication")
+_COLORS_OF_STEP = ("#4c78a8", "#54a24b", "#e45756")
+_LANES = ("compute", "communication")
+
+
+def check_plot(path: str) -> None:
+    """Refuses a picture that could not be drawn once all is done.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if Path(path).suffix not in _SUFFIXES:
+        raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}.")
+    check_output_file("plot", path)
+    for package, module in (("altair", "altair"), ("vl-convert-python", "vl_convert")):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"--plot: the package {package} is not installed. Install it, or leave the flag out.")
+
+
+def draw(facts: Mapping[str, Any], path: str) -> None:
+    """Writes the picture: a page that needs no network, or SVG."""
+    import altair
+
+    # Vega-Lite's data would otherwise be refused beyond 5,000 rows; 4,096 ranks have 20,480.
+    altair.data_transformers.disable_max_rows()
+    memory, timeline = _memory_chart(facts), _timeline_chart(facts)
+    step = facts["step"]
+    title = altair.TitleParams(
+        f"{facts['tables_gib']:.2f} GiB of tables on {facts['cluster']['name']}",
+        subtitle=f"{step['step_time_ms']:.2f} ms a step, {step['samples_per_second']:,.0f} samples/s expected; "
+        f"bound by {step['bound_by']}",
+        anchor="start",
+    )
+    chart = altair.vconcat(memory, timeline, spacing=30).resolve_scale(color="independent").properties(title=title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".html"):
+        chart.save(path, inline=True)
+    else:
+        chart.save(path)
+
+
+def _memory_chart(facts: Mapping[str, Any]) -> Any:
+    import altair
+
+    rows = [
+        {"rank": number, "part": part, "order": order, "gib": round(max(0.0, rank[part]), 4)}
+        for number, rank in enumerate(facts["memory_gib_per_rank"])
+        for order, part in enumerate(PARTS)
+    ]
+    return (
+        altair.Chart(altair.Data(values=rows), title="Memory of each rank")
+        .mark_bar()
+        .encode(
+            x=altair.X("rank:O", axis=altair.Axis(labelAngle=0, labelOverlap=True)),
+            y=altair.Y("sum(gib):Q", title="GiB"),
+            color=altair.Color(
+                "part:N", sort=PARTS, title=None, scale=altair.Scale(domain=PARTS, range=_COLORS_OF_MEMORY)
+            ),
+            order="order:Q",
+            tooltip=["rank:O", "part:N", "gib:Q"],
+        )
+        .properties(width=_WIDTH, height=240)
+    )
+
+
+def _timeline_chart(facts: Mapping[str, Any]) -> Any:
+    import altair
+
+    total = facts["step"]["step_time_ms"]
+    rows = [
+        {
+            **span,
+            "lane": "communication" if span["part"] == "communication" else "compute",
+            "middle_ms": (span["start_ms"] + span["end_ms"]) / 2,
+            "time_ms": round(span["end_ms"] - span["start_ms"], 4),
+            # Words stand only where there is room for them: about 6 pixels a letter.
+            "label": span["name"]
+            if (span["end_ms"] - span["start_ms"]) / total * _WIDTH > 6 * len(span["name"])
+            else "",
+        }
+        for span in facts["step"]["timeline"]
+    ]
+    base = altair.Chart(altair.Data(values=rows), title="Timeline of a step")
+    lane = altair.Y("lane:N", sort=_LANES, title=None)
+    bars = base.mark_bar(stroke="white", strokeWidth=1).encode(
+        x=altair.X("start_ms:Q", title="ms"),
+        x2="end_ms:Q",
+        y=lane,
+        color=altair.Color(
+            "part:N", sort=_PARTS_OF_STEP, title=None, scale=altair.Scale(domain=_PARTS_OF_STEP, range=_COLORS_OF_STEP)
+        ),
+        tooltip=["name:N", "time_ms:Q", "start_ms:Q", "end_ms:Q", "bound_by:N"],
+    )
+    words = base.mark_text(fontSize=10, color="white").encode(x="middle_ms:Q", y=lane, text="label:N")
+    return altair.layer(bars, words).properties(width=_WIDTH, height=120)

@@ -1,0 +1,105 @@
+"""A prediction's facts as lines. No torch here."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from dlrm.console import align
+
+PARTS = ("weights", "optimizer", "activations", "reserve", "free")
+
+
+def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
+    """Lines that show the facts; `described` is the cluster in words."""
+    head = [
+        ("cluster", f"{described}; {facts['cluster']['device_memory_gib']:.1f} GiB each"),
+        ("batch", f"{facts['batch_size']:,} samples a rank, {facts['global_batch_size']:,} a step"),
+        ("tables", f"{facts['tables_gib']:.2f} GiB of weights, {facts['optimizer_gib']:.2f} GiB of optimizer state"),
+        ("arithmetic", f"{facts['precision']}, {facts['optimizer']}, pipeline {facts['pipeline']}"),
+    ]
+    return [
+        *align(head),
+        "",
+        *_show_tables(facts["tables"]),
+        "",
+        *_show_memory(facts["memory_gib_per_rank"]),
+        *_warn_of_activations(facts["activations_missing_gib"]),
+        "",
+        *(_show_collectives(facts["collectives"]) if facts["collectives"] else ["one rank: nothing travels"]),
+        "",
+        *_show_step(facts["step"]),
+        "",
+        *_show_assumptions(facts["cluster"]),
+    ]
+
+
+def _show_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ("table", "rows", "dim", "GiB", "sharding", "kernel", "ranks")
+    rows = [
+        (t["table"], f"{t['rows']:,}", str(t["dim"]), f"{t['gib']:.4f}", t["sharding"], t["kernel"], _span(t["ranks"]))
+        for t in tables
+    ]
+    return align([head, *rows], right={1, 2, 3})
+
+
+def _span(ranks: Sequence[int]) -> str:
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ",".join(map(str, ranks))
+
+
+def _show_memory(ranks: Sequence[Mapping[str, float]]) -> list[str]:
+    """A line for each run of ranks that look alike."""
+    has_host = any(rank["on_host"] for rank in ranks)
+    names = (*PARTS, "on_host") if has_host else PARTS
+    shown = [tuple(f"{rank[name]:.2f}" for name in names) for rank in ranks]
+    lines = []
+    for cells, group in groupby(enumerate(shown), key=lambda entry: entry[1]):
+        numbers = [number for number, _ in group]
+        lines.append((f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), *cells))
+    head = ("GiB of rank", *PARTS, *(("in host memory",) if has_host else ()))
+    return align([head, *lines], right=range(1, len(head)))
+
+
+def _warn_of_activations(missing_gib: float) -> list[str]:
+    if not missing_gib:
+        return []
+    return [
+        f"The tables fit, but batches and activations are expected to need {missing_gib:.2f} GiB more than there is on "
+        "a rank. A smaller --batch_size, or a larger --reserved_memory_share, which leaves more to them, would help."
+    ]
+
+
+def _show_collectives(collectives: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ("MB of a step", "from a rank", "between hosts, a host", "all ranks", "ms", "bound by")
+    rows = [
+        (
+            one["name"],
+            f"{one['bytes_per_rank'] / 1e6:,.2f}",
+            f"{one['inter_host_bytes_per_host'] / 1e6:,.2f}",
+            f"{one['num_bytes'] / 1e6:,.2f}",
+            f"{one['time_ms']:,.3f}",
+            one["bound_by"],
+        )
+        for one in collectives
+    ]
+    return align([head, *rows], right={1, 2, 3, 4})
+
+
+def _show_step(step: Mapping[str, Any]) -> list[str]:
+    total = step["step_time_ms"]
+    exposed = step["exposed_communication_time_ms"]
+    hidden = max(0.0, step["communication_time_ms"] - exposed)
+    parts = (("lookup", step["lookup_time_ms"]), ("communication", exposed), ("dense", step["dense_time_ms"]))
+    rows = [
+        (name, f"{time:,.3f} ms", f"{time / total:.0%}", f"{hidden:,.3f} ms more hidden behind the rest" * (i == 1))
+        for i, (name, time) in enumerate(parts)
+    ]
+    rows.append(("step", f"{total:,.3f} ms", "", f"bound by {step['bound_by']}"))
+    rows.append(("samples/s", f"{step['samples_per_second']:,.0f}", "", "expected, not measured"))
+    return align(rows, right={1, 2})
+
+
+def _show_assumptions(cluster: Mapping[str, Any]) -> list[str]:
+    shares = ", ".join(f"{cluster[f'{name}_efficiency']:.0%} of {name}" for name in ("matrix", "memory", "network"))
+    return [f"Reached of the data sheets' peaks, as assumed: {shares} rates. docs/design/plan.md has the formulas."]
