@@ -41,7 +41,7 @@ from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.main import quieten_libraries
-from dlrm.train.optimizers import build_optimizer, table_state_floats
+from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import build_pipeline
 from dlrm.train.profiling import StepProfiler
 from dlrm.train.schedule import LearningRateSchedule
@@ -82,7 +82,7 @@ def fit_rows(rows: tuple[int, ...], bytes_per_row: float, available: float) -> t
 def make_config(case: Case, device: torch.device) -> Config:
     """MLPerf v1's shape with tables as large as fit."""
     optimizer = OptimizerConfig(optimizer=case.optimizer, learning_rate=0.01)
-    bytes_per_row = 4 * (DIM + table_state_floats(optimizer, DIM))
+    bytes_per_row = 4 * (DIM + optimizer.table_state_floats(DIM))
     reserved = ShardingConfig.reserved_memory_share
     if case.cap_gib is not None:
         available = case.cap_gib * 2**30

@@ -287,6 +287,10 @@ class OptimizerConfig:
         """What --optimizer and --adagrad say together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
+    def table_state_floats(self, dim: int) -> int:
+        """State of a table's row of `dim` weights, in floats."""
+        return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[self.algorithm]
+
     @property
     def dense_rate(self) -> float:
         """Step size of the dense parts."""

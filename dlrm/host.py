@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,21 @@ import psutil
 _CGROUPS = Path("/sys/fs/cgroup")
 _SYSTEM = Path("/sys/devices/system")
 _PR_SET_PDEATHSIG = 1
+_LOWEST = 19  # niceness
+_STEPS_BACK = 10  # a tenth of the time that a thread without it gets
 
 
 def end_with_parent(number: signal.Signals) -> None:
     """Has the kernel send this process a signal when its parent ends, however that ends. Linux only; else nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def give_way() -> None:
+    """Has the calling thread yield to the other threads of this process that want to run. Linux only; else nothing."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(_LOWEST, os.getpriority(os.PRIO_PROCESS, thread) + _STEPS_BACK))
 
 
 def available_memory_bytes() -> int:

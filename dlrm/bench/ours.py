@@ -23,7 +23,7 @@ from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.optimizers import build_optimizer, table_state_floats
+from dlrm.train.optimizers import build_optimizer
 from dlrm.train.trainer import Trainer
 
 In = TypeVar("In", bound=Pipelineable)
@@ -114,5 +114,5 @@ def describe(model: DistributedModelParallel, optimizer: OptimizerConfig) -> dic
             shards = [s.tensor for s in weight.local_shards()] if isinstance(weight, ShardedTensor) else [weight]
             for shard in shards:
                 weights += shard.numel() * shard.element_size()
-                state += shard.size(0) * table_state_floats(optimizer, shard.size(1)) * 4
+                state += shard.size(0) * optimizer.table_state_floats(shard.size(1)) * 4
     return {"threads": torch.get_num_threads(), "tables_gib": weights / 2**30, "state_gib": state / 2**30}

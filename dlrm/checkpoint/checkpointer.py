@@ -19,6 +19,7 @@ from dlrm.checkpoint.state import Part, State, blocks
 from dlrm.checkpoint.storage import ShardPlanner, Writer
 from dlrm.checkpoint.store import Store
 from dlrm.errors import CheckpointError
+from dlrm.host import give_way
 from dlrm.runtime import Runtime, new_gloo_group, on_main_rank
 
 _SECONDS_TO_SETTLE = 60.0
@@ -106,7 +107,7 @@ class Checkpointer:
             own = self._copy(own)
             stall = time.perf_counter() - started
             self._thread = threading.Thread(
-                target=self._write, args=(own, writer, stall), name="checkpoint", daemon=True
+                target=self._write_aside, args=(own, writer, stall), name="checkpoint", daemon=True
             )
             self._thread.start()
         else:
@@ -165,8 +166,13 @@ class Checkpointer:
             self._copied[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
         return self._copied[key].copy_(part.tensor, non_blocking=True)
 
+    def _write_aside(self, state: State, writer: Writer, stall: float) -> None:
+        """Runs on the checkpoint's thread. On a CPU, training wants the same cores."""
+        give_way()
+        self._write(state, writer, stall)
+
     def _write(self, state: State, writer: Writer, stall: float | None) -> None:
-        """Runs on the checkpoint's thread, or in place of one. DCP has every rank raise what one of them does."""
+        """Writes all of it. DCP has every rank raise what one of them does."""
         started = time.perf_counter()
         try:
             save(

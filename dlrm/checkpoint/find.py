@@ -126,6 +126,7 @@ def check_files(
     Raises:
         CheckpointError: at one that is missing, truncated or changed.
     """
+    buffer = memoryview(bytearray(_READ_BYTES))
     for file in files:
         expected = manifest.files.get(file)
         if expected is None:
@@ -133,10 +134,10 @@ def check_files(
         digest, num_bytes = hashlib.sha256(), 0
         try:
             with store.open(name, file) as opened:
-                while piece := opened.read(_READ_BYTES):
-                    digest.update(piece)
-                    num_bytes += len(piece)
-                    advance(len(piece))
+                while count := opened.readinto(buffer):  # fresh memory for each piece would take as long as its digest
+                    digest.update(buffer[:count])
+                    num_bytes += count
+                    advance(count)
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror or error}") from None
         if num_bytes != expected.num_bytes:

@@ -9,11 +9,11 @@ from dlrm.checkpoint.find import (
     UnfinishedError,
     check_files,
     checkpoint_names,
-    locate,
     read_config,
     read_manifest,
 )
 from dlrm.checkpoint.manifest import Manifest
+from dlrm.checkpoint.pick import open_address
 from dlrm.checkpoint.state import RANDOM, State
 from dlrm.checkpoint.storage import Reader, RestorePlanner
 from dlrm.checkpoint.store import Store, open_store
@@ -109,7 +109,7 @@ def find_given(address: str, runtime: Runtime, check: Check, note: Callable[[str
     """
 
     def find() -> tuple[str, str | None]:
-        store, name = locate(address)
+        store, name = open_address(address)
         return store.address, name
 
     store, name = on_main_rank(runtime, find)

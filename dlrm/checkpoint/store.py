@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -75,7 +76,7 @@ class Store(Protocol):
         """Gives what was written its name. All files are there."""
         ...
 
-    def open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BufferedIOBase:
         """Opens a file of a checkpoint."""
         ...
 
@@ -155,7 +156,7 @@ class LocalStore:
         (self.root / written).rename(self.root / name)
         sync(self.root)
 
-    def open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BufferedIOBase:
         """See `Store`. A link is not followed: it may lead anywhere, and what it points to is not ours.
 
         Raises:
@@ -248,7 +249,7 @@ class RemoteStore:
     def finish(self, written: str, name: str) -> None:
         """See `Store`."""
 
-    def open(self, name: str, file: str) -> BinaryIO:
+    def open(self, name: str, file: str) -> BufferedIOBase:
         """See `Store`."""
         with _as_os_error():
             return self._files.open(f"{self._root}/{name}/{file}", "rb")

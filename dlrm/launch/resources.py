@@ -64,7 +64,7 @@ def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     """
     device = "cuda" if gpus_per_host else "cpu"
     dim = config.model.embedding_dim
-    floats_per_row = dim + {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[config.optimizer.algorithm]
+    floats_per_row = dim + config.optimizer.table_state_floats(dim)
     tables = sum(config.model.table_rows) * floats_per_row * _BYTES_PER_FLOAT
     has_copy = config.checkpoint.checkpoint_every != "never" and config.checkpoint.checkpoint_mode == "async"
     spread = tables * ((device == "cpu") + has_copy) + _bytes_of_rows(config)

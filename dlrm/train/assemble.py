@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torchrec.distributed import DistributedModelParallel
@@ -21,23 +20,10 @@ from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
 from dlrm.train.dense_execution import check_arithmetic, check_dense_execution
-from dlrm.train.optimizers import build_optimizer, table_state_floats
+from dlrm.train.optimizers import build_optimizer
 from dlrm.train.pipeline import check_pipeline
 from dlrm.train.profiling import check_profile
 from dlrm.train.trainer import Trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Assembly:
-    """A trainer that has not begun.
-
-    Attributes:
-        data_opened: when opening the data began, in seconds since the epoch.
-    """
-
-    trainer: Trainer
-    placement: Placement
-    data_opened: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +42,22 @@ class Foundation:
     data_opened: float
 
 
-def assemble(config: Config, runtime: Runtime) -> Assembly:
-    """Says what it runs on, plans, opens the data, draws the weights. Collective. The config has a seed.
+def assemble(config: Config, runtime: Runtime) -> tuple[Trainer, Foundation]:
+    """A trainer that has not begun, and what it stands on. Collective. The config has a seed.
 
     Raises:
         DlrmError: for what the user can mend.
     """
     base = lay_foundation(config, runtime, STAGES)
-    trainer = Trainer(config, base.runtime, base.splits, base.model, base.optimizer, Sinks([]))
-    return Assembly(trainer, base.placement, base.data_opened)
+    return Trainer(config, base.runtime, base.splits, base.model, base.optimizer, Sinks([])), base
 
 
 def lay_foundation(
     config: Config, runtime: Runtime, stages: Sequence[Stage], *, is_restored: bool = False
 ) -> Foundation:
-    """What training and scoring have in common. Collective. The config has a seed.
+    """What training and scoring have in common: says what it runs on, plans, opens the data, draws the weights.
+
+    Collective. The config has a seed.
 
     Args:
         stages: splits to open.
@@ -93,7 +80,7 @@ def lay_foundation(
     model = build_model(config, runtime, is_restored=is_restored)
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
-    placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config.optimizer))
+    placement = describe_plan(plan, model, runtime.world_size, config.optimizer.table_state_floats)
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
     companions = draw_run_companions(config, runtime)

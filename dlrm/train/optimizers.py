@@ -72,11 +72,6 @@ def allowed_sharding_types(
     return [kind for kind in SHARDING_TYPES if kind not in excluded]
 
 
-def table_state_floats(config: OptimizerConfig, dim: int) -> float:
-    """Optimizer state of a row of `dim` weights, in floats."""
-    return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[config.algorithm]
-
-
 class Optimizers(CombinedOptimizer):
     """All optimizers of a model as one, whose gradients are dropped rather than overwritten with zeros.
 

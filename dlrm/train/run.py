@@ -59,8 +59,8 @@ def _run_from(
     if runtime.is_main:
         _note_idle_flags(config, runtime)
         _note_other_ranks(config, runtime)
-    assembly = assemble(config, runtime)
-    trainer, placement, runtime = assembly.trainer, assembly.placement, assembly.trainer.runtime
+    trainer, base = assemble(config, runtime)
+    runtime = base.runtime
     metrics = resume_training(trainer, start.source, runtime) if start.source is not None else None
     directory = on_main_rank(
         runtime,
@@ -68,17 +68,17 @@ def _run_from(
             start.path,
             config,
             describe_environment(runtime, config, start.data),
-            placement.to_json(),
+            base.placement.to_json(),
             locks,
             metrics,
         ),
     )
     rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
     if runtime.is_main:
-        _announce(config, placement, rows)
+        _announce(config, base.placement, rows)
     if config.output.profile:
         trainer.profiler = StepProfiler(config.output.profile, directory.path, runtime)
-    with _open_sinks(config, runtime, directory, rows, started, assembly.data_opened) as trainer.sink:
+    with _open_sinks(config, runtime, directory, rows, started, base.data_opened) as trainer.sink:
         if start.source is not None:
             trainer.write("resume", checkpoint=start.source.address, world_size=runtime.world_size)
         with guard(trainer, directory, start, signals) as trainer.safety:

@@ -231,7 +231,7 @@ def load_and_save_again(config: Config, runtime: Runtime, folder: Path) -> tuple
     with Locks() as locks:
         start = find_start(config, runtime, locks)
     assert start.source is not None
-    trainer = assemble(replace(config, training=start.source.config.training), runtime).trainer
+    trainer, _ = assemble(replace(config, training=start.source.config.training), runtime)
     resume_training(trainer, start.source, runtime)
     documents = {"config.json": json.dumps(config.to_json()).encode(), "metrics.jsonl": b""}
     copy = Checkpointer(open_store(str(folder / "checkpoints")), runtime, 1, False, start.data, lambda: documents)

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from dlrm.host import Core, allowed_cores, share_of_rank
+from dlrm.host import Core, allowed_cores, give_way, share_of_rank
 
 SHOW_THREADS = "import os; from dlrm.host import chosen_threads; print(chosen_threads())"
 
@@ -66,3 +67,19 @@ def test_threads_that_torchrun_chose_are_not_the_users() -> None:
     assert run_under(bare, bare | {"OMP_NUM_THREADS": "3"}) == "3"
     assert run_under(bare, bare | elastic | {"OMP_NUM_THREADS": "1"}) == "None"
     assert run_under(bare | {"OMP_NUM_THREADS": "1"}, bare | elastic | {"OMP_NUM_THREADS": "1"}) == "1"
+
+
+def test_a_thread_that_gives_way_leaves_others_as_they_are() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    seen = []
+
+    def run() -> None:
+        for _ in range(3):
+            give_way()
+            seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [min(19, before + 10), min(19, before + 20), 19]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
