@@ -34,13 +34,23 @@ def open_ceilings(precisions: Sequence[str]) -> Iterator[Turns]:
     yield {"measure": measure}
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Floating point operations a second of a product of two square matrices, as large as this machine makes short."""
+def matrix_rate(
+    dtype: torch.dtype,
+    timed: Callable[[Callable[[], object]], float] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> float:
+    """Floating point operations a second of a product of two square matrices, as large as this machine makes short.
+
+    Args:
+        timed: seconds of a call; None for `best_seconds`.
+        sizes: to choose from; None for those that suit a process with all cores.
+    """
+    timed = timed or best_seconds
     rates = []
-    for size in _SIZES:
+    for size in sizes or _SIZES:
         left, right = torch.rand(2, size, size).to(dtype)
         out = torch.empty_like(left)
-        seconds = best_seconds(lambda: torch.mm(left, right, out=out))  # noqa: B023 - called before the loop goes on
+        seconds = timed(lambda: torch.mm(left, right, out=out))  # noqa: B023 - called before the loop goes on
         rates.append(2 * size**3 / seconds)
         if seconds > _SECONDS / 8:
             break

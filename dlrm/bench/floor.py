@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from dlrm.bench.shape import state_floats
-from dlrm.config import ModelConfig
+from dlrm.config import ModelConfig, OptimizerName
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 FLOAT = 4
@@ -72,7 +72,7 @@ class Floor:
         return {**asdict(self.work), **asdict(self.ceilings), **{name: getattr(self, name) for name in names}}
 
 
-def training_work(model: ModelConfig, optimizer: str, samples: int, distinct_rows: int, width: int) -> Work:
+def training_work(model: ModelConfig, optimizer: OptimizerName, samples: int, distinct_rows: int, width: int) -> Work:
     """A training step.
 
     Args:
@@ -108,7 +108,7 @@ def interaction_work(model: ModelConfig, samples: int, width: int) -> Work:
     return Work(flop=6 * samples * model.embedding_dim * _pairs(), num_bytes=2 * samples * width * (2 * vectors + out))
 
 
-def embedding_work(dim: int, optimizer: str, distinct_rows: int) -> Work:
+def embedding_work(dim: int, optimizer: OptimizerName, distinct_rows: int) -> Work:
     """Looked-up rows are read; backward they and their optimizer state are read and written, once a step.
 
     What the lookup writes and the update reads for each sample, pooled vectors and their gradients, is in
@@ -117,7 +117,7 @@ def embedding_work(dim: int, optimizer: str, distinct_rows: int) -> Work:
     return Work(0, distinct_rows * FLOAT * (3 * dim + 2 * state_floats(optimizer, dim)))
 
 
-def _dense_training(model: ModelConfig, optimizer: str, samples: int, width: int) -> Work:
+def _dense_training(model: ModelConfig, optimizer: OptimizerName, samples: int, width: int) -> Work:
     """Of each layer a product forward and two backward, less the gradient of the integers, which nobody needs.
 
     Every layer's output is written and read again in backward. Weights, and what the optimizer keeps of them, are read

@@ -1,7 +1,16 @@
 """The run that both sides make: the shape of the public example's results table, with tables that fit this machine."""
 
 from dlrm.bench.config import DEFAULT_EMBEDDING_DIM, Shape, Workload
-from dlrm.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, OutputConfig, TrainingConfig
+from dlrm.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OptimizerName,
+    OutputConfig,
+    TrainingConfig,
+)
 from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, spec_mlperf_a100x8
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
@@ -76,12 +85,12 @@ def scale_rows(rows: tuple[int, ...], total: int) -> tuple[int, ...] | None:
     return tuple(max(1, int(size * low)) for size in rows)
 
 
-def state_floats(optimizer: str, dim: int) -> int:
+def state_floats(optimizer: OptimizerName, dim: int) -> int:
     """Optimizer state of a row of `dim` weights, in floats."""
-    return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1}[optimizer]
+    return OptimizerConfig(optimizer=optimizer).table_state_floats(dim)
 
 
-def memory_gib(config: Config, optimizer: str) -> float:
+def memory_gib(config: Config, optimizer: OptimizerName) -> float:
     """Tables and optimizer state of one side, all ranks together."""
     dim = config.model.embedding_dim
     return sum(config.model.table_rows) * _BYTES_PER_WEIGHT * (dim + state_floats(optimizer, dim)) / 2**30

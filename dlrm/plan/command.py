@@ -87,7 +87,7 @@ def plan(
     except DoesNotFitError as error:
         note(f"Does not fit {shape.describe()}. Looking for the smallest cluster of such hosts that would do.")
         return _refuse(error, shape, placing.find_smallest())
-    return predict(asked.run, shape, hardware(shape), asked.hardware, placement)
+    return predict(asked.run, shape, hardware(shape), placement)
 
 
 def _refuse(error: DoesNotFitError, shape: ClusterShape, smallest: ClusterShape | None) -> dict[str, Any]:

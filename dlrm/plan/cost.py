@@ -34,12 +34,14 @@ class Rates:
         bytes_per_second: of device memory.
         host_bytes_per_second: of host memory as the device sees it.
         launch_seconds: least time of a kernel.
+        overlaps: what is slower hides the rest. If not, one is after the other.
     """
 
     flop_per_second: float
     bytes_per_second: float
     host_bytes_per_second: float
     launch_seconds: float
+    overlaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ class Work:
         }
 
     def seconds(self, rates: Rates) -> float:
-        """The largest of `limits` (s): what is slower hides the rest (roofline; Williams et al., CACM 2009)."""
-        return max(self.limits(rates).values())
+        """The largest of `limits` (s): what is slower hides the rest (roofline; Williams et al., CACM 2009). Their sum
+        where nothing hides behind anything."""
+        limits = self.limits(rates).values()
+        return max(limits) if rates.overlaps else sum(limits)
 
     def bound_by(self, rates: Rates) -> str:
         """Which of `limits` is the largest."""

@@ -20,6 +20,9 @@ _TFLOP = 10**12
 MOST_RANKS = 4096
 """Beyond it TorchRec's planner takes hours."""
 
+ASSUMED_EFFICIENCY = 0.7
+"""Share of peak numbers that is taken to be reached where nobody has measured it."""
+
 _MOST_DEVICES = {"cuda": 16, "cpu": 256}
 _SHAPE = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<hosts>\d{1,6})x(?P<devices>\d{1,6})")
 
@@ -38,7 +41,15 @@ class Hardware:
         host_memory_bytes: of a host.
         host_device_bandwidth: bytes/s between a device and its host's memory, one way.
         launch_seconds: least time between two kernels (GPU) or operators (CPU).
-        collective_seconds: time of a collective of no bytes.
+        collective_seconds: time of a collective of no bytes, however many ranks it has.
+        message_seconds: what it takes more for each message that a rank sends after another.
+        matrix_efficiency: share of the matrix rates that the layers' products reach.
+        memory_efficiency: share of the bandwidths of memory that lookups and layers reach.
+        network_efficiency: share of the bandwidths between ranks that all-to-alls reach.
+        ring_share: bandwidth of reduce-scatters and all-gathers, over that of all-to-alls.
+        reduction_share: bandwidth of all-reduces, over the same.
+        overlaps: products, memory traffic and exchanges hide behind each other. If not, the same cores do all of
+            them, one after the other.
     """
 
     device: Literal["cuda", "cpu"]
@@ -51,6 +62,13 @@ class Hardware:
     host_device_bandwidth: float
     launch_seconds: float
     collective_seconds: float
+    message_seconds: float
+    matrix_efficiency: float = ASSUMED_EFFICIENCY
+    memory_efficiency: float = ASSUMED_EFFICIENCY
+    network_efficiency: float = ASSUMED_EFFICIENCY
+    ring_share: float = 1.0
+    reduction_share: float = 1.0
+    overlaps: bool = True
 
 
 def _gpu(
@@ -74,6 +92,7 @@ def _gpu(
         pcie_gb_s * _GB,
         launch_seconds=4e-6,
         collective_seconds=30e-6,
+        message_seconds=1e-6,
     )
 
 
@@ -101,15 +120,20 @@ KINDS: Mapping[str, Hardware] = {
         inter_host_bandwidth=12.5 * _GB,
         host_memory_bytes=512 * GIB,
         host_device_bandwidth=614.4 * _GB,
-        launch_seconds=2e-6,
-        collective_seconds=200e-6,
+        launch_seconds=379.4e-6,  # this and what follows, but for messages: benchmarks/results/calibration.json
+        collective_seconds=300e-6,
+        message_seconds=20e-6,
+        matrix_efficiency=1.0,
+        memory_efficiency=0.45,
+        network_efficiency=0.5,
+        overlaps=False,
     ),
 }
 
 _Gib = Annotated[float | None, Gt(0.0), Lt(1e9), optional("the kind's", "FLOAT")]
 _Tflops = Annotated[float | None, Gt(0.0), Lt(1e9), optional("the kind's", "FLOAT")]
 _Micros = Annotated[float | None, Ge(0.0), Lt(1e6), optional("the kind's", "FLOAT")]
-_Share = Annotated[float, Gt(0.0), Le(1.0)]
+_Share = Annotated[float | None, Gt(0.0), Le(1.0), optional("the kind's", "FLOAT")]
 
 
 @dataclass(frozen=True)
@@ -139,15 +163,18 @@ class HardwareConfig:
     """Least time between two kernels, in microseconds."""
 
     collective_latency_us: _Micros = None
-    """Time of a collective of no bytes, in microseconds."""
+    """Time of a collective of no bytes, in microseconds, however many ranks it has."""
 
-    matrix_efficiency: _Share = 0.7
+    message_us: _Micros = None
+    """Time that it takes more for each message that a rank sends after another, in microseconds."""
+
+    matrix_efficiency: _Share = None
     """Share of the peak rate that the layers' matrix products reach."""
 
-    memory_efficiency: _Share = 0.7
+    memory_efficiency: _Share = None
     """Share of the peak memory bandwidth that lookups and layers reach."""
 
-    network_efficiency: _Share = 0.7
+    network_efficiency: _Share = None
     """Share of the peak bandwidths between ranks that collectives reach."""
 
 
@@ -228,6 +255,10 @@ def hardware_of(
         host_device_bandwidth=_in(GIB, config.host_device_bandwidth, kind.host_device_bandwidth),
         launch_seconds=_in(1e-6, config.launch_us, kind.launch_seconds),
         collective_seconds=_in(1e-6, config.collective_latency_us, kind.collective_seconds),
+        message_seconds=_in(1e-6, config.message_us, kind.message_seconds),
+        matrix_efficiency=_in(1, config.matrix_efficiency, kind.matrix_efficiency),
+        memory_efficiency=_in(1, config.memory_efficiency, kind.memory_efficiency),
+        network_efficiency=_in(1, config.network_efficiency, kind.network_efficiency),
     )
 
 

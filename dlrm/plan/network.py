@@ -3,6 +3,7 @@
 Letters as in cost.py; L ranks of a host, N = W / L hosts, c bytes of a number that travels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,10 @@ class Network:
     Attributes:
         intra_bytes_per_second: that a rank sends to its host's others.
         inter_bytes_per_second: that a host sends to other hosts.
-        latency_seconds: of a collective of no bytes.
+        latency_seconds: of a collective of no bytes, however many ranks it has.
+        message_seconds: what it takes more for each message that a rank sends after another.
+        ring_share: bandwidth of reduce-scatters and all-gathers, over these.
+        reduction_share: bandwidth of all-reduces, over these.
     """
 
     ranks: int
@@ -24,11 +28,23 @@ class Network:
     intra_bytes_per_second: float
     inter_bytes_per_second: float
     latency_seconds: float
+    message_seconds: float = 0.0
+    ring_share: float = 1.0
+    reduction_share: float = 1.0
 
     @property
     def hosts(self) -> int:
         """N = W / L."""
         return self.ranks // self.ranks_per_host
+
+    @property
+    def neighbours(self) -> int:
+        """Messages of a rank to all others, one to each of its host and to each other host: L - 1 + N - 1."""
+        return self.ranks_per_host - 1 + self.hosts - 1
+
+    def waiting(self, messages: int) -> float:
+        """latency + messages * message (s): of a collective of no bytes."""
+        return self.latency_seconds + messages * self.message_seconds
 
 
 @dataclass(frozen=True)
@@ -50,15 +66,26 @@ class Collective:
     bound_by: str
 
 
-def _timed(network: Network, name: str, per_rank: float, local: float, inter_host: float, total: float) -> Collective:
-    """seconds = latency + max(local / intra, inter_host / inter); `local` is the most of a rank."""
+def _timed(
+    network: Network,
+    name: str,
+    per_rank: float,
+    local: float,
+    inter_host: float,
+    total: float,
+    messages: int,
+    share: float = 1.0,
+) -> Collective:
+    """seconds = latency + messages * message + max(local / intra, inter_host / inter) / share; `local` is the most of a
+    rank, `share` of the bandwidths is what this collective reaches."""
     limits = {
-        "bandwidth within a host": local / network.intra_bytes_per_second,
-        "bandwidth between hosts": inter_host / network.inter_bytes_per_second,
+        "bandwidth within a host": local / network.intra_bytes_per_second / share,
+        "bandwidth between hosts": inter_host / network.inter_bytes_per_second / share,
     }
     slowest = max(limits, key=limits.__getitem__)
-    bound = "latency" if network.latency_seconds > limits[slowest] else slowest
-    return Collective(name, per_rank, inter_host, total, network.latency_seconds + limits[slowest], bound)
+    waiting = network.waiting(messages)
+    bound = "latency" if waiting > limits[slowest] else slowest
+    return Collective(name, per_rank, inter_host, total, waiting + limits[slowest], bound)
 
 
 def all_to_all(
@@ -69,6 +96,8 @@ def all_to_all(
 
     A rank sends to_all * (L - 1) within its host, and to_all * (W - L) + to_peers * (N - 1) to others, which all ranks
     of a host share. It receives what the others send it. The largest of sent and received of any rank or host counts.
+    L - 1 messages one after the other within its host, and N - 1 to others: what a host's ranks send to one rank
+    elsewhere travels together (NCCL 2.12's PXN; gloo sends each by itself).
     """
     width, hosts = network.ranks_per_host, network.hosts
     local_sum = [sum(to_all[first : first + width]) for first in range(0, network.ranks, width)]
@@ -87,30 +116,38 @@ def all_to_all(
         for remote in (sent_remote, received_remote)
     ]
     total = sum(sent_local) + sum(sent_remote)
-    return _timed(network, name, per_rank, max(*sent_local, *received_local), max(by_host), total)
+    messages = network.neighbours if any(to_all) else hosts - 1
+    return _timed(network, name, per_rank, max(*sent_local, *received_local), max(by_host), total, messages)
 
 
 def ring(network: Network, name: str, payload: float, *, passes: int = 1) -> Collective:
     """A ring over all ranks: reduce-scatter or all-gather (`passes` 1) or all-reduce (2) of `payload` bytes.
 
     Each rank sends passes * payload * (W - 1) / W bytes to the next, of each host one to the next host (Patarasuk and
-    Yuan, JPDC 2009).
+    Yuan, JPDC 2009), in passes * (W - 1) messages one after the other. An all-reduce that waits for fewer in a tree,
+    2 * (L - 1 + log2 N) as NCCL reckons (src/graph/tuning.cc), takes that.
     """
     sent = passes * payload * (network.ranks - 1) / network.ranks
     inter_host = sent if network.hosts > 1 else 0.0
-    return _timed(network, name, sent, sent if network.ranks_per_host > 1 else 0.0, inter_host, sent * network.ranks)
+    local = sent if network.ranks_per_host > 1 else 0.0
+    messages, share = passes * (network.ranks - 1), network.ring_share
+    if passes > 1:
+        messages = min(messages, passes * (network.ranks_per_host - 1 + math.ceil(math.log2(network.hosts))))
+        share = network.reduction_share
+    return _timed(network, name, sent, local, inter_host, sent * network.ranks, messages, share)
 
 
 def host_rings(network: Network, name: str, payloads: Sequence[float]) -> Collective:
-    """A ring in each host, of `payloads[host]` bytes: each of its ranks sends payload * (L - 1) / L."""
+    """A ring in each host, of `payloads[host]` bytes: each of its ranks sends payload * (L - 1) / L, in L - 1
+    messages."""
     width = network.ranks_per_host
     sent = [payload * (width - 1) / width for payload in payloads]
-    return _timed(network, name, max(sent), max(sent), 0.0, sum(sent) * width)
+    return _timed(network, name, max(sent), max(sent), 0.0, sum(sent) * width, width - 1, network.ring_share)
 
 
 def input_exchange(network: Network, tables: Sequence[Table], samples: int) -> list[Collective]:
     """Ids and lengths to the ranks that hold their tables: from each rank 4 * B * H / row_splits + 4 * B bytes to each
-    holder. First the sizes are exchanged: a latency more."""
+    holder. First the sizes are exchanged: an all-to-all of no bytes more."""
     received = [0.0] * network.ranks
     for table in _sharded(tables):
         size = ID * samples * table.hotness / table.row_splits + LENGTH * samples
@@ -120,7 +157,7 @@ def input_exchange(network: Network, tables: Sequence[Table], samples: int) -> l
         return []
     nobody = [0.0] * network.ranks
     exchanged = all_to_all(network, "input ids all-to-all", received, nobody, reverse=True)
-    return [replace(exchanged, seconds=exchanged.seconds + network.latency_seconds)]
+    return [replace(exchanged, seconds=exchanged.seconds + network.waiting(network.neighbours))]
 
 
 def pooled_exchange(network: Network, tables: Sequence[Table], samples: int) -> list[Collective]:

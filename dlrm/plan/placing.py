@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -12,7 +11,6 @@ from dlrm.runtime import Runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.train.build import build_model, fits_run, plan_run
-from dlrm.train.optimizers import table_state_floats
 
 MOST_SEARCHED_RANKS = 256
 """Of the search for a cluster: TorchRec's planner takes minutes for more."""
@@ -62,7 +60,7 @@ class Placing:
         """
         cluster = self._cluster(self._shape.hosts)
         plan = plan_run(self._config, cluster, self._model)
-        return describe_plan(plan, self._model, cluster.world_size, partial(table_state_floats, self._config.optimizer))
+        return describe_plan(plan, self._model, cluster.world_size, self._config.optimizer.table_state_floats)
 
     def find_smallest(self) -> ClusterShape | None:
         """The fewest hosts of these devices that a plan exists for, more than there are; None where there is none of up
@@ -79,7 +77,7 @@ class Placing:
         """Whose memory, all of it together, holds the weights and optimizer state."""
         model = self._config.model
         dim = model.embedding_dim
-        row_bytes = 4 * (dim + table_state_floats(self._config.optimizer, dim))
+        row_bytes = 4 * (dim + self._config.optimizer.table_state_floats(dim))
         cluster = self._cluster(self._shape.hosts)
         of_host = self._shape.devices_per_host * (cluster.table_bytes + cluster.host_bytes) / GIB
         return max(1, int(sum(model.table_rows) * row_bytes / GIB / of_host))

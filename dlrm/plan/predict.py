@@ -7,57 +7,39 @@ from dlrm.config import CommPrecision, Config, Precision
 from dlrm.data.splits import hotness_of
 from dlrm.errors import ConfigError
 from dlrm.plan.cost import DEFAULT_CACHE_SHARE, FLOAT, Rates, Table
-from dlrm.plan.hardware import GIB, ClusterShape, Hardware, HardwareConfig
+from dlrm.plan.hardware import GIB, ClusterShape, Hardware
 from dlrm.plan.memory import memory_of_ranks
 from dlrm.plan.network import Collective, Network
 from dlrm.plan.step import Step, Workload, build_step
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement, constraints_of
-from dlrm.train.optimizers import table_state_floats
 
 _HALF = 2
 _WHOLE_ROWS = ("table_wise", "column_wise", "table_column_wise", "data_parallel")
 
 
-def predict(
-    config: Config,
-    shape: ClusterShape,
-    hardware: Hardware,
-    efficiency: HardwareConfig,
-    placement: Placement,
-) -> dict[str, Any]:
+def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: Placement) -> dict[str, Any]:
     """What the plan's training would take: facts, ready for JSON.
 
     Raises:
         ConfigError: if the hardware has no such arithmetic.
     """
     precision = precision_on(config, hardware, shape)
-    width = _HALF if precision == "bf16" else FLOAT
-    tables = _tables_on_ranks(config, shape, placement)
+    load = workload_of(config, shape, precision, placement)
     memory = memory_of_ranks(
         config.model,
-        tables,
+        load.tables,
         config.optimizer.algorithm,
         config.training.pipeline,
         config.data.batch_size,
-        width,
+        load.width,
         shape.world_size,
         hardware.memory_bytes,
         config.sharding.reserved_memory_share,
     )
-    load = Workload(
-        config.model,
-        tables,
-        config.data.batch_size,
-        width,
-        config.optimizer.algorithm,
-        hides_input=config.training.pipeline != "base",
-        launches=config.training.dense_execution != "cuda_graph",
-    )
-    rates, network = _reached(hardware, efficiency, shape, precision)
-    step = build_step(load, rates, network)
+    step = build_step(load, *reached(hardware, shape, precision))
     return {
-        "cluster": _describe_cluster(shape, hardware, efficiency),
+        "cluster": _describe_cluster(shape, hardware),
         "fits": True,
         "batch_size": config.data.batch_size,
         "global_batch_size": step.samples,
@@ -76,7 +58,20 @@ def predict(
     }
 
 
-def _describe_cluster(shape: ClusterShape, hardware: Hardware, efficiency: HardwareConfig) -> dict[str, Any]:
+def workload_of(config: Config, shape: ClusterShape, precision: Precision, placement: Placement) -> Workload:
+    """What a step of the plan's training does."""
+    return Workload(
+        config.model,
+        _tables_on_ranks(config, shape, placement),
+        config.data.batch_size,
+        _HALF if precision == "bf16" else FLOAT,
+        config.optimizer.algorithm,
+        hides_input=config.training.pipeline != "base",
+        launches=config.training.dense_execution != "cuda_graph",
+    )
+
+
+def _describe_cluster(shape: ClusterShape, hardware: Hardware) -> dict[str, Any]:
     return {
         **asdict(shape),
         "name": str(shape),
@@ -90,9 +85,13 @@ def _describe_cluster(shape: ClusterShape, hardware: Hardware, efficiency: Hardw
         "matrix_tflops": {name: rate / 1e12 for name, rate in hardware.matrix_rates.items()},
         "launch_us": hardware.launch_seconds * 1e6,
         "collective_latency_us": hardware.collective_seconds * 1e6,
-        "matrix_efficiency": efficiency.matrix_efficiency,
-        "memory_efficiency": efficiency.memory_efficiency,
-        "network_efficiency": efficiency.network_efficiency,
+        "message_us": hardware.message_seconds * 1e6,
+        "matrix_efficiency": hardware.matrix_efficiency,
+        "memory_efficiency": hardware.memory_efficiency,
+        "network_efficiency": hardware.network_efficiency,
+        "ring_share": hardware.ring_share,
+        "reduction_share": hardware.reduction_share,
+        "overlaps": hardware.overlaps,
     }
 
 
@@ -144,22 +143,24 @@ def precision_on(config: Config, hardware: Hardware, shape: ClusterShape) -> Pre
     return asked
 
 
-def _reached(
-    hardware: Hardware, efficiency: HardwareConfig, shape: ClusterShape, precision: Precision
-) -> tuple[Rates, Network]:
+def reached(hardware: Hardware, shape: ClusterShape, precision: Precision) -> tuple[Rates, Network]:
     """Peak numbers times the share of them that is reached."""
     rates = Rates(
-        hardware.matrix_rates[precision] * efficiency.matrix_efficiency,
-        hardware.memory_bandwidth * efficiency.memory_efficiency,
-        hardware.host_device_bandwidth * efficiency.memory_efficiency,
+        hardware.matrix_rates[precision] * hardware.matrix_efficiency,
+        hardware.memory_bandwidth * hardware.memory_efficiency,
+        hardware.host_device_bandwidth * hardware.memory_efficiency,
         hardware.launch_seconds,
+        hardware.overlaps,
     )
     network = Network(
         shape.world_size,
         shape.devices_per_host,
-        hardware.intra_host_bandwidth * efficiency.network_efficiency,
-        hardware.inter_host_bandwidth * efficiency.network_efficiency,
+        hardware.intra_host_bandwidth * hardware.network_efficiency,
+        hardware.inter_host_bandwidth * hardware.network_efficiency,
         hardware.collective_seconds,
+        hardware.message_seconds,
+        hardware.ring_share,
+        hardware.reduction_share,
     )
     return rates, network
 
@@ -167,7 +168,7 @@ def _reached(
 def _tables_on_ranks(config: Config, shape: ClusterShape, placement: Placement) -> list[Table]:
     hotness = dict(zip(TABLE_NAMES, hotness_of(config), strict=True))
     rules = constraints_of(config.sharding, config.model)
-    state_floats = table_state_floats(config.optimizer, config.model.embedding_dim)
+    state_floats = config.optimizer.table_state_floats(config.model.embedding_dim)
     tables = []
     for table in placement.tables:
         cached = rules[table.table].cache_ratio if table.table in rules else None

@@ -102,4 +102,4 @@ def _show_step(step: Mapping[str, Any]) -> list[str]:
 
 def _show_assumptions(cluster: Mapping[str, Any]) -> list[str]:
     shares = ", ".join(f"{cluster[f'{name}_efficiency']:.0%} of {name}" for name in ("matrix", "memory", "network"))
-    return [f"Reached of the data sheets' peaks, as assumed: {shares} rates. docs/design/plan.md has the formulas."]
+    return [f"Reckoned with {shares} rates. docs/design/plan.md has the formulas, and says what of this was measured."]

@@ -115,13 +115,14 @@ def build_step(load: Workload, rates: Rates, network: Network) -> Step:
     of pooled rows travel while the dense arch's backward computes; tables are updated; dense gradients are reduced as
     soon as the lane is free; dense parameters are updated. The next batch's ids travel whenever the lane is free
     (hides_input), or before the lookup. A step lasts as long as its last part, and at least as long as all that
-    travels.
+    travels. Where nothing overlaps (`rates.overlaps`) the lanes are one.
     """
     works = _dense_works(load)
     lay = _Lanes(rates)
     tables, batch = load.tables, load.batch_size
     inputs = input_exchange(network, tables, batch)
-    started = 0.0 if load.hides_input else lay.send(inputs, 0.0)
+    hides_input = load.hides_input and rates.overlaps
+    started = 0.0 if hides_input else lay.send(inputs, 0.0)
     looked_up = lay.look_up("lookup", load, network.ranks, cost.lookup_forward, started)
     pooled = lay.send(pooled_exchange(network, tables, batch), looked_up)
     dense = lay.compute("dense arch", works["dense"][0], looked_up)
@@ -137,7 +138,7 @@ def build_step(load: Workload, rates: Rates, network: Network) -> Step:
     reduced = lay.send(replicated_reduction(network, tables), max(reduced, updated))
     lay.compute("dense update", cost.update_work(parameters, load.optimizer), max(reduced, updated))
     ending = max(span.end for span in lay.spans)
-    if load.hides_input:
+    if hides_input:
         lay.send_anytime(inputs)
     travelling = sum(part.seconds for part in lay.collectives)
     seconds = max(ending, travelling)
@@ -176,6 +177,8 @@ class _Lanes:
         span = Span(name, part, start, work.seconds(self._rates), work.bound_by(self._rates))
         self.spans.append(span)
         self._computes_until = span.end
+        if not self._rates.overlaps:
+            self._sends_until = span.end
         return span.end
 
     def look_up(
@@ -198,6 +201,8 @@ class _Lanes:
             self.spans.append(Span(one.name, "communication", start, one.seconds, one.bound_by))
             self.collectives.append(one)
             ready = self._sends_until = start + one.seconds
+            if not self._rates.overlaps:
+                self._computes_until = ready
         return ready
 
     def send_anytime(self, collectives: Sequence[Collective]) -> None:

@@ -127,6 +127,30 @@ def test_rings_by_hand() -> None:
     assert ring(late, "x", 2).bound_by == "latency"
 
 
+def test_messages_by_hand() -> None:
+    network = Network(16, 8, 1e12, 1e12, 1.0, 0.5)  # 2 hosts of 8; bytes cost next to nothing
+    nobody = [0.0] * 16
+    # To 7 of its host, and to the other host together; as namesakes to the other host alone.
+    assert all_to_all(network, "x", [8.0] * 16, nobody).seconds == pytest.approx(1 + 0.5 * 8)
+    assert all_to_all(network, "x", nobody, [8.0] * 16).seconds == pytest.approx(1 + 0.5 * 1)
+    assert ring(network, "x", 8).seconds == pytest.approx(1 + 0.5 * 15)
+    # An all-reduce takes a tree, up and down: 7 hops in a host and 1 between 2 hosts, instead of 30 in a ring.
+    assert ring(network, "x", 8, passes=2).seconds == pytest.approx(1 + 0.5 * 2 * 8)
+    assert ring(Network(3, 3, 1e12, 1e12, 1.0, 0.5), "x", 8, passes=2).seconds == pytest.approx(1 + 0.5 * 2 * 2)
+    assert host_rings(network, "x", [8, 8]).seconds == pytest.approx(1 + 0.5 * 7)
+    (ids,) = input_exchange(network, [make_table()], 1)
+    assert ids.seconds == pytest.approx(2 * (1 + 0.5 * 8))
+    assert ids.bound_by == "latency"
+
+
+def test_shares_of_bandwidths_by_hand() -> None:
+    network = dataclasses.replace(make_network(4, 4, intra=3.0), ring_share=0.5, reduction_share=2.0)
+    assert ring(network, "x", 100).seconds == 25 / 0.5
+    assert ring(network, "x", 100, passes=2).seconds == 50 / 2
+    assert host_rings(network, "x", [100]).seconds == 25 / 0.5
+    assert all_to_all(network, "x", [8, 0, 0, 0], [0] * 4).seconds == 8  # 24 bytes at 3
+
+
 def test_exchanges_by_hand() -> None:
     network = make_network(4, 2)
     table = make_table(ranks=(1,), hotness=3)
@@ -179,6 +203,21 @@ def test_a_step_adds_up() -> None:
         ends = accumulate((span.end for span in spans), max)
         assert all(after.start >= end - 1e-12 for end, after in zip(ends, spans[1:], strict=False))
     assert "between hosts" in step.bound_by
+
+
+def test_cores_do_one_thing_after_the_other() -> None:
+    cores = dataclasses.replace(RATES, overlaps=False)
+    work = Work(flop=2e12, num_bytes=1e11, host_bytes=1e9, kernels=10)
+    assert work.seconds(cores) == pytest.approx(2 + 1 + 0.1 + 1e-5)
+    assert work.bound_by(cores) == "matrix products"
+    step = make_step(NETWORK, cores)
+    spans = sorted(step.spans, key=lambda span: span.start)
+    assert [span.end for span in spans[:-1]] == pytest.approx([span.start for span in spans[1:]])
+    assert step.seconds == pytest.approx(sum(span.seconds for span in spans))
+    assert step.exposed_communication_seconds == pytest.approx(step.seconds_of("communication"))
+    assert step.seconds > make_step(NETWORK).seconds
+    # A pipeline has nothing to hide the ids behind.
+    assert make_step(NETWORK, cores, hides_input=False).seconds == step.seconds
 
 
 def test_what_is_faster_takes_no_longer() -> None:
@@ -235,15 +274,30 @@ def test_clusters_that_make_no_sense(text: str, message: str) -> None:
 
 
 def test_hardware_by_flags() -> None:
-    config = HardwareConfig(memory_bandwidth=1000, bf16_tflops=5, collective_latency_us=3, host_memory_gib=64)
+    config = HardwareConfig(
+        memory_bandwidth=1000, bf16_tflops=5, collective_latency_us=3, host_memory_gib=64, message_us=2
+    )
     gpu = hardware_of(parse_cluster("h100:1x8"), config, 10, 2, 1)
     assert (gpu.memory_bytes, gpu.memory_bandwidth, gpu.host_memory_bytes) == (10 * GIB, 1000 * GIB, 64 * GIB)
     assert (gpu.intra_host_bandwidth, gpu.inter_host_bandwidth) == (2 * GIB, GIB)
     assert gpu.matrix_rates == {**KINDS["h100"].matrix_rates, "bf16": 5e12}
     assert gpu.collective_seconds == pytest.approx(3e-6)
+    assert gpu.message_seconds == pytest.approx(2e-6)
     cpu = hardware_of(parse_cluster("cpu:2x4"), config, None, None, None)
     assert (cpu.memory_bytes, cpu.memory_bandwidth) == (16 * GIB, 250 * GIB)  # a quarter of the host's
     assert cpu.inter_host_bandwidth == KINDS["cpu"].inter_host_bandwidth
+
+
+def test_efficiencies_are_the_kinds_unless_flags_say_otherwise() -> None:
+    config = HardwareConfig(memory_efficiency=0.25)
+    for kind in KINDS:
+        found = hardware_of(ClusterShape(kind, 1, 2), config, None, None, None)
+        assert found.memory_efficiency == 0.25
+        assert found.matrix_efficiency == KINDS[kind].matrix_efficiency
+        assert found.network_efficiency == KINDS[kind].network_efficiency
+    gpus = [kind for kind in KINDS.values() if kind.device == "cuda"]
+    assert {(kind.matrix_efficiency, kind.overlaps) for kind in gpus} == {(0.7, True)}
+    assert not KINDS["cpu"].overlaps
 
 
 def test_newer_kinds_are_not_slower() -> None:

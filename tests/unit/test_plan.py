@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import NoReturn
 
 import pytest
@@ -18,7 +17,7 @@ from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.table_constraints import SHARDING_TYPES
 from dlrm.train.build import plan_run
-from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer, table_state_floats
+from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
 STATES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -28,7 +27,7 @@ def make_plan(config: Config, cluster: Cluster) -> Placement:
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
     train = DLRMTrain(model, cluster.world_size)
     plan = plan_run(config, cluster, train)
-    return describe_plan(plan, train, cluster.world_size, partial(table_state_floats, config.optimizer))
+    return describe_plan(plan, train, cluster.world_size, config.optimizer.table_state_floats)
 
 
 def cpus(ranks: int, gib: float = 1.0) -> Cluster:
