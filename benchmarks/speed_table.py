@@ -1,46 +1,14 @@
-"""Draws the table of training speed.
+"""The table of training speed, of the JSON files that benchmarks/train_matrix.sh writes."""
 
-    python -m benchmarks.speed_table benchmarks/results/train --output docs/results/speed.md
-
-Its rows are the JSON files that benchmarks/train_matrix.sh writes.
-"""
-
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-from dlrm.artifacts import write_atomically
 from dlrm.errors import DatasetError
 
-_HEAD = """# Training speed against plain TorchRec
-
-Written by `python -m benchmarks.speed_table`; do not edit. Each row is a call of `dlrm bench train`
-(`benchmarks/train_matrix.sh` has them all): both sides in turn, on the same machine. Ratio: our samples/s over the
-reference's, median of the rounds (lowest to highest). Floor: our speed as a share of what matrix rate and memory
-bandwidth, measured in the same call, allow at most ([floor](../design/floor.md)). Memory: peak RSS of the largest rank
-less its tables and optimizer state, ours and the reference's.
-"""
 _COLUMNS = ("ids", "tables, GiB", "optimizer", "ranks", "batch", "ours in", "ratio", "floor", "memory, GiB")
 
 
-def main() -> None:
-    """Reads a folder of results and writes the page, or prints it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of JSON files")
-    parser.add_argument("--output", type=Path, help="page to write (default: print it)")
-    arguments = parser.parse_args()
-    page = draw_page([json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))])
-    if arguments.output is None:
-        print(page, end="")
-        return
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output, lambda file: file.write(page.encode()))
-    print(f"{arguments.output} written")
-
-
-def draw_page(results: list[dict[str, Any]]) -> str:
-    """The whole page: a table for each machine.
+def draw_tables(results: list[dict[str, Any]]) -> str:
+    """A table for each machine and commit.
 
     Raises:
         DatasetError: if there is no result to draw.
@@ -49,10 +17,14 @@ def draw_page(results: list[dict[str, Any]]) -> str:
     if not results:
         raise DatasetError("no results of `dlrm bench train`. Run benchmarks/train_matrix.sh first.")
     machines = {describe_machine(result): None for result in results}
-    parts = [_HEAD]
-    for machine in machines:
-        parts.append(f"{machine}\n\n{draw_table([r for r in results if describe_machine(r) == machine])}")
-    return "\n".join(parts)
+    tables = [(name, draw_table([one for one in results if describe_machine(one) == name])) for name in machines]
+    return "\n".join(f"{machine}\n\n{table}" for machine, table in tables)
+
+
+def summarize(results: list[dict[str, Any]]) -> str:
+    """How many shapes were measured, and between which ratios."""
+    ratios = [result["ratio"] for result in results]
+    return f"{len(ratios)} shapes, {min(ratios):.2f} to {max(ratios):.2f} times the reference's speed."
 
 
 def describe_machine(result: dict[str, Any]) -> str:
@@ -100,7 +72,3 @@ def _memory(side: dict[str, Any]) -> float:
         peak - tables - state
         for peak, tables, state in zip(side["peak_rss_gib"], side["tables_gib"], side["state_gib"], strict=True)
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Training speed against plain TorchRec: every row of docs/results/speed.md, one JSON each.
+# Training speed against plain TorchRec: every row of the table in docs/results.md, one JSON each.
 #
 #   benchmarks/train_matrix.sh [FOLDER]                                        (default: benchmarks/results/train)
-#   python -m benchmarks.speed_table FOLDER --output docs/results/speed.md     draws the table
+#   python -m benchmarks.pages                draws the table into docs/results.md
 #
 # About an hour on two cores with nothing else running. A result that is there already is not measured again, so that an
 # interrupted call goes on where it ended. DLRM names the command (default: .venv/bin/dlrm).

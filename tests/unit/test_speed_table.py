@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.speed_table import draw_page
+from benchmarks.speed_table import draw_tables, summarize
 from dlrm.errors import DatasetError
 
 
@@ -24,7 +24,9 @@ def result(batch_size: int, ratio: float, cpu: str = "One", rows: str = "uniform
 
 
 def test_page():
-    page = draw_page([result(4096, 5.5, rows="mlperf"), result(65_536, 6.0), result(512, 4.0), result(512, 3.0, "Two")])
+    page = draw_tables(
+        [result(4096, 5.5, rows="mlperf"), result(65_536, 6.0), result(512, 4.0), result(512, 3.0, "Two")]
+    )
     lines = page.splitlines()
     first, second = lines.index("One, 2 cores; torch 2.13.0, torchrec 1.8.0; commit 0123456789ab"), len(lines) - 5
     assert lines[first + 4 : first + 7] == [
@@ -36,6 +38,11 @@ def test_page():
     assert lines[-1].startswith("| uniform | 2.8 | sgd | 2 | 512 | bf16 | **3.00**")
 
 
+def test_summary():
+    results = [result(4096, 5.5), result(512, 1.25), result(65_536, 6.0)]
+    assert summarize(results) == "3 shapes, 1.25 to 6.00 times the reference's speed."
+
+
 def test_nothing_to_draw():
     with pytest.raises(DatasetError, match="no results"):
-        draw_page([{"case": "loader"}])
+        draw_tables([{"case": "loader"}])

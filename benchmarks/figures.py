@@ -1,0 +1,126 @@
+"""What was run here, in words: one figure for each committed result."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, the file that has it all, and how that becomes words."""
+
+    what: str
+    file: str
+    draw: Callable[[Result], str]
+
+
+def _quality(result: Result) -> str:
+    stages = []
+    for stage in ("val", "test"):
+        values = [run[stage] for run in result["runs"]]
+        stages.append(f"{stage} {statistics.mean(values):.4f} ({statistics.stdev(values):.4f})")
+    return ", ".join(stages)
+
+
+def _planted(result: Result) -> str:
+    last, best = result["curve"][-1], result["truth"]["val_auroc"]
+    return (
+        f"val {last['auroc']:.4f} after {last['samples']:,} samples (best possible {best:.4f}); "
+        f"{result['target']} after {result['samples_to_target']:,}; [curve](planted_curve.md)"
+    )
+
+
+def _preprocess_speed(result: Result) -> str:
+    low, high = result["ratio_spread"]
+    return (
+        f"{result['ratio']:.0f} times ({low:.0f} to {high:.0f}) from parsing through shuffling, "
+        f"{result['ratio_of_whole_process']:.0f} times the whole process"
+    )
+
+
+def _preprocess_memory(result: Result) -> str:
+    peaks = ", ".join(
+        f"{run['peak_memory_gib']:.2f} GiB at {run['rows'] / 1e6:.0f} million" for run in result["by_rows"]
+    )
+    distinct = result["distinct_ids"]
+    return (
+        f"{peaks} rows; {distinct['peak_memory_gib']:.2f} GiB at {distinct['distinct'] / 1e6:.0f} million distinct ids "
+        f"of a column, limit {distinct['memory_gib']:g} GiB"
+    )
+
+
+def _preprocess_kills(result: Result) -> str:
+    return f"{len(result['kills'])} kills, the same bytes: {'every time' if result['same'] else 'NOT every time'}"
+
+
+def _kills(result: Result) -> str:
+    runs = result["runs"]
+    kinds = list(dict.fromkeys(run["kind"] for run in runs))
+    counts = ", ".join(f"{kind} {sum(run['kind'] == kind for run in runs)}" for kind in kinds)
+    writing = sum(run["while_writing"] for run in runs)
+    same = sum(run["same"] for run in runs)
+    return f"{same} of {len(runs)} resumed to the same bits ({counts}; {writing} while a checkpoint was being written)"
+
+
+def _checkpoint(result: Result) -> str:
+    low, high = min(result["ratios"]), max(result["ratios"])
+    return (
+        f"training stands still {1 / result['ratio']:.3f} times as long (1/{low:.0f} to 1/{high:.0f}); while one is "
+        f"written it runs at {result['rate_while_writing']:.2f} of its rate; saving with training waiting, SHA-256 "
+        f"included, takes {1 / result['save_ratio']:.1f} times as long; loading with SHA-256 checked "
+        f"{1 / result['load_ratio']:.1f} times, without {1 / result['load_ratio_without_check']:.2f} times"
+    )
+
+
+def _soak(result: Result) -> str:
+    def growth(measure: str) -> str:
+        values = [trend["growth"] for trend in result["trends"] if trend["measure"] == measure]
+        return f"{max(values):+.1f}"
+
+    grown = any(trend["has_grown"] for trend in result["trends"])
+    return (
+        f"{result['checkpoints']:,} checkpoints, {result['validations']:,} validations; a rank's memory "
+        f"{growth('rss_mib')} MiB, handles {growth('num_handles')}, threads {growth('num_threads')}: "
+        f"{'GROWS' if grown else 'no growth'}"
+    )
+
+
+def _startup(result: Result) -> str:
+    ratios = result["ratios_to_import_torch"]
+    return (
+        f"`dlrm_main.py --help` {ratios['dlrm_main.py --help']:.2f}, `dlrm --help` {ratios['dlrm --help']:.2f}; first "
+        f"training step on top of imports {ratios['on top of imports, 1 process']:.1f} (one process), "
+        f"{ratios['on top of imports, 2 ranks']:.1f} (two ranks)"
+    )
+
+
+def _overlap(result: Result) -> str:
+    def spread(side: str, name: str) -> str:
+        values = result["rounds"][side][name]
+        return f"{statistics.median(values):.0%} ({min(values):.0%} to {max(values):.0%})"
+
+    shown = [f"{spread(side, 'input_all_to_all_hidden')} with the pipeline {side}" for side in ("on", "off")]
+    return ", ".join(shown)
+
+
+FIGURES = (
+    Figure(
+        "AUROC on 120,000 real rows, `--recipe kaggle_sample`, five seeds: mean (standard deviation)",
+        "quality_kaggle_sample.json",
+        _quality,
+    ),
+    Figure("the same in bf16", "quality_kaggle_sample_bf16.json", _quality),
+    Figure("the same through torchrec's preprocessing", "quality_kaggle_sample_torchrec.json", _quality),
+    Figure("planted days, one epoch: AUROC; samples to the target", "planted_curve.json", _planted),
+    Figure("preprocessing against torchrec's three functions, two workers", "preprocess_speed.json", _preprocess_speed),
+    Figure("peak memory of preprocessing", "preprocess_memory.json", _preprocess_memory),
+    Figure("preprocessing ended by `kill -9` and resumed", "preprocess_kills.json", _preprocess_kills),
+    Figure("training of two ranks ended by `kill -9` and resumed", "kills.json", _kills),
+    Figure("checkpoints against `torch.save` with fsync", "checkpoint.json", _checkpoint),
+    Figure("a checkpoint every 100 steps, 30 minutes, two ranks: growth after the warm-up", "soak.json", _soak),
+    Figure("start, over the time of `import torch`", "startup.json", _startup),
+    Figure("input all-to-all hidden behind compute, two ranks on a CPU", "overlap.json", _overlap),
+)

@@ -1,0 +1,184 @@
+"""Draws every page of figures from the committed results, byte for byte the same from the same files.
+
+    python -m benchmarks.pages            # writes docs/results.md, docs/planted_curve.md and their pictures
+    python -m benchmarks.pages --check    # exit code 1 where one of them is not what the results say
+
+Nothing is measured here. What measures is named beside each figure.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks import planted, scaling_picture, speed_table
+from benchmarks.figures import FIGURES
+from dlrm.artifacts import write_atomically
+from dlrm.errors import DatasetError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path("benchmarks/results")
+TEMPLATE = Path("benchmarks/results.md.jinja")
+
+TRAIN_ROWS = 4_195_197_692
+"""Of Criteo 1TB, days 0 to 22 (MLCommons' conversion script)."""
+
+DRAWN_OTHERWISE = frozenset({"plans.json", "calibration.json", "scaling.json"})
+"""Results of which the template makes more than one line."""
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SpecRow:
+    """A row of the public example's results table."""
+
+    name: str
+    recipe: str
+    gib: float
+    local_batch: int
+    val_auroc: float
+    test_auroc: float
+    samples_per_second: float
+    epoch: str
+
+
+SPEC_ROWS = (
+    SpecRow("MLPerf", "spec_mlperf_a100x8", 97.36, 8192, 0.7737, 0.7685, 5_497_159.68, "12m43s"),
+    SpecRow("MLPerfx2", "spec_mlperf_x2_a100x16", 174.03, 4096, 0.7761, 0.7706, 2_028_339.2, "34m27s"),
+    SpecRow("Full Size", "spec_full_size_a100x80", 420.94, 819, 0.7841, 0.7787, 459_950.4, "2h32m03s"),
+)
+
+
+def main() -> int:
+    """Writes the pages, or compares them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    arguments = parser.parse_args()
+    pages = draw_pages(ROOT)
+    stale = [name for name, page in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != page]
+    if arguments.check:
+        print("\n".join(f"{name}: not what the results say. Run `python -m benchmarks.pages`." for name in stale))
+        return 1 if stale else 0
+    for name in stale:
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(ROOT / name, lambda file, page=pages[name]: file.write(page))
+    print(f"{len(pages)} pages and pictures, {len(stale)} of them new: {', '.join(stale) or '-'}")
+    return 0
+
+
+def draw_pages(root: Path) -> dict[str, bytes]:
+    """All that is drawn, by its name in the repository.
+
+    Raises:
+        DatasetError: if a result is missing.
+    """
+    results = Results(root)
+    curve = results.read("planted_curve.json")
+    pages = {
+        "docs/results.md": draw_results(results, (root / TEMPLATE).read_text()),
+        "docs/planted_curve.md": planted.draw_page(curve),
+        f"docs/{planted.PICTURE}": planted.draw_picture(curve),
+        "docs/pictures/scaling.svg": scaling_picture.draw(results.read("scaling.json")),
+    }
+    return {name: page.encode() for name, page in pages.items()}
+
+
+class Results:
+    """The committed results. Remembers which were read."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, name: str) -> Result:
+        """One of them.
+
+        Raises:
+            DatasetError: if it is not there.
+        """
+        path = self._root / RESULTS / name
+        if not path.exists():
+            raise DatasetError(f"{RESULTS / name}: not there. Run the command that measures it, with --json.")
+        return json.loads(path.read_text())
+
+    def folder(self, name: str) -> list[Result]:
+        """All in a folder, by name."""
+        return [json.loads(path.read_text()) for path in sorted((self._root / RESULTS / name).glob("*.json"))]
+
+
+def draw_results(results: Results, template: str) -> str:
+    """The page of results."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    plans = {plan["recipe"]: plan for plan in results.read("plans.json")["plans"]}
+    rows = [_compare(row, plans[row.recipe]) for row in SPEC_ROWS]
+    v1_rate = plans["mlperf_v1"]["facts"]["step"]["samples_per_second"]
+    train = results.folder("train")
+    return environment.from_string(template).render(
+        rows=rows,
+        train_rows=TRAIN_ROWS,
+        v1_minutes=TRAIN_ROWS / v1_rate / 60,
+        plans_commit=results.read("plans.json")["commit"][:12],
+        figures=_table(("what", "figure", "command", "commit"), _run_here(results)),
+        speed=speed_table.draw_tables(train),
+        speed_summary=speed_table.summarize(train),
+        calibration=results.read("calibration.json"),
+        scaling=results.read("scaling.json"),
+        machines=_machines([*(results.read(figure.file) for figure in FIGURES), *train]),
+    )
+
+
+def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
+    """A row's figures beside what is expected of its cluster."""
+    facts = plan["facts"]
+    step, cluster = facts["step"], facts["cluster"]
+    ranks = cluster["world_size"]
+    if facts["batch_size"] != row.local_batch:
+        raise DatasetError(f"{row.recipe}: a local batch of {facts['batch_size']}, expected {row.local_batch}.")
+    samples = row.local_batch * ranks
+    return {
+        "spec": row,
+        "plan": plan,
+        "gib": f"{facts['tables_gib']:.2f}",
+        "ranks": ranks,
+        "hosts": cluster["hosts"],
+        "cluster": cluster["name"],
+        "samples": samples,
+        "expected": step["samples_per_second"],
+        "epoch_minutes": TRAIN_ROWS / step["samples_per_second"] / 60,
+        "over": step["samples_per_second"] / row.samples_per_second,
+        "step_ms": step["step_time_ms"],
+        "spec_step_ms": 1e3 * samples / row.samples_per_second,
+        "lookup_ms": step["lookup_time_ms"],
+        "dense_ms": step["dense_time_ms"],
+        "exposed_ms": step["exposed_communication_time_ms"],
+        "bound_by": step["bound_by"],
+        "shardings": ", ".join(sorted({table["sharding"] for table in facts["tables"]})),
+        "largest_gib": max(rank["weights"] for rank in facts["memory_gib_per_rank"]),
+        "seconds": plan["seconds"],
+    }
+
+
+def _run_here(results: Results) -> Iterable[Sequence[str]]:
+    for figure in FIGURES:
+        result = results.read(figure.file)
+        link = f"[{result['commit'][:12]}](../{RESULTS / figure.file})"
+        yield figure.what, figure.draw(result), f"`{result['command']}`", link
+
+
+def _machines(results: Iterable[Result]) -> str:
+    """Every machine that measured, once."""
+    return "; ".join(
+        dict.fromkeys(f"{one['machine']['cpu']}, {one['machine']['cpu_count']} hardware threads" for one in results)
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""Plans of the public example's three configurations on the clusters that it ran on, and of MLPerf's first benchmark.
+
+    python -m benchmarks.plans --json benchmarks/results/plans.json
+
+Each is a call of `dlrm plan`, timed from its start to its end.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dlrm.bench.provenance import write_result
+
+ROOT = Path(__file__).parent.parent
+CLUSTERS = {
+    "spec_mlperf_a100x8": "a100_40gb:1x8",
+    "spec_mlperf_x2_a100x16": "a100_40gb:2x8",
+    "spec_full_size_a100x80": "a100_40gb:10x8",
+    "mlperf_v1": "a100_40gb:1x8",
+}
+"""By recipe."""
+
+
+def main() -> None:
+    """Plans, prints a line each, and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    arguments = parser.parse_args()
+    plans = []
+    for recipe, cluster in CLUSTERS.items():
+        plans.append(plan(recipe, cluster))
+        facts = plans[-1]["facts"]
+        print(
+            f"{recipe}: {facts['tables_gib']:.2f} GiB on {cluster}, {facts['step']['samples_per_second']:,.0f} "
+            f"samples/s expected; planned in {plans[-1]['seconds']:.1f} s",
+            flush=True,
+        )
+    write_result(arguments.json, {"plans": plans})
+
+
+def plan(recipe: str, cluster: str) -> dict[str, Any]:
+    """One call of `dlrm plan`."""
+    arguments = ["plan", "--recipe", recipe, "--cluster", cluster, "--json"]
+    started = time.perf_counter()
+    call = [sys.executable, "-c", "import sys; from dlrm.cli import main; sys.exit(main(sys.argv[1:]))", *arguments]
+    done = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return {
+        "recipe": recipe,
+        "command": shlex.join(["dlrm", *arguments]),
+        "seconds": time.perf_counter() - started,
+        "facts": json.loads(done.stdout),
+    }
+
+
+if __name__ == "__main__":
+    main()
