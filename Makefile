@@ -2,6 +2,7 @@
 # make test   the whole test suite that needs no GPU
 # make test-slurm   jobs on a Slurm that it installs (Debian, root), starts and stops
 # make check  format, lint, types, import contracts
+# make docs   the documentation site, build/site/index.html; broken links are errors
 # Each sets up .venv first. DEVICE=cuda takes the CUDA packages; the default looks for a GPU driver.
 
 PYTHON ?= python3
@@ -13,10 +14,10 @@ DEMO ?= build/demo
 DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm check format lock clean
+.PHONY: help setup demo test test-slurm check docs format lock clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup: $(KERNELS)
 
@@ -58,6 +59,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
+
+# -E reads every page anew: of a page that it does not read, Sphinx repeats no warning.
+docs: $(READY)
+	@rm -rf build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E -c docs/site -d build/doctrees . build/site
 
 format: $(READY)
 	$(BIN)/ruff format .
