@@ -6,6 +6,7 @@ Without accounting torchx itself can't ask for a job's state (it calls sacct): h
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from torchx.runner import get_runner
 
 from tests.distributed.test_faults import write_days
+from tests.docs.commands import blocks_of
 from tests.launching import BIN, MAIN, ROOT, TINY, read_losses, read_summary
 from tests.slurm.lab import Lab, slurm, wait
 
@@ -105,6 +107,17 @@ def test_the_line_of_the_public_example(jobs: Jobs, shape: str) -> None:
     state = jobs.wait(job)
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), jobs.output(job)
     assert read_summary(jobs.folder / "runs" / "ddp")["world_size"] == 2
+
+
+@pytest.mark.timeout(300)
+def test_the_guides_lines_for_a_cluster_without_accounting(jobs: Jobs) -> None:
+    (jobs.folder / "dlrm").symlink_to(ROOT / "dlrm")
+    page = "docs/guides/cluster.md"
+    (block,) = [block for block in blocks_of(page, (ROOT / page).read_text()) if "sbatch --wait" in block.text]
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = done.stdout.split("Submitted batch job ")[1].split()[0]
+    assert set(dict(AUROC.findall(jobs.output(job)))) == {"val", "test"}, jobs.output(job)
 
 
 @pytest.mark.timeout(300)
