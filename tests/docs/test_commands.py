@@ -22,7 +22,8 @@ def run(block: Block, folder: Path, log: Path) -> None:
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", block.text],
             cwd=folder,
-            env={**os.environ, "PATH": path},
+            # One thread a process: with other tests beside it, threads of an operator wait for one that has no core.
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -42,6 +43,7 @@ def run(block: Block, folder: Path, log: Path) -> None:
         )
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of(page: str, tmp_path: Path, record_property) -> None:
     for name in CODE:
