@@ -18,14 +18,13 @@ import jinja2
 from benchmarks import planted, scaling_picture, speed_table
 from benchmarks.figures import FIGURES
 from dlrm.artifacts import write_atomically
+from dlrm.bench.provenance import short_commit
 from dlrm.errors import DatasetError
+from dlrm.recipes import CRITEO_1T_TRAINING_ROWS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/results.md.jinja")
-
-TRAIN_ROWS = 4_195_197_692
-"""Of Criteo 1TB, days 0 to 22 (MLCommons' conversion script)."""
 
 DRAWN_OTHERWISE = frozenset({"plans.json", "calibration.json", "scaling.json"})
 """Results of which the template makes more than one line."""
@@ -89,7 +88,7 @@ def draw_pages(root: Path) -> dict[str, bytes]:
 
 
 class Results:
-    """The committed results. Remembers which were read."""
+    """The committed results."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -113,15 +112,18 @@ class Results:
 def draw_results(results: Results, template: str) -> str:
     """The page of results."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    plans = {plan["recipe"]: plan for plan in results.read("plans.json")["plans"]}
+    environment.filters["short_commit"] = short_commit
+    planned = results.read("plans.json")
+    plans = {plan["recipe"]: plan for plan in planned["plans"] if not plan["flags"]}
     rows = [_compare(row, plans[row.recipe]) for row in SPEC_ROWS]
     v1_rate = plans["mlperf_v1"]["facts"]["step"]["samples_per_second"]
     train = results.folder("train")
     return environment.from_string(template).render(
         rows=rows,
-        train_rows=TRAIN_ROWS,
-        v1_minutes=TRAIN_ROWS / v1_rate / 60,
-        plans_commit=results.read("plans.json")["commit"][:12],
+        otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
+        train_rows=CRITEO_1T_TRAINING_ROWS,
+        v1_minutes=CRITEO_1T_TRAINING_ROWS / v1_rate / 60,
+        plans=planned,
         figures=_table(("what", "figure", "command", "commit"), _run_here(results)),
         speed=speed_table.draw_tables(train),
         speed_summary=speed_table.summarize(train),
@@ -134,8 +136,7 @@ def draw_results(results: Results, template: str) -> str:
 def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
     """A row's figures beside what is expected of its cluster."""
     facts = plan["facts"]
-    step, cluster = facts["step"], facts["cluster"]
-    ranks = cluster["world_size"]
+    step, ranks = facts["step"], facts["cluster"]["world_size"]
     if facts["batch_size"] != row.local_batch:
         raise DatasetError(f"{row.recipe}: a local batch of {facts['batch_size']}, expected {row.local_batch}.")
     samples = row.local_batch * ranks
@@ -144,11 +145,9 @@ def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
         "plan": plan,
         "gib": f"{facts['tables_gib']:.2f}",
         "ranks": ranks,
-        "hosts": cluster["hosts"],
-        "cluster": cluster["name"],
         "samples": samples,
         "expected": step["samples_per_second"],
-        "epoch_minutes": TRAIN_ROWS / step["samples_per_second"] / 60,
+        "epoch_minutes": CRITEO_1T_TRAINING_ROWS / step["samples_per_second"] / 60,
         "over": step["samples_per_second"] / row.samples_per_second,
         "step_ms": step["step_time_ms"],
         "spec_step_ms": 1e3 * samples / row.samples_per_second,
@@ -158,14 +157,13 @@ def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
         "bound_by": step["bound_by"],
         "shardings": ", ".join(sorted({table["sharding"] for table in facts["tables"]})),
         "largest_gib": max(rank["weights"] for rank in facts["memory_gib_per_rank"]),
-        "seconds": plan["seconds"],
     }
 
 
 def _run_here(results: Results) -> Iterable[Sequence[str]]:
     for figure in FIGURES:
         result = results.read(figure.file)
-        link = f"[{result['commit'][:12]}](../{RESULTS / figure.file})"
+        link = f"[{short_commit(result)}](../{RESULTS / figure.file})"
         yield figure.what, figure.draw(result), f"`{result['command']}`", link
 
 

@@ -118,11 +118,9 @@ def expect(kind: str, mode: str, ranks: int, placement: str) -> Point:
     except DoesNotFitError as error:
         return replace(point, error=f"{error.missing_gib_per_rank:.1f} GiB a rank are missing")
     facts = predict(config, shape, hardware(shape), placed)
-    memory = facts["memory_gib_per_rank"]
-    missing = -min(rank["free"] for rank in memory)
-    if missing > 0:
-        return replace(point, error=f"{missing:.1f} GiB a rank are missing")
-    step = facts["step"]
+    if not facts["fits"]:
+        return replace(point, error=f"{facts['activations_missing_gib']:.1f} GiB a rank are missing")
+    memory, step = facts["memory_gib_per_rank"], facts["step"]
     return replace(
         point,
         step_time_ms=step["step_time_ms"],

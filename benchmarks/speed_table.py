@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dlrm.bench.provenance import short_commit
 from dlrm.errors import DatasetError
 
 _COLUMNS = ("ids", "tables, GiB", "optimizer", "ranks", "batch", "ours in", "ratio", "floor", "memory, GiB")
@@ -32,7 +33,7 @@ def describe_machine(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     return (
         f"{machine['cpu']}, {machine['cpu_count']} cores; torch {versions['torch']}, torchrec {versions['torchrec']}; "
-        f"commit {result['commit'][:12]}"
+        f"commit {short_commit(result)}"
     )
 
 

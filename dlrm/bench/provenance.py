@@ -39,6 +39,12 @@ def command_line() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
+def short_commit(result: dict[str, Any]) -> str:
+    """A result's commit as pages name it; `-dirty` where files differed from it."""
+    commit, _, dirty = result["commit"].partition("-")
+    return f"{commit[:12]}-{dirty}" if dirty else commit[:12]
+
+
 def cpu_model() -> str:
     """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -38,10 +38,12 @@ def train(
     Args:
         flags: flags of dlrm_main.py
         j: HOSTSxPROCESSES, as in 2x8; HOSTS: a process for each GPU, or one; MIN:MAXxPROCESSES goes on with fewer hosts
+            where the scheduler lets it (Slurm does not)
         h: named resource of torchx for a host, as aws_p4d.24xlarge, in place of gpu, cpu and memory_gib
         gpu: GPUs of a host, each with a process of its own; 0 trains on CPUs
         cpu: cores of a host; by default 8 for each GPU, or 2 for each process
-        memory_gib: memory of a host; by default what tables, checkpoints, rows and processes take, and a fifth
+        memory_gib: memory of a host; by default what tables (beside GPUs, those beyond 40 GiB each or what
+            --device_memory_gib says), checkpoints, rows and processes take, and a fifth
         max_restarts: times that torchrun starts the ranks again when one of them dies
         max_retries: times that the scheduler starts the job again when it has failed
         name: name of the job

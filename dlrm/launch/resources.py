@@ -11,6 +11,8 @@ GIB = 2**30
 _CORES_PER_PROCESS = {"cpu": 2, "cuda": 8}
 _GIB_PER_PROCESS = {"cpu": 1.5, "cuda": 6.0}
 """Libraries, batches, activations; beside a GPU its context and page-locked batches."""
+_GPU_GIB = 40.0
+"""The smallest of `dlrm plan`'s kinds."""
 _HEADROOM = 1.2
 _BYTES_PER_FLOAT = 4
 
@@ -57,7 +59,8 @@ def count_cores(processes: int, gpus_per_host: int) -> int:
 def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     """Memory of a host, where none is asked for: tables, a copy for checkpoints, rows, and what processes take.
 
-    Tables are spread over all hosts; the smallest number of hosts that goes on must be enough.
+    Tables are spread over all hosts; the smallest number of hosts that goes on must be enough. Beside GPUs, it is the
+    tables that these can't hold, with --device_memory_gib each, or 40 GiB.
 
     Raises:
         LaunchError: if the rows are loaded into memory and can't be seen from here.
@@ -67,7 +70,9 @@ def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     floats_per_row = dim + config.optimizer.table_state_floats(dim)
     tables = sum(config.model.table_rows) * floats_per_row * _BYTES_PER_FLOAT
     has_copy = config.checkpoint.checkpoint_every != "never" and config.checkpoint.checkpoint_mode == "async"
-    spread = tables * ((device == "cpu") + has_copy) + _bytes_of_rows(config)
+    in_gpus = shape.min_hosts * gpus_per_host * (config.sharding.device_memory_gib or _GPU_GIB) * GIB
+    on_hosts = max(0.0, tables - in_gpus * (1 - config.sharding.reserved_memory_share))
+    spread = on_hosts + tables * has_copy + _bytes_of_rows(config)
     gib = spread / shape.min_hosts / GIB + shape.processes_per_host * _GIB_PER_PROCESS[device]
     return int(gib * _HEADROOM) + 1
 

@@ -63,7 +63,10 @@ def parse_plan(argv: Sequence[str]) -> PlanConfig:
 def plan(
     asked: PlanConfig, hardware: Callable[[ClusterShape], Hardware], note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Facts of the plan, ready for JSON. Where it does not fit: `fits`, `error`, `missing_gib` and `smallest_cluster`.
+    """Facts of the plan, ready for JSON.
+
+    Where the tables do not fit: `fits`, `error`, `missing_gib`, `smallest_cluster`. Where what comes on top of them does
+    not: all facts, with `fits` and `error`.
 
     Args:
         hardware: what a rank of a cluster has.
@@ -130,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     facts = plan(asked, hardware, (lambda _: None) if asked.json else partial(print, flush=True))
     if asked.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
-    if not facts["fits"]:
+    if "tables" not in facts:
         raise DoesNotFitError(facts["error"], facts["missing_gib_per_rank"])
     if not asked.json:
         print("\n".join(to_text(facts, parse_cluster(asked.cluster).describe())))
@@ -138,3 +141,5 @@ def main(argv: Sequence[str]) -> None:
         draw(facts, asked.plot)
         if not asked.json:
             print(f"Drawn: {asked.plot}")
+    if not facts["fits"]:
+        raise DoesNotFitError(facts["error"], facts["activations_missing_gib"])

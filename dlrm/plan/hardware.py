@@ -116,11 +116,11 @@ KINDS: Mapping[str, Hardware] = {
         memory_bytes=512 * GIB,
         memory_bandwidth=614.4 * _GB,
         matrix_rates={"fp32": 14.3 * _TFLOP, "bf16": 229.4 * _TFLOP, "int16": 28.7 * _TFLOP},
-        intra_host_bandwidth=1.43 * _GB,  # this and what follows, but for other hosts and messages: calibration.json
+        intra_host_bandwidth=1.43 * _GB,  # benchmarks/results/calibration.json
         inter_host_bandwidth=12.5 * _GB,
         host_memory_bytes=512 * GIB,
         host_device_bandwidth=614.4 * _GB,
-        launch_seconds=103e-6,
+        launch_seconds=103e-6,  # this and what follows, but for messages: calibration.json
         collective_seconds=329e-6,
         message_seconds=20e-6,
         matrix_efficiency=0.69,
@@ -160,6 +160,9 @@ class HardwareConfig:
 
     bf16_tflops: _Tflops = None
     """The same in bf16."""
+
+    int16_tflops: _Tflops = None
+    """The same in int16, which only CPUs have."""
 
     launch_us: _Micros = None
     """Least time between two kernels, in microseconds."""
@@ -243,7 +246,7 @@ def hardware_of(
     host_memory = _in(GIB, config.host_memory_gib, kind.host_memory_bytes)
     memory = host_memory / shape.devices_per_host if is_shared else kind.memory_bytes
     rates = {
-        precision: _in(_TFLOP, getattr(config, f"{precision}_tflops", None), rate) * share
+        precision: _in(_TFLOP, getattr(config, f"{precision}_tflops"), rate) * share
         for precision, rate in kind.matrix_rates.items()
     }
     return replace(

@@ -27,7 +27,8 @@ class RankMemory:
     Attributes:
         weights: of its parts of tables, those in host memory left out, and of the dense parts.
         optimizer: state of the same.
-        activations: batches, buffers of the exchanges, layers' outputs, gradients.
+        activations: batches, buffers of the exchanges, layers' outputs; gradients of the dense parts and of replicated
+            tables.
         reserve: what of the reserved share the dense parts and activations leave.
         free: what more tables may take; less than nothing where activations need more than there is.
         on_host: of tables and their state, in the host's memory.
@@ -54,8 +55,8 @@ def memory_of_ranks(
 ) -> list[RankMemory]:
     """Of each rank.
 
-    Tables: 4 * R * (D + state) * share. Dense parts: 4 * parameters * (1 + state copies). Activations: see
-    `_dense_activations` and `_exchange_buffers`.
+    Tables: 4 * R * (D + state) * share. Dense parts: 4 * parameters * (1 + state copies). Gradients: 4 * parameters,
+    and 4 * R * D of each replicated table. Activations: see `_dense_activations` and `_exchange_buffers`.
 
     Args:
         pipeline: base, sparse_dist or prefetch, by which batches are in flight.
@@ -71,7 +72,8 @@ def memory_of_ranks(
             hosted[rank] += (table.weight_bytes + table.state_bytes) * share * (1 - table.device_share)
     buffers = _exchange_buffers(tables, samples, ranks)
     batches = _BATCHES_IN_FLIGHT[pipeline] * samples * sample_bytes([table.hotness for table in tables])
-    shared = batches + _dense_activations(model, samples, width) + FLOAT * parameters
+    gradients = FLOAT * parameters + sum(table.weight_bytes for table in tables if table.is_replicated)
+    shared = batches + _dense_activations(model, samples, width) + gradients
     found = []
     for rank in range(ranks):
         held_weights = weights[rank] + FLOAT * parameters

@@ -38,9 +38,11 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
         config.sharding.reserved_memory_share,
     )
     step = build_step(load, *reached(hardware, shape, precision))
+    missing = max(0.0, *(-rank_memory.free / GIB for rank_memory in memory))
     return {
         "cluster": _describe_cluster(shape, hardware),
-        "fits": True,
+        "fits": not missing,
+        "error": _describe_missing(missing) if missing else None,
         "batch_size": config.data.batch_size,
         "global_batch_size": step.samples,
         "precision": precision,
@@ -52,10 +54,18 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
         "memory_gib_per_rank": [
             {name: size / GIB for name, size in asdict(rank_memory).items()} for rank_memory in memory
         ],
-        "activations_missing_gib": max(0.0, *(-rank_memory.free / GIB for rank_memory in memory)),
+        "activations_missing_gib": missing,
         "collectives": [_describe_collective(one) for one in step.collectives],
         "step": _describe_step(step),
     }
+
+
+def _describe_missing(gib: float) -> str:
+    return (
+        f"The tables fit, but batches, activations and gradients are expected to need {gib:.2f} GiB more than there is "
+        "on a rank. A smaller --batch_size would do, or fewer replicated tables, or more of the memory kept for them "
+        "(--reserved_memory_share)."
+    )
 
 
 def workload_of(config: Config, shape: ClusterShape, precision: Precision, placement: Placement) -> Workload:

