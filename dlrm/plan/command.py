@@ -65,8 +65,8 @@ def plan(
 ) -> dict[str, Any]:
     """Facts of the plan, ready for JSON.
 
-    Where the tables do not fit: `fits`, `error`, `missing_gib`, `smallest_cluster`. Where what comes on top of them does
-    not: all facts, with `fits` and `error`.
+    Where the tables do not fit: `fits`, `error`, `missing_gib`, `smallest_cluster`. Where what comes on top of them
+    does not: all facts, with `fits` and `error`.
 
     Args:
         hardware: what a rank of a cluster has.
