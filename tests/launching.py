@@ -26,7 +26,7 @@ TINY = [
 """Flags of a model that starts fast."""
 
 
-def run(command: Sequence[str], timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command from the repository's root and waits."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -40,7 +40,7 @@ def run(command: Sequence[str], timeout: float = 120, **environment: str) -> sub
     )
 
 
-def run_main(*flags: str, ranks: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_main(*flags: str, ranks: int = 1, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python dlrm_main.py FLAGS`, or torchrun with that many ranks."""
     launcher = [sys.executable]
     if ranks > 1:
@@ -107,7 +107,7 @@ def _main(flags: Sequence[str], stdout: str, stderr: str, changes: Mapping[str, 
     main(flags)
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 300) -> None:
     """Waits for something that another process does."""
     deadline = time.monotonic() + timeout
     while not condition():

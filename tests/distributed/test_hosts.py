@@ -23,7 +23,6 @@ FLAGS = [*TINY, "--batch_size", "4", "--seed", "1", "--checkpoint_every", "5", "
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may make network namespaces"),
     pytest.mark.skipif(shutil.which("ip") is None, reason="no ip command: install iproute2"),
-    pytest.mark.timeout(300),
 ]
 
 
@@ -103,7 +102,7 @@ class Job:
             assert all(launcher.poll() is None for launcher in self.launchers), self.output
             return (self.run_dir / "metrics.jsonl").exists() and len(read_losses(self.run_dir)) >= step
 
-        wait_until(is_there, 120)
+        wait_until(is_there)
 
     def kill(self, number: int) -> None:
         """All of it on one host, at once."""
@@ -138,7 +137,7 @@ def start(hosts: tuple[Host, Host], tmp_path: Path) -> Iterator[Start]:
 
 def test_two_hosts_and_a_cable_that_is_pulled_for_a_while(start: Start, hosts: tuple[Host, Host]) -> None:
     undisturbed = start("undisturbed", "2")
-    assert [launcher.wait(120) for launcher in undisturbed.launchers] == [0, 0], undisturbed.output
+    assert [launcher.wait(300) for launcher in undisturbed.launchers] == [0, 0], undisturbed.output
     assert "2 ranks on 2 hosts" in undisturbed.output
     job = start("pulled", "2")
     job.wait_for_step(20)
@@ -148,7 +147,7 @@ def test_two_hosts_and_a_cable_that_is_pulled_for_a_while(start: Start, hosts: t
     time.sleep(1)
     assert len(read_losses(job.run_dir)) == before < STEPS
     hosts[1].set_link("up")
-    assert [launcher.wait(120) for launcher in job.launchers] == [0, 0], job.output
+    assert [launcher.wait(300) for launcher in job.launchers] == [0, 0], job.output
     assert read_losses(job.run_dir) == read_losses(undisturbed.run_dir)
     assert read_summary(job.run_dir)["test_logloss"] == read_summary(undisturbed.run_dir)["test_logloss"]
 
@@ -159,7 +158,7 @@ def test_a_host_that_goes_without_a_word(start: Start, hosts: tuple[Host, Host])
     wait_until(lambda: any(job.run_dir.glob("checkpoints/step_*")))
     hosts[1].set_link("down")  # no connection is closed: the other host hears nothing at all
     job.kill(1)
-    assert job.launchers[0].wait(180) == 0, job.output
+    assert job.launchers[0].wait(300) == 0, job.output
     summary = read_summary(job.run_dir)
     assert (summary["world_size"], summary["num_train_samples"]) == (1, STEPS * 8)
     resumed = job.logs[0].read_text().split("Resuming from ")[1].splitlines()[0]

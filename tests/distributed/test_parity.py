@@ -151,7 +151,6 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[floa
     return {ranks: launch(all_losses, ranks, ranks, folder=folder)[0] for ranks in (1, 2, 4)}
 
 
-@pytest.mark.timeout(900)  # the first of them runs all cases
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: str(CASES[i]))
 def test_ranks_agree_with_one_on_every_loss(losses: dict[int, list[list[float]]], case: int, ranks: int) -> None:
@@ -164,7 +163,6 @@ def test_ranks_agree_with_one_on_every_loss(losses: dict[int, list[list[float]]]
 ROUNDED = [number for number, case in enumerate(CASES) if case.tolerance > 1e-5]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda i: str(CASES[i]))
 def test_what_is_rounded_is_rounded_in_truth(losses: dict[int, list[list[float]]], case: int, ranks: int) -> None:

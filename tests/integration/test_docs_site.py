@@ -22,7 +22,7 @@ def build(source: Path, output: Path, *flags: str) -> tuple[int, str]:
     command = shlex.split(line)
     assert (command[0], command[-2:]) == ("$(BIN)/python", [".", "build/site"])
     command[command.index("build/doctrees")] = f"{output}-doctrees"
-    done = run([sys.executable, *command[1:-2], *flags, str(source), str(output)], timeout=240)
+    done = run([sys.executable, *command[1:-2], *flags, str(source), str(output)], timeout=800)
     return done.returncode, done.stderr
 
 

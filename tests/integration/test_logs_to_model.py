@@ -38,7 +38,7 @@ def test_real_rows_reach_the_auroc_of_the_log(tmp_path: Path, criteo_folder: Pat
         *("--output", str(days)),
     )
     flags = ["--in_memory_binary_criteo_path", str(days), "--run_dir", str(tmp_path / "run"), "--seed", "0"]
-    done = run_main("--recipe", "kaggle_sample", *flags, timeout=280)
+    done = run_main("--recipe", "kaggle_sample", *flags, timeout=800)
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "run")
     assert (summary["num_train_samples"], summary["num_test_samples"]) == (102_857, 8_571)

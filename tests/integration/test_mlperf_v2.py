@@ -39,7 +39,7 @@ def test_it_stops_at_the_target_and_says_so(folder: Path, tmp_path: Path) -> Non
         "run_dir": tmp_path / "run",
     }
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    done = run_main(*argv, "--mlperf_log", "--no_print_progress", ranks=2, timeout=280)
+    done = run_main(*argv, "--mlperf_log", "--no_print_progress", ranks=2, timeout=800)
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "run")
     assert summary["target_reached"]

@@ -93,14 +93,12 @@ def check(jobs: Jobs, job: str, ranks: int, hosts: str) -> None:
     assert f"{ranks} ranks on {hosts}, cpu, gloo" in output
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("shape", "hosts"), [("1x2", "1 host"), ("2x1", "2 hosts")])
 def test_our_component(jobs: Jobs, shape: str, hosts: str) -> None:
     job = jobs.submit(COMPONENT, "-j", shape, "--memory_gib", "2", "--", *TINY)
     check(jobs, job, 2, hosts)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("shape", ["1x2", "2x1"])
 def test_the_line_of_the_public_example(jobs: Jobs, shape: str) -> None:
     job = jobs.submit("dist.ddp", "-j", shape, "--script", "dlrm_main.py", "--", *TINY, "--run_dir", "runs/ddp")
@@ -109,7 +107,6 @@ def test_the_line_of_the_public_example(jobs: Jobs, shape: str) -> None:
     assert read_summary(jobs.folder / "runs" / "ddp")["world_size"] == 2
 
 
-@pytest.mark.timeout(300)
 def test_the_guides_lines_for_a_cluster_without_accounting(jobs: Jobs) -> None:
     (jobs.folder / "dlrm").symlink_to(ROOT / "dlrm")
     page = "docs/guides/cluster.md"
@@ -120,7 +117,6 @@ def test_the_guides_lines_for_a_cluster_without_accounting(jobs: Jobs) -> None:
     assert set(dict(AUROC.findall(jobs.output(job)))) == {"val", "test"}, jobs.output(job)
 
 
-@pytest.mark.timeout(300)
 def test_a_job_that_fails_is_reported_as_failed(jobs: Jobs) -> None:
     job = jobs.submit(
         COMPONENT,
@@ -140,7 +136,6 @@ def test_a_job_that_fails_is_reported_as_failed(jobs: Jobs) -> None:
     assert "dlrm: error: gone" in jobs.output(job)
 
 
-@pytest.mark.timeout(400)
 def test_a_killed_job_is_queued_again_and_goes_on(jobs: Jobs) -> None:
     write_days(jobs.folder / "days", (1600, 40))
     flags = [*FLAGS, "--in_memory_binary_criteo_path", "days"]
