@@ -133,13 +133,16 @@ class DayRows:
         )
 
 
-def open_splits(folder: Path, dataset_name: str, multi_hot_folder: Path | None = None) -> dict[Stage, DayRows]:
+def open_splits(
+    folder: Path, dataset_name: str, multi_hot_folder: Path | None = None, needs_training: bool = True
+) -> dict[Stage, DayRows]:
     """Finds the days of `folder`, checks every header, and says which rows train, validate and test.
 
     Ids come from `multi_hot_folder` where that is given; `folder` then needs no `day_{i}_sparse.npy`.
 
     criteo_1t: all days but the last train; the last day's first half (the larger where odd) validates, the rest tests.
     criteo_kaggle: the first 6/7 of the rows train, and the rest is split in the same way. No row is in two splits.
+    Without `needs_training` one day is enough, all of it held out.
 
     Raises:
         DatasetError: naming the file and what is wrong with it.
@@ -154,7 +157,7 @@ def open_splits(folder: Path, dataset_name: str, multi_hot_folder: Path | None =
         num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
-        *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in _day_names(folder)]
+        *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in _day_names(folder, needs_training)]
         training, held_out = [Piece(day, 0, day.num_rows) for day in earlier], Piece(last, 0, last.num_rows)
     middle = held_out.start + -(-(held_out.stop - held_out.start) // 2)
     splits: dict[Stage, DayRows] = {
@@ -162,6 +165,8 @@ def open_splits(folder: Path, dataset_name: str, multi_hot_folder: Path | None =
         "val": DayRows((Piece(held_out.day, held_out.start, middle),)),
         "test": DayRows((Piece(held_out.day, middle, held_out.stop),)),
     }
+    if not needs_training:
+        del splits["train"]
     for stage, rows in splits.items():
         if rows.num_rows == 0:
             raise DatasetError(
@@ -170,7 +175,7 @@ def open_splits(folder: Path, dataset_name: str, multi_hot_folder: Path | None =
     return splits
 
 
-def _day_names(folder: Path) -> list[str]:
+def _day_names(folder: Path, needs_training: bool) -> list[str]:
     found = sorted(
         {int(match[1]) for path in folder.iterdir() if (match := re.match(r"day_(\d+)_\w+\.npy$", path.name))}
     )
@@ -179,7 +184,7 @@ def _day_names(folder: Path) -> list[str]:
             f"{folder}: no day_0_dense.npy. Expected binary Criteo days, or --dataset_name criteo_kaggle with "
             "train_dense.npy. Write them with `dlrm preprocess`."
         )
-    if len(found) == 1:
+    if len(found) == 1 and needs_training:
         raise DatasetError(f"{folder}: one day only (day_{found[0]}). Expected two or more: the last is held out.")
     missing = next((expected for expected, number in enumerate(found) if number != expected), None)
     if missing is not None:

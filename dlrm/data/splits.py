@@ -112,7 +112,7 @@ def expansion_of(data: DataConfig, table_rows: tuple[int, ...]) -> Expansion | N
     return Expansion(table_rows, sizes, data.multi_hot_distribution_type or "uniform")
 
 
-def draw_run_companions(config: Config, runtime: Runtime) -> Companions | None:
+def draw_run_companions(config: Config, runtime: Runtime, stages: Sequence[Stage] = STAGES) -> Companions | None:
     """One copy a host of the companions that the run needs, once its data was found and its headers are right.
 
     Collective. None where no companions are needed.
@@ -124,7 +124,7 @@ def draw_run_companions(config: Config, runtime: Runtime) -> Companions | None:
     if expansion is None:
         return None
     if not config.is_random:
-        on_every_rank(runtime, lambda: _open_days(config.data, config.model.table_rows, config.recipe))
+        on_every_rank(runtime, lambda: _open_days(config, stages))
     return share_companions(expansion, runtime, _label(config, runtime, "Drawing companions"))
 
 
@@ -136,7 +136,7 @@ def hotness_of(config: Config) -> tuple[int, ...]:
     """
     if config.data.synthetic_multi_hot_criteo_path is None:
         return config.data.multi_hot_sizes or ONE_HOT
-    return _open_days(config.data, config.model.table_rows, config.recipe)["train"].widths
+    return _open_days(config, ("val",))["val"].widths
 
 
 def measure_dense(config: Config) -> DenseStatistics:
@@ -148,7 +148,7 @@ def measure_dense(config: Config) -> DenseStatistics:
     if config.data.folder is None:
         sample_SI = _random_source(config, "train", ONE_HOT).read(0, _RANDOM_SAMPLE_ROWS).dense_BI
     else:
-        days = _open_days(config.data, config.model.table_rows, config.recipe)["train"]
+        days = _open_days(config, ("train",))["train"]
         sample_SI = sample_rows(days.num_rows, days.read_dense)
     return DenseStatistics.of(sample_SI, config.model.dense_buckets)
 
@@ -167,7 +167,7 @@ def open_run_splits(
     """
     assert config.training.seed is not None
     data, table_rows = config.data, config.model.table_rows
-    days = None if config.is_random else _open_days(data, table_rows, config.recipe)
+    days = None if config.is_random else _open_days(config, stages)
     expansion = expansion_of(data, table_rows)
     assert (expansion is None) == (companions is None)
     available = runtime.host_memory_bytes // runtime.local_world_size
@@ -179,26 +179,26 @@ def open_run_splits(
         hotness = data.multi_hot_sizes or ONE_HOT
         splits = {stage: _random_split(config, stage, runtime, companions) for stage in stages}
     else:
-        hotness = _hotness(days["train"], companions)
-        splits = _binary_splits(config, {stage: days[stage] for stage in stages}, runtime, companions, available)
+        hotness = _hotness(next(iter(days.values())), companions)
+        splits = _binary_splits(config, days, runtime, companions, available)
     if data.collect_multi_hot_freqs_stats:
         splits["train"] = replace(splits["train"], frequencies=IdFrequencies(table_rows, hotness))
     return splits
 
 
-def _open_days(data: DataConfig, table_rows: tuple[int, ...], recipe: str | None) -> dict[Stage, DayRows]:
-    """Every header, checked."""
+def _open_days(config: Config, stages: Sequence[Stage]) -> dict[Stage, DayRows]:
+    """The rows of some of the splits. Every header is checked."""
+    data = config.data
     assert data.folder is not None
-    if data.synthetic_multi_hot_criteo_path is None:
-        return open_splits(Path(data.folder), data.dataset_name)
-    multi_hot = Path(data.synthetic_multi_hot_criteo_path)
-    check_multi_hot_folder(multi_hot, table_rows, Path(data.folder))
-    days = open_splits(Path(data.folder), data.dataset_name, multi_hot)
-    widths = days["train"].widths
-    for rows in days.values():
-        for piece in rows.pieces:
-            check_hotness(piece.day.paths["sparse"], piece.day.widths, data.multi_hot_sizes or widths, recipe)
-    return days
+    multi_hot = None if (path := data.synthetic_multi_hot_criteo_path) is None else Path(path)
+    if multi_hot is not None:
+        check_multi_hot_folder(multi_hot, config.model.table_rows, Path(data.folder))
+    days = open_splits(Path(data.folder), data.dataset_name, multi_hot, needs_training="train" in stages)
+    if multi_hot is not None:
+        widths = data.multi_hot_sizes or days["val"].widths
+        for piece in (piece for rows in days.values() for piece in rows.pieces):
+            check_hotness(piece.day.paths["sparse"], piece.day.widths, widths, config.recipe)
+    return {stage: days[stage] for stage in stages}
 
 
 def _binary_splits(

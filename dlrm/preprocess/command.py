@@ -176,13 +176,13 @@ def _conclude(
     kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
     table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
     print(f"{config.output}: {show_bytes(size)}, with manifest.json.", end="")
-    if layout.num_train_rows == 0:
-        print(" All rows are held out, encoded as the vocabulary's model expects.")
+    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}{kaggle}"
+    if config.vocabulary is not None:
+        print(f" Score it with a model of {config.vocabulary}:\ndlrm evaluate --checkpoint RUN {path}")
         return
     print(" Train on it:")
-    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
     integers = " --standardize_dense --dense_buckets 32" if config.tells_missing_integers else ""
-    print(f"python dlrm_main.py --recipe debug_cpu {path}{kaggle}{integers} --num_embeddings_per_feature {table_rows}")
+    print(f"python dlrm_main.py --recipe debug_cpu {path}{integers} --num_embeddings_per_feature {table_rows}")
 
 
 def main(argv: Sequence[str]) -> None:

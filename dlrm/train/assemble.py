@@ -83,7 +83,7 @@ def lay_foundation(
     placement = describe_plan(plan, model, runtime.world_size, config.optimizer.table_state_floats)
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
-    companions = draw_run_companions(config, runtime)
+    companions = draw_run_companions(config, runtime, stages)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages))
     if "train" in splits:
         on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))

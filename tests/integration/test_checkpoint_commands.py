@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one rank in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("commands")
     write_days(folder / "days", (200, 101))
-    write_days(folder / "other", (20, 33))
+    write_days(folder / "other", (33,))
     flags = ["--in_memory_binary_criteo_path", str(folder / "days"), "--batch_size", "16", "--adagrad"]
     done = run_main(*TINY, *flags, "--checkpoint_every", "5", "--run_dir", str(folder / "a run"))
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_evaluate(trained: Path, ranks: int, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "scores.json"]
 
 
-def test_evaluate_on_other_days_and_limits(trained: Path) -> None:
+def test_evaluate_on_another_day_and_limits(trained: Path) -> None:
     other = ["--in_memory_binary_criteo_path", str(trained / "other"), "--split", "test", "--limit_test_batches", "1"]
     done = dlrm("evaluate", "--checkpoint", str(trained / "a run"), *other, "--test_batch_size", "8")
     assert done.returncode == 0, done.stderr

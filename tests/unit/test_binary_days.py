@@ -45,6 +45,13 @@ def test_split_of_days(rows_per_day, num_train, num_val, num_test, tmp_path, wri
     assert rows_of(splits, "test") == list(range(num_train + num_val, num_train + num_val + num_test))
 
 
+def test_one_day_is_scored_but_not_trained_on(tmp_path, write_days):
+    write_days(tmp_path, [5])
+    splits = open_splits(tmp_path, "criteo_1t", needs_training=False)
+    assert list(splits) == ["val", "test"]
+    assert rows_of(splits, "val") + rows_of(splits, "test") == list(range(5))
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_train", "num_val"),
     [(70, 60, 5), (71, 60, 6), (76, 65, 6), (13, 11, 1), (3, 2, None)],
