@@ -22,8 +22,6 @@ from dlrm.errors import CheckpointError
 from dlrm.host import give_way
 from dlrm.runtime import Runtime, new_gloo_group, on_main_rank
 
-_SECONDS_TO_SETTLE = 60.0
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -128,10 +126,11 @@ class Checkpointer:
                 raise CheckpointError(f"{self._store.address}: the thread that writes ended. Its traceback is above.")
         self._raise()
 
-    def settle(self) -> None:
-        """Before a run that failed ends: lets the checkpoint that is being written come to its end, within a minute."""
+    def settle(self, seconds: float) -> bool:
+        """Lets the checkpoint that is being written come to its end, if it does in time. Raises nothing."""
         if self._thread is not None:
-            self._thread.join(_SECONDS_TO_SETTLE)
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:

@@ -89,16 +89,16 @@ def _fits(address: str, name: str, check: Check) -> bool:
 
 
 def _refuse_to_begin_again(address: str, left_out: Sequence[tuple[str, CheckpointError]]) -> None:
-    """Names the newest that was finished and still isn't taken, one of another training before one that is damaged."""
+    """Names those that were finished and still are not taken; of those of another training, the newest alone."""
     finished = [(name, error) for name, error in left_out if not isinstance(error, UnfinishedError)]
     misfits = [(name, error) for name, error in finished if isinstance(error, MisfitError)]
     if misfits:
         name, error = misfits[0]
         raise MisfitError(f"{address}/{name}: {error}.").raised_everywhere()
     if finished:
-        name, error = finished[0]
+        reasons = " ".join(f"{name}: {error}." for name, error in finished)
         advice = "To start anew, choose other folders."
-        raise CheckpointError(f"{address}: no checkpoint there is sound. {name}: {error}. {advice}").raised_everywhere()
+        raise CheckpointError(f"{address}: no checkpoint there is sound. {reasons} {advice}").raised_everywhere()
 
 
 def find_given(address: str, runtime: Runtime, check: Check, note: Callable[[str], None]) -> Source:

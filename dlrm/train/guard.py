@@ -15,6 +15,8 @@ from dlrm.train.safety import RunSafety, state_of
 from dlrm.train.trainer import Trainer
 from dlrm.train.watchdog import Watchdog
 
+_SECONDS_TO_SETTLE = 60.0
+
 
 @contextmanager
 def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: StopSignals) -> Iterator[RunSafety]:
@@ -54,5 +56,5 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
             safety.close(trainer)
     finally:
         if checkpointer is not None:
-            checkpointer.settle()
+            checkpointer.settle(_SECONDS_TO_SETTLE)
         watchdog.stop()

@@ -148,7 +148,9 @@ def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Conf
             "--checkpoint_dir where one is given"
         )
     if manifest.data != data and not config.checkpoint.allow_changed_data:
-        raise MisfitError("the data has changed since. --allow_changed_data goes on all the same")
+        raise MisfitError(
+            f"the data in {config.data.folder} has changed since. --allow_changed_data goes on all the same"
+        )
     if saved.training.epochs > config.training.epochs and manifest.position.get("epoch", 0) >= config.training.epochs:
         raise MisfitError(f"it is past --epochs {config.training.epochs}")
 

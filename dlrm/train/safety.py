@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SECONDS_OF_SILENCE = 2.0
+
 
 class Stopped(Exception):  # noqa: N818 - no error
     """A signal has ended the run; what it had reached is saved.
@@ -119,6 +121,8 @@ class RunSafety(Safety):
         """
         if self.checkpointer is not None:
             self._watchdog.beat("writing a checkpoint")
+            if not self.checkpointer.settle(_SECONDS_OF_SILENCE) and self._runtime.is_main:
+                print(f"Writing the checkpoint of step {self.checkpointer.last_step:,} to its end.", flush=True)
             self.checkpointer.finish()
             self._report(trainer, self.checkpointer)
 

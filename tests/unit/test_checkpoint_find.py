@@ -143,7 +143,9 @@ def test_a_file_that_is_missing(store):
 def test_nothing_but_damaged_ones_is_an_error_and_not_a_new_beginning(store):
     for step in (5, 10):
         rewrite(store, save(store, step), "rank_0.bin", flip)
-    with pytest.raises(CheckpointError, match=r"no checkpoint there is sound. step_0000000010: rank_0.bin is damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"is sound. step_0000000010: rank_0.bin is damaged.* step_0000000005: rank"
+    ):
         newest(store)
     with pytest.raises(CheckpointError, match="no checkpoint there is sound"):
         find_given(store.address, RUNTIME, of_seed(0), print)

@@ -113,7 +113,7 @@ def test_what_is_saved_is_what_was_there_then(store, copies, monkeypatch):
     """Training goes on while a copy is written."""
     may_write = threading.Event()
     begin = LocalStore.begin
-    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(10) and begin(*arguments))
+    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(60) and begin(*arguments))
     checkpointer, state = make(store, copies=copies), state_of(7)
     if not copies:
         may_write.set()
@@ -185,11 +185,12 @@ def test_an_old_one_that_stays_is_named(store, monkeypatch, capsys):
 def test_a_run_that_ends_waits_for_what_is_being_written(store, monkeypatch):
     may_write = threading.Event()
     begin = LocalStore.begin
-    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(10) and begin(*arguments))
+    monkeypatch.setattr(LocalStore, "begin", lambda *arguments: may_write.wait(60) and begin(*arguments))
     checkpointer = make(store, copies=True)
     checkpointer.save(state_of(1), Position(step=1), None)
-    threading.Timer(0.1, may_write.set).start()
-    checkpointer.settle()
+    assert not checkpointer.settle(0.01)
+    may_write.set()
+    assert checkpointer.settle(60.0)
     assert steps_in(store) == [1]
 
 
