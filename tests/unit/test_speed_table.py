@@ -30,17 +30,20 @@ def test_page():
     lines = page.splitlines()
     first, second = lines.index("One, 2 cores; torch 2.13.0, torchrec 1.8.0; commit 0123456789ab"), len(lines) - 5
     assert lines[first + 4 : first + 7] == [
-        "| uniform | 2.8 | sgd | 2 | 512 | bf16 | **4.00** (3.50 to 4.25) | 26% | 1.00, 3.00 |",
-        "| uniform | 2.8 | sgd | 2 | 65,536 | bf16 | **6.00** (5.50 to 6.25) | 26% | 1.00, 3.00 |",
-        "| power law, 1.1 | 2.8 | sgd | 2 | 4,096 | bf16 | **5.50** (5.00 to 5.75) | 26% | 1.00, 3.00 |",
+        "| uniform | 2.8 | sgd | 2 | 512 | bf16 | **4.00** (3.50 to 4.25) | 26% | 15.6 | 1.00, 3.00 |",
+        "| uniform | 2.8 | sgd | 2 | 65,536 | bf16 | **6.00** (5.50 to 6.25) | 26% | 23.4 | 1.00, 3.00 |",
+        "| power law, 1.1 | 2.8 | sgd | 2 | 4,096 | bf16 | **5.50** (5.00 to 5.75) | 26% | 21.5 | 1.00, 3.00 |",
     ]
     assert lines[second].startswith("Two, 2 cores")
     assert lines[-1].startswith("| uniform | 2.8 | sgd | 2 | 512 | bf16 | **3.00**")
 
 
 def test_summary():
-    results = [result(4096, 5.5), result(512, 1.25), result(65_536, 6.0)]
-    assert summarize(results) == "3 shapes, 1.25 to 6.00 times the reference's speed."
+    results = [result(4096, 5.5), result(512, 1.28), result(512, 2.56, "Two")]
+    assert summarize(results) == (
+        "One: 2 shapes, 1.3 to 5.5 times the reference's speed, where the floor allows 5.0 to 21.5. "
+        "Two: 1 shapes, 2.6 to 2.6 times the reference's speed, where the floor allows 10.0 to 10.0."
+    )
 
 
 def test_nothing_to_draw():
