@@ -16,12 +16,11 @@ Cores do one thing after the other, and so does the model of them; `structures` 
 overlaps, for comparison.
 """
 
-import argparse
-import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,13 @@ from benchmarks.calibration_fit import (
     fit_without_each,
     summarize,
 )
-from dlrm.bench.provenance import write_result
+from benchmarks.flags import Parser, each, positive_int, result_file, run_script, some_of
+from dlrm.bench.provenance import read_result, write_result
 from dlrm.bench.rank_ceilings import RankCeilings, combine
 from dlrm.bench.report import quantile
 from dlrm.bench.workers import Side, Workers, start_workers
-from dlrm.errors import DlrmError
+from dlrm.errors import ConfigError, DatasetError, DlrmError
+from dlrm.flags import is_named
 from dlrm.host import available_cores, available_memory_bytes
 from dlrm.plan.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
 from dlrm.plan.placing import Placing
@@ -272,19 +273,47 @@ def read(path: Path) -> tuple[Measured, dict[str, Any]]:
     """What an earlier call measured, and where it was.
 
     Raises:
-        KeyError: if it is no result of this benchmark, or of cases that are no more.
+        DatasetError: if it is no result of this benchmark, or of cases that are no more.
     """
-    found = json.loads(path.read_text())
+    found = read_result(path)
     by_name = {case.name: case for case in CASES}
-    timed = [
-        Timed(by_name[one["case"]], one["ranks"], one["step_seconds"], one["threads_per_rank"])
-        for one in found["cases"]
-    ]
-    ceilings = {
-        int(ranks): [[RankCeilings(**rank) for rank in turn] for turn in turns]
-        for ranks, turns in found["ceilings_by_round"].items()
-    }
-    return Measured(ceilings, timed), found.get("measured") or {name: found[name] for name in _PROVENANCE}
+    try:
+        timed = [
+            Timed(by_name[one["case"]], one["ranks"], one["step_seconds"], one["threads_per_rank"])
+            for one in found["cases"]
+        ]
+        ceilings = {
+            int(ranks): [[RankCeilings(**rank) for rank in turn] for turn in turns]
+            for ranks, turns in found["ceilings_by_round"].items()
+        }
+        measured = Measured(ceilings, timed)
+        _check_numbers(measured)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            f"{path}: no result of this benchmark ({type(error).__name__}: {error}). Expected one that measured "
+            f"{', '.join(by_name)} or some of them."
+        ) from None
+    return measured, found.get("measured") or {name: found[name] for name in _PROVENANCE}
+
+
+def _check_numbers(measured: Measured) -> None:
+    """Refuses what nothing can be fitted to.
+
+    Raises:
+        ValueError: with the place.
+    """
+    if len({one.case.name for one in measured.timed}) < 2:
+        raise ValueError("expected two cases or more")
+    for one in measured.timed:
+        if one.ranks not in measured.ceilings:
+            raise ValueError(f"{one.case.name}: no ceilings of {one.ranks} ranks")
+        if not one.step_seconds or not all(steps and min(steps) > 0 for steps in one.step_seconds):
+            raise ValueError(f"{one.case.name} on {one.ranks} ranks: expected step_seconds of more than 0")
+    for ranks, turns in measured.ceilings.items():
+        if not turns or not all(turn and min(min(astuple(rank)[:3]) for rank in turn) > 0 for turn in turns):
+            raise ValueError(f"ceilings of {ranks} ranks: expected more than 0")
+    if min(measured.ceilings) > available_cores():
+        raise ValueError(f"no number of ranks that have a core each of the {available_cores()} here")
 
 
 def print_result(result: Mapping[str, Any]) -> None:
@@ -308,33 +337,37 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measures, or reads what was measured; fits, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="shapes (default: all)")
+    known = {case.name: case for case in CASES}
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--ranks", type=partial(each, positive_int), default="1,2,4", help="numbers of ranks (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--cases", type=some_of(*known), default=",".join(known), help="shapes (default: all)")
     parser.add_argument("--from_json", type=Path, help="fit what an earlier call measured, and measure nothing")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
     quieten_libraries()
     provenance: dict[str, Any] = {}
     if arguments.from_json:
+        for name in ("ranks", "rounds", "cases"):
+            if is_named(sys.argv[1:], name):
+                raise ConfigError(f"--{name} with --from_json: nothing is measured. Drop one of them.")
         measured, provenance["measured"] = read(arguments.from_json)
     else:
-        known = {case.name: case for case in CASES}
-        try:
-            cases = tuple(known[name] for name in arguments.cases.split(","))
-            ranks = [int(count) for count in arguments.ranks.split(",")]
-        except (KeyError, ValueError) as error:
-            parser.error(f"{error}: expected numbers in --ranks, and in --cases some of {', '.join(known)}")
+        cases = tuple(known[name] for name in arguments.cases)
         if len(cases) < 2:
             parser.error("--cases: expected two or more; each is held out from a fit to the others")
-        if any(count < 1 or case.batch_size % count for case in cases for count in ranks):
-            parser.error(f"--ranks {arguments.ranks}: expected divisors of the cases' batches, such as 1,2,4")
-        measured = measure(cases, ranks, arguments.rounds)
+        shown = ",".join(map(str, arguments.ranks))
+        if any(case.batch_size % ranks for case in cases for ranks in arguments.ranks):
+            parser.error(f"--ranks {shown}: expected divisors of the cases' batches, such as 1,2,4")
+        if min(arguments.ranks) > available_cores():
+            parser.error(f"--ranks {shown}: expected {available_cores()} or fewer among them, which have a core each")
+        measured = measure(cases, arguments.ranks, arguments.rounds)
     result = {**calibrate(measured), **provenance}
     print_result(result)
     write_result(arguments.json, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

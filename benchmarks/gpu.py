@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.flags import Parser, between, run_script
 from benchmarks.gpu_report import add_floor, to_markdown
 from benchmarks.gpu_step import Case
 from dlrm.artifacts import write_json
-from dlrm.errors import EXIT_USER_ERROR
+from dlrm.config_checks import check_output_file
+from dlrm.errors import ConfigError
 from dlrm.train.run_directory import describe_software
 
 ROOT = Path(__file__).parent.parent
@@ -146,21 +148,20 @@ def tiny(out: Path) -> list[Case]:
     return [case, replace(case, name="fp32 eager", precision="fp32", optimizer="rowwise_adagrad", trace=None)]
 
 
-def main() -> None:
+def main() -> int:
     """Runs all parts; exit code 1 if one failed or had no time left, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results")
     parser.add_argument("--commit", default="", help="what to call the source where there is no git")
-    parser.add_argument("--budget_seconds", type=float, default=520.0, help="time in all (default: %(default)s)")
+    parser.add_argument(
+        "--budget_seconds", type=between(1.0, 1e6), default=520.0, help="time in all (default: %(default)s)"
+    )
     parser.add_argument("--dry_run", action="store_true", help="the same steps with tiny sizes, on a CPU if need be")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
-        print(
-            "benchmarks/gpu.sh: error: no CUDA device, expected one. --dry_run runs the same steps tiny on a CPU.",
-            file=sys.stderr,
-        )
-        raise SystemExit(EXIT_USER_ERROR)
-    raise SystemExit(0 if run_all(arguments) else 1)
+        raise ConfigError("no CUDA device, expected one. --dry_run runs the same steps tiny on a CPU.")
+    check_output_file("out", arguments.out / "gpu.json")
+    return 0 if run_all(arguments) else 1
 
 
 def run_all(arguments: argparse.Namespace) -> bool:
@@ -196,4 +197,4 @@ def run_all(arguments: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

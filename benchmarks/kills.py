@@ -9,7 +9,6 @@ each, the last checkpoint's tensors (weights, optimizer states, random states) a
 those of the undisturbed run, bit for bit.
 """
 
-import argparse
 import json
 import os
 import random
@@ -20,11 +19,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.flags import Parser, between, positive_int, result_file, run_script, some_of
 from dlrm.bench.provenance import write_result
 from dlrm.checkpoint.find import check_files, complete_checkpoints
 from dlrm.checkpoint.store import open_store
@@ -48,6 +50,25 @@ def make_days(folder: Path, rows: int = 12_000) -> Path:
     synthesize([str(folder / "raw"), "--rows", str(rows), "--days", "2"])
     preprocess([*map(str, sorted((folder / "raw").glob("day_*.tsv"))), "--output", str(folder / "days")])
     return folder / "days"
+
+
+@contextmanager
+def folder_of_trainings() -> Iterator[Path]:
+    """A temporary folder. Trainings in it that are left end before it goes."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            yield Path(name)
+        finally:
+            # torchrun may start ranks anew as long as it lives, and without it they are nobody's children.
+            while left := [process for process in psutil.process_iter() if _is_in(Path(name), process)]:
+                for process in left:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                psutil.wait_procs(left, timeout=10)
+
+
+def _is_in(folder: Path, process: psutil.Process) -> bool:
+    return any(flag == "--run_dir" and Path(value).parent == folder for flag, value in pairwise(_command(process)))
 
 
 class Run:
@@ -154,15 +175,14 @@ def try_once(kind: str, days: Path, run_dir: Path, wait: float, generator: rando
 
 def main() -> int:
     """Kills at every kind's moments; prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moments", type=int, default=50, help="kills of each kind (default: %(default)s)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="which (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--moments", type=positive_int, default=50, help="kills of each kind (default: %(default)s)")
+    parser.add_argument("--kinds", type=some_of(*KINDS), default=",".join(KINDS), help="which (default: %(default)s)")
+    parser.add_argument("--seed", type=between(0, 2**63 - 1), default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with folder_of_trainings() as folder:
         days = make_days(folder)
         undisturbed = Run(days, folder / "undisturbed", 0)
         length = undisturbed.seconds_at_work()
@@ -170,7 +190,7 @@ def main() -> int:
         expected = outcome_of(folder / "undisturbed")
         results: list[dict[str, Any]] = []
         for number in range(arguments.moments):
-            for kind in arguments.kinds.split(","):
+            for kind in arguments.kinds:
                 killed = False
                 while not killed:  # a moment after a run's end is drawn again
                     run_dir = folder / f"{kind}-{len(results)}"
@@ -194,4 +214,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -15,7 +15,6 @@ The pipeline is to hide batch building and the input all-to-all (ids to the rank
 all-to-all (pooled rows back, and backward their gradients) is not its task: the order of the model's parts hides some.
 """
 
-import argparse
 import gzip
 import json
 import re
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.flags import Parser, between, positive_int, result_file, run_script
 from dlrm.bench.config import Shape
 from dlrm.bench.provenance import write_result
 from dlrm.bench.shape import make_config
@@ -211,16 +211,21 @@ def print_table(rounds: dict[str, dict[str, list[float]]]) -> None:
 
 def main() -> None:
     """Runs the comparison and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=512, help="samples per rank (default: %(default)s)")
-    parser.add_argument("--num_embeddings", type=int, default=100_000, help="rows a table (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="timed, then traced steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--ranks", type=between(2, 1024), default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=512, help="samples per rank (default: %(default)s)")
+    parser.add_argument(
+        "--num_embeddings", type=positive_int, default=100_000, help="rows a table (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=10, help="timed, then traced steps (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
     ranks, steps = arguments.ranks, arguments.steps
     shape = Shape(arguments.batch_size * ranks, precision="fp32", num_embeddings=arguments.num_embeddings, ranks=ranks)
+    shape.validate()
     more_than_enough = arguments.rounds * steps_per_turn(steps) + 100
     config = make_config(shape, more_than_enough)
     turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SIDES}
@@ -256,4 +261,4 @@ def main() -> None:
 if __name__ == "__main__":
     from benchmarks import overlap  # by this name, and not as __main__, other processes find what they are to call
 
-    overlap.main()
+    run_script(overlap.main)

@@ -6,9 +6,8 @@
 Nothing is measured here. What measures is named beside each figure.
 """
 
-import argparse
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import jinja2
 
 from benchmarks import planted, scaling_picture, speed_table
 from benchmarks.figures import FIGURES
+from benchmarks.flags import Parser, run_script
 from dlrm.artifacts import write_atomically
-from dlrm.bench.provenance import short_commit
+from dlrm.bench.provenance import read_result, short_commit
 from dlrm.errors import DatasetError
 from dlrm.recipes import CRITEO_1T_TRAINING_ROWS
 
@@ -55,13 +55,14 @@ SPEC_ROWS = (
 
 def main() -> int:
     """Writes the pages, or compares them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     arguments = parser.parse_args()
     pages = draw_pages(ROOT)
     stale = [name for name, page in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != page]
     if arguments.check:
-        print("\n".join(f"{name}: not what the results say. Run `python -m benchmarks.pages`." for name in stale))
+        wrong = [f"{name}: not what the results say. Run `python -m benchmarks.pages`." for name in stale]
+        print("\n".join(wrong or [f"{len(pages)} pages and pictures are what the results say."]))
         return 1 if stale else 0
     for name in stale:
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,17 +75,27 @@ def draw_pages(root: Path) -> dict[str, bytes]:
     """All that is drawn, by its name in the repository.
 
     Raises:
-        DatasetError: if a result is missing.
+        DatasetError: if a result is missing or damaged, naming it.
     """
     results = Results(root)
-    curve = results.read("planted_curve.json")
-    pages = {
-        "docs/results.md": draw_results(results, (root / TEMPLATE).read_text()),
-        "docs/planted_curve.md": planted.draw_page(curve),
-        f"docs/{planted.PICTURE}": planted.draw_picture(curve),
-        "docs/pictures/scaling.svg": scaling_picture.draw(results.read("scaling.json")),
-    }
+    pages = {"docs/results.md": draw_results(results, (root / TEMPLATE).read_text())}
+    with _drawing("planted_curve.json"):
+        curve = results.read("planted_curve.json")
+        pages["docs/planted_curve.md"] = planted.draw_page(curve)
+        pages[f"docs/{planted.PICTURE}"] = planted.draw_picture(curve)
+    with _drawing("scaling.json"):
+        pages["docs/pictures/scaling.svg"] = scaling_picture.draw(results.read("scaling.json"))
     return {name: page.encode() for name, page in pages.items()}
+
+
+@contextmanager
+def _drawing(*names: str) -> Iterator[None]:
+    """Names the results where what is drawn of them is of another kind than it must be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError) as error:
+        files = ", ".join(str(RESULTS / name) for name in names)
+        raise DatasetError(f"{files}: can't be drawn ({type(error).__name__}: {error}). Measure it again.") from None
 
 
 class Results:
@@ -97,40 +108,48 @@ class Results:
         """One of them.
 
         Raises:
-            DatasetError: if it is not there.
+            DatasetError: if it is not there, or damaged.
         """
-        path = self._root / RESULTS / name
-        if not path.exists():
-            raise DatasetError(f"{RESULTS / name}: not there. Run the command that measures it, with --json.")
-        return json.loads(path.read_text())
+        return read_result(self._root / RESULTS / name)
 
     def folder(self, name: str) -> list[Result]:
-        """All in a folder, by name."""
-        return [json.loads(path.read_text()) for path in sorted((self._root / RESULTS / name).glob("*.json"))]
+        """All in a folder, by name.
+
+        Raises:
+            DatasetError: if one is damaged.
+        """
+        return [read_result(path) for path in sorted((self._root / RESULTS / name).glob("*.json"))]
 
 
 def draw_results(results: Results, template: str) -> str:
     """The page of results."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short_commit"] = short_commit
-    planned = results.read("plans.json")
-    plans = {plan["recipe"]: plan for plan in planned["plans"] if not plan["flags"]}
-    rows = [_compare(row, plans[row.recipe]) for row in SPEC_ROWS]
-    v1_rate = plans["mlperf_v1"]["facts"]["step"]["samples_per_second"]
+    with _drawing("plans.json"):
+        planned = results.read("plans.json")
+        plans = {plan["recipe"]: plan for plan in planned["plans"] if not plan["flags"]}
+        rows = [_compare(row, plans[row.recipe]) for row in SPEC_ROWS]
+        v1_rate = plans["mlperf_v1"]["facts"]["step"]["samples_per_second"]
+        v1_minutes = CRITEO_1T_TRAINING_ROWS / v1_rate / 60
     train = results.folder("train")
-    return environment.from_string(template).render(
-        rows=rows,
-        otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
-        train_rows=CRITEO_1T_TRAINING_ROWS,
-        v1_minutes=CRITEO_1T_TRAINING_ROWS / v1_rate / 60,
-        plans=planned,
-        figures=_table(("what", "figure", "command", "commit"), _run_here(results)),
-        speed=speed_table.draw_tables(train),
-        speed_summary=speed_table.summarize(train),
-        calibration=results.read("calibration.json"),
-        scaling=results.read("scaling.json"),
-        machines=_machines([*(results.read(figure.file) for figure in FIGURES), *train]),
-    )
+    with _drawing("train/*.json"):
+        speed, speed_summary = speed_table.draw_tables(train), speed_table.summarize(train)
+    with _drawing("*.json"):
+        machines = _machines([*(results.read(figure.file) for figure in FIGURES), *train])
+    with _drawing("plans.json", "calibration.json", "scaling.json"):
+        return environment.from_string(template).render(
+            rows=rows,
+            otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
+            train_rows=CRITEO_1T_TRAINING_ROWS,
+            v1_minutes=v1_minutes,
+            plans=planned,
+            figures=_table(("what", "figure", "command", "commit"), _run_here(results)),
+            speed=speed,
+            speed_summary=speed_summary,
+            calibration=results.read("calibration.json"),
+            scaling=results.read("scaling.json"),
+            machines=machines,
+        )
 
 
 def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
@@ -163,8 +182,10 @@ def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
 def _run_here(results: Results) -> Iterable[Sequence[str]]:
     for figure in FIGURES:
         result = results.read(figure.file)
-        link = f"[{short_commit(result)}](../{RESULTS / figure.file})"
-        yield figure.what, figure.draw(result), f"`{result['command']}`", link
+        with _drawing(figure.file):
+            link = f"[{short_commit(result)}](../{RESULTS / figure.file})"
+            line = figure.what, figure.draw(result), f"`{result['command']}`", link
+        yield line
 
 
 def _machines(results: Iterable[Result]) -> str:
@@ -179,4 +200,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -6,7 +6,6 @@ Each is a call of `dlrm plan`, timed from its start to its end. The example's ar
 for what its results table does not say.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import Parser, result_file, run_script
 from dlrm.bench.provenance import write_result
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +37,8 @@ OTHERWISE = {
 
 def main() -> None:
     """Plans, prints a line each, and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
     plans = []
     runs = [(recipe, ()) for recipe in CLUSTERS] + list(OTHERWISE.items())
@@ -69,4 +69,4 @@ def plan(recipe: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

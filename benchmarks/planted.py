@@ -9,7 +9,6 @@ Synthesizes and preprocesses 3 million rows, trains one epoch of 2 million with 
 more with the target as `--validation_auroc`.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import altair
 import vl_convert
 
+from benchmarks.flags import Parser, result_file, run_script
 from dlrm.bench.provenance import read_summary, write_result
 
 ROOT = Path(__file__).parent.parent
@@ -119,8 +119,8 @@ def draw_picture(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures and draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--json", type=result_file, required=True, help="where the result goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(Path(scratch))
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

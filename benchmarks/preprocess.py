@@ -6,7 +6,6 @@
 Its speed against torchrec's functions: `dlrm bench preprocess`.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import Parser, between, positive_int, result_file, run_script
 from dlrm.bench.preprocess import DAYS, dlrm, run_ours, synthesize
 from dlrm.bench.provenance import write_result
 
@@ -75,9 +75,11 @@ def kills(rows: int, count: int, scratch: Path) -> dict[str, Any]:
         moment = chance.uniform(0.5, seconds)
         try:
             process.wait(moment)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             process.send_signal(signal.SIGKILL)
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             marks = sorted(path.parent.name for path in (scratch / "killed.partial" / "done").rglob("*.json"))
             stage = max(marks, key=STAGES.index, default="none")
             killed.append({"after_seconds": round(moment, 2), "last_finished": stage})
@@ -106,15 +108,15 @@ def digest(folder: Path) -> str:
 
 def main() -> None:
     """Runs one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("memory", "kills"):
         command = commands.add_parser(name)
-        command.add_argument("--json", type=Path, help="where the result goes")
+        command.add_argument("--json", type=result_file, help="where the result goes")
         command.add_argument("--scratch", type=Path, help="folder for rows and outputs (default: a temporary one)")
-    commands.choices["memory"].add_argument("--millions", type=int, nargs="+", default=[2, 8, 32])
-    commands.choices["kills"].add_argument("--rows", type=int, default=2 * MILLION)
-    commands.choices["kills"].add_argument("--count", type=int, default=20)
+    commands.choices["memory"].add_argument("--millions", type=between(1, 2000), nargs="+", default=[2, 8, 32])
+    commands.choices["kills"].add_argument("--rows", type=between(DAYS, 2**31 - 1), default=2 * MILLION)
+    commands.choices["kills"].add_argument("--count", type=positive_int, default=20)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         if arguments.command == "memory":
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

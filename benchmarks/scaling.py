@@ -9,12 +9,11 @@ the ranks, too long for thousands; so tables are placed by one rule at all sizes
 Where the planner is quick its own plan is reckoned beside it.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import Parser, between, result_file, run_script
 from dlrm.bench.provenance import write_result
 from dlrm.config import Config
 from dlrm.console import align
@@ -191,11 +190,14 @@ def to_text(result: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Computes, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
-        "--planner_ranks", type=int, default=64, help="ask TorchRec's planner too up to here (default: %(default)s)"
+        "--planner_ranks",
+        type=between(0, RANKS[-1]),
+        default=64,
+        help="ask TorchRec's planner too up to here (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
     quieten_libraries()
     result = compute(arguments.planner_ranks)
@@ -204,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,12 +13,10 @@ first tenth of the time warms up; nothing may grow after it:
 The exit code is 1 if something has grown, or the run did not end as it should.
 """
 
-import argparse
 import json
 import re
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.kills import Run, make_days
+from benchmarks.flags import Parser, between, result_file, run_script
+from benchmarks.kills import Run, folder_of_trainings, make_days
 from dlrm.bench.provenance import write_result
 from dlrm.checkpoint.find import check_files, complete_checkpoints
 from dlrm.checkpoint.store import open_store
@@ -41,6 +40,9 @@ FLAGS = [
     *("--no_print_progress",),
 ]
 SECONDS_BETWEEN_SAMPLES = 10.0
+LEAST_MINUTES = 0.5
+"""So that there are three samples after the warm-up."""
+
 WARM_UP = 0.1
 EXIT_CODE = 128 + signal.SIGTERM
 _MIB = 2**20
@@ -179,12 +181,13 @@ def print_trends(trends: Sequence[Trend]) -> None:
 
 def main() -> int:
     """Runs, samples, judges."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--minutes", type=between(LEAST_MINUTES, 1e6), default=30.0, help="how long (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with folder_of_trainings() as folder:
         run = Run(make_days(folder, ROWS), folder / "run", 0, FLAGS)
         while not run.has_begun() and run.process.poll() is None:
             time.sleep(0.1)
@@ -211,4 +214,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

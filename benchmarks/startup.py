@@ -7,7 +7,6 @@ example's results table with 100,000 rows a table, in one process and on two ran
 alone, started in the same way, is taken off.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.flags import Parser, positive_int, result_file, run_script
 from dlrm.bench.provenance import write_result
 
 ROOT = Path(__file__).parent.parent
@@ -71,11 +71,15 @@ def first_step(ranks: int, global_batch_size: int) -> float:
 
 def main() -> None:
     """Takes turns, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=4096, help="samples over all ranks (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=4096, help="samples over all ranks (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
+    if arguments.batch_size % 2:
+        parser.error(f"--batch_size: got {arguments.batch_size}, expected an even number: two ranks share it")
     sides: dict[str, Callable[[], float]] = {
         "import torch": lambda: whole("-c", "import torch"),
         "dlrm_main.py --help": lambda: whole("dlrm_main.py", "--help"),
@@ -105,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

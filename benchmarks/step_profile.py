@@ -15,12 +15,14 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from benchmarks.flags import Parser, positive_int, result_file, run_script
+from dlrm.bench.config import Arithmetic
 from dlrm.bench.provenance import write_result
 
 STEPS = 10
+OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
 SIDES = {
     "before": {"DLRM_KERNELS": "none", "THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TOP_PAD_": "131072"},
     "after": {},
@@ -86,11 +88,18 @@ def run_side(name: str, optimizer: str, precision: str) -> dict[str, float]:
 
 def main() -> None:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", default="sgd", help="of tables and dense parts (default: %(default)s)")
-    parser.add_argument("--precision", default="fp32", help="of `after`; before is fp32 (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="sgd", help="of tables and dense parts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Arithmetic),
+        default="fp32",
+        help="of `after`; before is fp32 (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=positive_int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--json", type=result_file, help="where to write the result")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -115,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and what a finished one says of itself."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,9 +23,14 @@ MANIFEST_VERSION = 1
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write` on a temporary file beside `path`, syncs it to disk, and renames it to `path`.
 
+    A link to a file gives way to the new file; what it led to stays.
+
     Raises:
-        OSError: if the disk is full or the folder can't be written; `path` is then as it was.
+        OSError: if the disk is full, the folder can't be written, or `path` is a folder, a device or a pipe, or a link
+            to one; `path` is then as it was.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Is a folder, a device or a pipe, not a file", str(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

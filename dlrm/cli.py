@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dlrm import __version__
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
@@ -49,22 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"dlrm: error: {name}: no such command. Expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return EXIT_USER_ERROR
-    module = None
+    path = COMMANDS[name][0]
+    return exit_code_of(f"dlrm {name}", lambda: importlib.import_module(path).main(rest), path)
+
+
+def exit_code_of(program: str, run: Callable[[], int | None], module: str = "") -> int:
+    """Runs a program; what a user can mend is told in one line.
+
+    Args:
+        module: whose IF_INTERRUPTED is said after an interruption.
+    """
     try:
-        module = importlib.import_module(COMMANDS[name][0])
-        return module.main(rest) or 0
+        return run() or 0
     except DlrmError as error:
-        print(f"dlrm {name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"dlrm {name}: interrupted. {getattr(module, 'IF_INTERRUPTED', '')}".rstrip(), file=sys.stderr)
+        consequence = getattr(sys.modules.get(module), "IF_INTERRUPTED", "")
+        print(f"{program}: interrupted. {consequence}".rstrip(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `dlrm ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"dlrm {name}: error: {where}{error.strerror or error}.", file=sys.stderr)
+        print(f"{program}: error: {where}{error.strerror or error}.", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

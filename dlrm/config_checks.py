@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import tempfile
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,18 +141,34 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     _check_path("resume", checkpoint.resume)
 
 
-def check_output_file(name: str, path: str) -> None:
+def check_output_file(name: str, path: str | Path) -> None:
     """Refuses a file that could not be written once all is done.
 
     Raises:
         ConfigError: naming the flag.
     """
-    parent = Path(path).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    is_other = os.path.lexists(path) and (Path(path).is_symlink() or not Path(path).is_file())
-    if is_other or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--{name} {path}: can't be written. Expected a file's name in a folder of yours.")
+    obstacle = _find_obstacle(Path(path))
+    if obstacle is not None:
+        raise ConfigError(
+            f"--{name} {path}: can't be written ({obstacle}). Expected a file's name in a folder of yours."
+        )
+
+
+def _find_obstacle(file: Path) -> str | None:
+    """Why `file` can't be written. A folder that is missing is made with it, in the nearest one that is there."""
+    try:
+        if file.is_symlink():  # as a file is renamed to its name, the link would go, and what it leads to stay
+            return "is a link"
+        if file.exists() and not file.is_file():
+            return "is a folder" if file.is_dir() else "is a device or a pipe"
+        folder = file.absolute().parent
+        while not (folder.exists() or folder.is_symlink()):
+            folder = folder.parent
+        # root may write anywhere, as far as permissions tell: only an attempt shows that a file system takes no files.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}."):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _check_path(name: str, path: str | None) -> None:

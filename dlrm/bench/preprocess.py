@@ -99,8 +99,13 @@ def run_ours(raw: Sequence[Path], output: Path, *flags: str) -> dict[str, Any]:
     command = [*dlrm(), "preprocess", *map(str, raw), "--output", str(output), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    with process.stdout:
-        said = process.stdout.read()
+    try:
+        with process.stdout:
+            said = process.stdout.read()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

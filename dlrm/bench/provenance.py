@@ -5,10 +5,13 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dlrm.artifacts import write_json
+from dlrm.errors import DatasetError
 from dlrm.train.run_directory import describe_software
 
 
@@ -30,6 +33,37 @@ def write_result(path: Path | str | None, result: dict[str, Any]) -> None:
         },
     )
     print(f"{path} written")
+
+
+class _Content(dict[str, Any]):
+    """An object of a result, which names the file when it lacks a key."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise DatasetError(f"{self._path}: has no {key}. Measure it again, with --json.")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `write_result` wrote. To look up a key that it lacks raises a DatasetError, too.
+
+    Raises:
+        DatasetError: naming the file, if it is not there, or no JSON object of texts and finite numbers.
+    """
+    try:
+        content = json.loads(path.read_text(), object_hook=partial(_Content, path))
+        json.dumps(content, allow_nan=False)
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: not there. Run the command that measures it, with --json.") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: can't be read ({error.strerror}). Expected a result in JSON.") from None
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}: is no JSON ({error}). Measure it again, with --json.") from None
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path}: is no JSON object. Expected what a benchmark writes with --json.")
+    return content
 
 
 def command_line() -> str:

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import stat
 
 import pytest
 
@@ -28,6 +30,28 @@ def test_a_failed_write_leaves_everything_as_it_was(error, tmp_path):
         write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/null")
+    before = sorted(tmp_path.iterdir())
+    for name in ("pipe", "folder", "device"):
+        with pytest.raises(OSError, match="Is a folder, a device or a pipe, not a file") as caught:
+            write_atomically(tmp_path / name, lambda _: pytest.fail("was called"))
+        assert caught.value.filename == str(tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
+    assert (tmp_path / "device").is_symlink()
+
+
+def test_a_link_gives_way_to_a_file(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"old")
+    (tmp_path / "file").symlink_to(tmp_path / "elsewhere")
+    write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    assert not (tmp_path / "file").is_symlink()
+    assert [(tmp_path / name).read_bytes() for name in ("file", "elsewhere")] == [b"new", b"old"]
 
 
 def test_a_file_appears_whole(tmp_path):

@@ -51,6 +51,10 @@ def test_help_teaches_without_torch():
         (["train", "--tables_gib", "3"], "--tables_gib with --rows uniform100k: no effect"),
         (["train", "--rows", "mlperf", "--num_embeddings", "5"], "--num_embeddings with --rows mlperf: no effect"),
         (["train", "--json", "/etc/hostname/result"], "--json /etc/hostname/result: can't be written"),
+        (
+            ["train", "--json", "/proc/result.json"],
+            "--json /proc/result.json: can't be written (No such file or directory)",
+        ),
         (["loader", "--num_rows", "10"], "--num_rows 10: expected --batch_size or more"),
         (["preprocess", "--scratch", "/no/such"], "--scratch /no/such: expected an existing folder"),
     ],

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from dlrm.bench import rank_ceilings
 from dlrm.bench.rank_ceilings import RankCeilings, combine, measure_rank
 from dlrm.config import ModelConfig
 from dlrm.config_checks import check_config
+from dlrm.errors import ConfigError, DatasetError
 from dlrm.plan.cost import Table
 from dlrm.plan.hardware import KINDS, ClusterShape
 from dlrm.plan.step import Workload
@@ -174,21 +178,64 @@ def test_what_was_assumed_before_overlaps_and_reaches_70_percent() -> None:
     [
         (
             ["--cases", "small_batch,nothing"],
-            "'nothing': expected numbers in --ranks, and in --cases some of results_table",
+            "--cases: got 'nothing', expected some of results_table",
         ),
         (["--cases", "middle"], "--cases: expected two or more"),
         (["--ranks", "3"], "--ranks 3: expected divisors of the cases' batches"),
-        (["--ranks", "two"], "expected numbers in --ranks"),
+        (["--ranks", "two"], "--ranks: got two, expected a whole number from 1"),
+        (["--ranks", "1,2,0"], "--ranks: got 0, expected a whole number from 1"),
+        (["--ranks", "1,2,1"], "--ranks: got 1,2,1, expected each once"),
+        (["--ranks", "64"], "--ranks 64: expected 2 or fewer among them, which have a core each"),
+        (["--rounds", "0"], "--rounds: got 0, expected a whole number from 1"),
+        (["--from_json", str(RESULT), "--rounds", "3"], "--rounds with --from_json: nothing is measured"),
+        (["--from_json", str(RESULT), "--cases=middle,small_batch"], "--cases with --from_json: nothing is measured"),
     ],
 )
-def test_mistakes_are_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:
+def test_mistakes_are_refused(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    monkeypatch.setattr(calibrate, "available_cores", lambda: 2)
     monkeypatch.setattr("sys.argv", ["benchmarks/calibrate.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         calibrate.main()
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+
+
+def remove(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda result: result.pop(key)
+
+
+def of_first_case(key: str, value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda result: result["cases"][0].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove("cases"), "has no cases"),
+        (remove("ceilings_by_round"), "has no ceilings_by_round"),
+        (lambda result: [result.pop(key, None) for key in ("measured", "commit")], "has no commit"),
+        (lambda result: result.update(cases=result["cases"][:1]), "expected two cases or more"),
+        (lambda result: result["ceilings_by_round"].pop("1"), "no ceilings of 1 ranks"),
+        (lambda result: result["ceilings_by_round"].update({"1": [[]]}), "ceilings of 1 ranks: expected more than 0"),
+        (of_first_case("case", "gone"), "KeyError: 'gone'"),
+        (of_first_case("step_seconds", []), "expected step_seconds of more than 0"),
+        (of_first_case("step_seconds", [[0.1, -0.1]]), "expected step_seconds of more than 0"),
+        (of_first_case("step_seconds", ["fast"]), "TypeError"),
+        (of_first_case("step_seconds", [[float("nan")]]), "is no JSON (Out of range float values"),
+    ],
+)
+def test_a_file_that_nothing_can_be_fitted_to_is_named(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    result = json.loads(RESULT.read_text())
+    damage(result)
+    (tmp_path / "damaged.json").write_text(json.dumps(result))
+    with pytest.raises(DatasetError, match=rf"damaged\.json: .*{re.escape(words)}"):
+        calibrate.read(tmp_path / "damaged.json")
+
+
+def test_measurements_of_ranks_without_a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "available_cores", lambda: 0)
+    with pytest.raises(DatasetError, match="no number of ranks that have a core each of the 0 here"):
+        calibrate.read(RESULT)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from dlrm.config import CONFIG_VERSION, Config, DataConfig, ModelConfig, OutputConfig
-from dlrm.config_checks import check_config
+from dlrm.config_checks import check_config, check_output_file
 from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, RECIPES
 
@@ -257,3 +259,41 @@ def test_an_empty_folder_name_is_refused(name):
 def test_sizes_beyond_any_machine_are_refused():
     with pytest.raises(ConfigError, match=r"--dense_arch_layer_sizes: got 99999999999, expected sizes of less than"):
         check_config(Config(model=ModelConfig(dense_arch_layer_sizes=(99999999999, 64))))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("folder", "is a folder"),
+        ("", "is a folder"),
+        ("pipe", "is a device or a pipe"),
+        ("link", "is a link"),
+        ("nowhere", "is a link"),
+        ("device", "is a link"),
+        ("nowhere/result.json", "No such file or directory"),
+        ("file/result.json", "Not a directory"),
+        ("/proc/result.json", "No such file or directory"),
+        ("/proc/folder/result.json", "No such file or directory"),
+        (250 * "x", "File name too long"),
+        (f"{256 * 'x'}/result.json", "File name too long"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused(name: str, why: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("mine")
+    os.mkfifo("pipe")
+    Path("link").symlink_to("file")
+    Path("nowhere").symlink_to("gone")
+    Path("device").symlink_to("/dev/null")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=rf"^--json {name}: can't be written \({why}\)\. Expected a file's name in"):
+        check_output_file("json", name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["new.json", "file", "new/folder/result.json", 240 * "x"])
+def test_a_file_that_can_be_written_is_not_made_yet(name: str, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    check_output_file("json", tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]

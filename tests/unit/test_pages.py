@@ -1,5 +1,6 @@
 """The pages of figures are what the committed results say."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from dlrm.errors import DatasetError
 from dlrm.recipes import RECIPES
 
 BYTES_PER_WEIGHT = 4
+A_SPEED = min(path.name for path in (ROOT / RESULTS / "train").glob("*.json"))
 
 
 @pytest.fixture
@@ -47,14 +49,59 @@ def test_a_result_that_is_missing_is_named(copy: Path) -> None:
         draw_pages(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "words"),
+    [
+        ("kills.json", (), None, "is no JSON"),
+        ("kills.json", ("runs",), None, "has no runs"),
+        ("kills.json", ("runs",), 3, "can't be drawn"),
+        ("kills.json", ("commit",), None, "has no commit"),
+        ("soak.json", ("trends",), [], "can't be drawn"),
+        ("soak.json", ("trends", 0, "growth"), float("nan"), "is no JSON"),
+        ("startup.json", ("ratios_to_import_torch",), {"dlrm --help": 1.0}, "has no dlrm_main.py --help"),
+        ("planted_curve.json", ("truth", "val_auroc"), None, "has no val_auroc"),
+        ("plans.json", ("plans", 0, "facts", "step"), None, "has no step"),
+        ("plans.json", ("plans",), [], "can't be drawn"),
+        ("calibration.json", ("errors",), None, "has no errors"),
+        ("scaling.json", ("points", 0, "mode"), None, "has no mode"),
+        ("scaling.json", ("assumptions",), None, "has no assumptions"),
+        (f"train/{A_SPEED}", ("share_of_floor",), None, "has no share_of_floor"),
+    ],
+)
+def test_a_damaged_result_is_named(
+    copy: Path, name: str, keys: tuple[str | int, ...], value: object, words: str
+) -> None:
+    """`value` in place of what stands at `keys`; None: removed."""
+    path = copy / RESULTS / name
+    result = json.loads(path.read_text())
+    if not keys:
+        path.write_text(path.read_text()[:-9])
+    else:
+        *outer, last = keys
+        owner = functools.reduce(lambda content, key: content[key], outer, result)
+        owner.pop(last) if value is None else owner.__setitem__(last, value)
+        path.write_text(json.dumps(result))
+    with pytest.raises(DatasetError, match=rf"{RESULTS / name}.*: {words}"):
+        draw_pages(copy)
+
+
+def test_what_is_no_text_and_what_is_no_object(copy: Path) -> None:
+    path = copy / RESULTS / "kills.json"
+    for content, words in ((b"\xff\xfe", "is no JSON"), (b"[1]", "is no JSON object"), (b"[" * 10**5, "is no JSON")):
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match=f"{path}: {words}"):
+            draw_pages(copy)
+
+
 def test_check_tells_a_stale_page(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(pages, "ROOT", copy)
     monkeypatch.setattr("sys.argv", ["pages"])
     assert pages.main() == 0
     monkeypatch.setattr("sys.argv", ["pages", "--check"])
-    assert pages.main() == 0
-    (copy / "docs/results.md").write_text("edited by hand")
     capsys.readouterr()
+    assert pages.main() == 0
+    assert capsys.readouterr().out == "4 pages and pictures are what the results say.\n"
+    (copy / "docs/results.md").write_text("edited by hand")
     assert pages.main() == 1
     assert capsys.readouterr().out == "docs/results.md: not what the results say. Run `python -m benchmarks.pages`.\n"
 
