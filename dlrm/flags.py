@@ -132,13 +132,14 @@ def load_config(path: str) -> Config:
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """What a flag is given, before all flags are parsed."""
+    """What a flag is given, before all flags are parsed. Given twice, its last value counts, as with tyro."""
+    value = None
     for position, token in enumerate(argv):
         if token == f"--{flag}":
-            return argv[position + 1] if position + 1 < len(argv) else ""
-        if token.startswith(f"--{flag}="):
-            return token.removeprefix(f"--{flag}=")
-    return None
+            value = argv[position + 1] if position + 1 < len(argv) else ""
+        elif token.startswith(f"--{flag}="):
+            value = token.removeprefix(f"--{flag}=")
+    return value
 
 
 def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:

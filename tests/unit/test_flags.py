@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -122,6 +123,19 @@ def test_flags_on_top_of_a_recipe(spelling):
     assert config.optimizer.learning_rate == recipe.optimizer.learning_rate
     assert config.training == recipe.training
     assert config.recipe == "debug_cpu"
+
+
+@pytest.mark.parametrize("second", [["--recipe", "debug_cpu"], ["--recipe=debug_cpu"]])
+def test_of_two_recipes_the_last_counts_alone(second):
+    assert parse_args(["--recipe", "mlperf_v1", *second]) == RECIPES["debug_cpu"]()
+
+
+def test_of_two_configs_the_last_counts_alone(tmp_path):
+    paths = [str(tmp_path / f"{name}.json") for name in ("mlperf_v1", "debug_cpu")]
+    for path in paths:
+        Path(path).write_text(json.dumps(RECIPES[Path(path).stem]().to_json()))
+    given = ["--config", paths[0], f"--config={paths[1]}"]
+    assert parse_args(given) == dataclasses.replace(RECIPES["debug_cpu"](), config=paths[1])
 
 
 @pytest.mark.parametrize("spelling", [["--num_embeddings", "77"], ["--num_embeddings=77"], ["--num-embeddings", "77"]])
