@@ -22,6 +22,8 @@ from dlrm.table_constraints import read_rules
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
 PROFILE_WARM_UP_STEPS = 5
+MOST_RANKS = 4096
+"""Beyond it TorchRec's planner takes hours."""
 
 
 def _parse_list(tokens: list[str]) -> tuple[int, ...]:

@@ -2,13 +2,21 @@
 
 import shlex
 import sys
-from typing import Dict, List, Optional  # noqa: UP035 - the types that torchx 0.7 reads from a component
+from typing import List, Optional  # noqa: UP035 - the types that torchx 0.7 reads from a component
 
 from torchx import specs
 
 from dlrm.errors import EXIT_USER_ERROR, DlrmError, LaunchError
 from dlrm.flags import parse_args
-from dlrm.launch.resources import count_cores, estimate_host_gib, parse_shape
+from dlrm.launch.resources import (
+    check_options,
+    count_cores,
+    estimate_host_gib,
+    find_host,
+    parse_shape,
+    read_env,
+    read_mounts,
+)
 
 _PATIENCE = "last_call_timeout=30,keep_alive_interval=5,keep_alive_max_attempt=6"
 """Half a minute until a host counts as lost, and until a job begins without hosts that have not come."""
@@ -26,7 +34,7 @@ def train(
     name: str = "dlrm",
     image: str = "dlrm:latest",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    env: Optional[str] = None,  # noqa: UP045 - torchx shows a traceback where it reads Dict[str, str] in vain
     interface: Optional[str] = None,  # noqa: UP045
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
@@ -41,8 +49,8 @@ def train(
             where the scheduler lets it (Slurm does not)
         h: named resource of torchx for a host, as aws_p4d.24xlarge, in place of gpu, cpu and memory_gib
         gpu: GPUs of a host, each with a process of its own; 0 trains on CPUs
-        cpu: cores of a host; by default 8 for each GPU, or 2 for each process
-        memory_gib: memory of a host; by default what tables (beside GPUs, those beyond 40 GiB each or what
+        cpu: cores of a host; by default, 0, 8 for each GPU, or 2 for each process
+        memory_gib: memory of a host; by default, 0, what tables (beside GPUs, those beyond 40 GiB each or what
             --device_memory_gib says), checkpoints, rows and processes take, and a fifth
         max_restarts: times that torchrun starts the ranks again when one of them dies
         max_retries: times that the scheduler starts the job again when it has failed
@@ -56,17 +64,30 @@ def train(
     flags = flags[1:] if flags[:1] == ("--",) else flags
     try:
         config = parse_args(flags)
+        check_options(
+            name,
+            interface,
+            gpu=gpu,
+            cpu=cpu,
+            memory_gib=memory_gib,
+            max_restarts=max_restarts,
+            max_retries=max_retries,
+            rdzv_port=rdzv_port,
+        )
         if h is not None and (gpu or cpu or memory_gib):
             raise LaunchError(f"-h {h} with --gpu, --cpu or --memory_gib: give one of the two")
-        gpus = specs.resource(h=h).gpu if h is not None else gpu
+        host = None if h is None else find_host(h)
+        gpus = gpu if host is None else host.gpu
         shape = parse_shape(j, gpus)
-        cpu = cpu or count_cores(shape.processes_per_host, gpus)
-        memory_gib = memory_gib or (0 if h is not None else estimate_host_gib(config, shape, gpus))
+        if host is None:
+            cpu = cpu or count_cores(shape.processes_per_host, gpus)
+            host = specs.Resource(cpu, gpus, 1024 * (memory_gib or estimate_host_gib(config, shape, gpus)))
+        mounted = read_mounts(mounts or [])
+        asked_env = read_env(env or "")
     except DlrmError as error:  # torchx would show a traceback
         print(f"dlrm: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
-    resource = specs.resource(cpu=cpu, gpu=gpus, memMB=1024 * memory_gib, h=h)
-    variables = {"OMP_NUM_THREADS": str(max(1, resource.cpu // shape.processes_per_host)), "LOGLEVEL": "WARNING"}
+    variables = {"OMP_NUM_THREADS": str(max(1, host.cpu // shape.processes_per_host)), "LOGLEVEL": "WARNING"}
     if interface is not None:
         variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     run_dir = () if config.output.run_dir is not None else ("--run_dir", f"runs/{specs.macros.app_id}")
@@ -75,6 +96,8 @@ def train(
     launcher = f"torchrun --nnodes {shape.nnodes} --nproc_per_node {shape.processes_per_host} --rdzv_backend c10d "
     launcher += f"--rdzv_endpoint {endpoint} --rdzv_id {specs.macros.app_id} --rdzv_conf {_PATIENCE} "
     launcher += f"--max-restarts {max_restarts}"
+    # torchx puts its macros in place of ${...}, and Kubernetes variables in place of $(...): neither sees $''.
+    flags_as_given = shlex.join(flags).replace("$", "$$''")
     return specs.AppDef(
         name=name,
         roles=[
@@ -82,14 +105,14 @@ def train(
                 name="train",
                 image=image,
                 entrypoint="bash",
-                args=["-c", f"exec {launcher} dlrm_main.py {shlex.join((*flags, *run_dir))}"],
-                env={**variables, **(env or {})},
+                args=["-c", f"exec {launcher} dlrm_main.py {flags_as_given} {shlex.join(run_dir)}".rstrip()],
+                env={**variables, **asked_env},
                 num_replicas=shape.hosts,
                 min_replicas=shape.min_hosts if shape.min_hosts < shape.hosts else None,
-                resource=resource,
+                resource=host,
                 max_retries=max_retries,
                 port_map={"c10d": rdzv_port},
-                mounts=specs.parse_mounts(mounts) if mounts else [],
+                mounts=mounted,
             )
         ],
     )

@@ -10,15 +10,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dlrm.config import Precision, optional
+from dlrm.config import MOST_RANKS, Precision, optional
 from dlrm.console import plural
 from dlrm.errors import ConfigError
 
 GIB = 2**30
 _GB = 10**9
 _TFLOP = 10**12
-MOST_RANKS = 4096
-"""Beyond it TorchRec's planner takes hours."""
 
 ASSUMED_EFFICIENCY = 0.7
 """Share of peak numbers that is taken to be reached where nobody has measured it."""

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from torchx import specs
@@ -13,6 +16,7 @@ from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, Optim
 from dlrm.errors import LaunchError
 from dlrm.launch.components import train
 from dlrm.launch.resources import Shape, estimate_host_gib, parse_shape
+from tests.docs.commands import blocks_of
 from tests.launching import ROOT
 
 COMPONENT = str(ROOT / "dlrm" / "launch" / "components.py:train")
@@ -40,6 +44,8 @@ def test_shapes(text, gpus, shape):
         ("2x", 0, "-j 2x: expected HOSTSxPROCESSES"),
         ("0x2", 0, "-j 0x2: expected"),
         ("two", 0, "-j two: expected"),
+        ("99999999x8", 0, "-j 99999999x8: 799,999,992 processes, expected 4,096 or fewer"),
+        ("1x" + "9" * 5000, 0, "-j 1x9{58}: expected HOSTSxPROCESSES"),
         ("4:2x1", 0, "at least 4 hosts, at most 2. Swap them"),
         ("2x4", 8, "-j 2x4 with 8 GPUs a host: expected a process for each GPU, -j 2x8"),
     ],
@@ -71,12 +77,17 @@ def test_one_host():
 def test_many_hosts_with_gpus():
     mounts = ["type=bind", "src=/data", "dst=/data", "readonly"]
     app = train(
-        "--run_dir", "/data/a run", j="2", gpu=8, interface="eth0", mounts=mounts, max_retries=2, env={"A": "b"}
+        "--run_dir", "/data/a run", j="2", gpu=8, interface="eth0", mounts=mounts, max_retries=2, env="A=b,C=d,e"
     )
     role = role_of(app)
     assert (role.num_replicas, role.max_retries) == (2, 2)
     assert (role.resource.cpu, role.resource.gpu) == (64, 8)
-    assert {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "A": "b"}.items() <= role.env.items()
+    assert {
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "A": "b",
+        "C": "d,e",
+    }.items() <= role.env.items()
     assert [(mount.src_path, mount.read_only) for mount in role.mounts] == [("/data", True)]
     command = role.args[1]
     assert "--nnodes 2 --nproc_per_node 8 " in command
@@ -104,7 +115,31 @@ def test_a_named_resource():
         (["--batch_sise", "3"], {}, "did you mean --batch_size"),
         ([], {"j": "x"}, "-j x: expected"),
         ([], {"h": "aws_p4d.24xlarge", "gpu": 4}, "-h aws_p4d.24xlarge with --gpu, --cpu or --memory_gib"),
-        (["--in_memory_binary_criteo_path", "/not/here"], {}, "/not/here: can't be seen from here"),
+        ([], {"h": "nosuch"}, "-h nosuch: no named resource of torchx"),
+        ([], {"h": ""}, "-h : no named resource of torchx"),
+        ([], {"h": "NULL"}, "-h NULL: no named resource of torchx"),
+        ([], {"j": "99999999"}, "-j 99999999: 99,999,999 processes"),
+        ([], {"gpu": -1}, "--gpu -1: expected 0 to 64"),
+        ([], {"cpu": -2}, "--cpu -2: expected 0 to 4096"),
+        ([], {"cpu": 10**9}, "--cpu 1000000000: expected 0 to 4096"),
+        ([], {"memory_gib": -1}, "--memory_gib -1: expected 0 to 65536"),
+        ([], {"max_restarts": -1}, "--max_restarts -1: expected 0 to 1000"),
+        ([], {"max_retries": -1}, "--max_retries -1: expected 0 to 1000"),
+        ([], {"rdzv_port": 0}, "--rdzv_port 0: expected 1 to 65535"),
+        ([], {"rdzv_port": 65536}, "--rdzv_port 65536: expected 1 to 65535"),
+        ([], {"name": "a b; touch x"}, "--name 'a b; touch x': expected 1 to 40 letters"),
+        ([], {"name": ""}, "--name '': expected 1 to 40 letters"),
+        ([], {"interface": ""}, "--interface '': expected the name of one network interface"),
+        ([], {"interface": "eth0,eth1"}, "--interface 'eth0,eth1': expected the name of one"),
+        ([], {"interface": "eth0 "}, "--interface 'eth0 ': expected the name of one"),
+        ([], {"mounts": ["src=/data"]}, "--mounts src=/data: type must be specified first. Expected type=bind"),
+        ([], {"mounts": ["type=bind", "src=/data"]}, "--mounts type=bind,src=/data: no dst. Expected type=bind"),
+        ([], {"mounts": ["type=tape"]}, "--mounts type=tape: invalid mount type"),
+        ([], {"mounts": ["/data:/data"]}, "--mounts /data:/data: unknown mount option"),
+        ([], {"env": "NCCL_DEBUG"}, "--env NCCL_DEBUG: expected NAME=VALUE,NAME=VALUE"),
+        ([], {"env": "A B=c"}, "--env A B=c: expected NAME=VALUE,NAME=VALUE"),
+        (["--in_memory_binary_criteo_path", "/not/here"], {}, "/not/here: its rows can't be seen from here"),
+        (["--in_memory_binary_criteo_path", "dlrm"], {}, "not known. Give --memory_gib, or --mmap_mode after the --."),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_submitted(flags, options, words, capsys):
@@ -183,6 +218,53 @@ def test_a_job_for_slurm():
     assert "runs/'\"$SLURM_JOB_ID\"''" in script
 
 
+ODD = "/data/$HOME ${app_id} $$ $(A) it's"
+"""torchx has macros in ${...} and takes one of two dollars away; Kubernetes puts variables in place of $(...)."""
+
+
+def given_to_torchrun(command: list[str], folder: Path) -> list[str]:
+    """The arguments that reach torchrun, and by way of it dlrm_main.py, when a job's command runs."""
+    for name, text in (
+        ("torchrun", 'printf "%s\\n" "$@"'),
+        ("srun", 'while [ $1 != bash ]; do shift; done; exec "$@"'),
+    ):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "HOME": "/home", "A": "b"}
+    return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_dollars_in_flags_reach_training_on_this_machine(tmp_path):
+    with get_runner() as runner:
+        job = runner.dryrun_component(COMPONENT, ["--", "--run_dir", ODD], "local_cwd").request
+    assert given_to_torchrun(job.role_params["train"][0].args, tmp_path)[-3:] == ["dlrm_main.py", "--run_dir", ODD]
+
+
+def test_dollars_in_flags_reach_training_on_slurm(tmp_path):
+    script = tmp_path / "job.sh"
+    script.write_text(request("slurm", "-j", "2x1", "--", "--checkpoint_dir", ODD).split("#----------------\n")[-1])
+    given = given_to_torchrun(["bash", str(script)], tmp_path)
+    start = given.index("dlrm_main.py")
+    assert given[start : start + 5] == ["dlrm_main.py", "--checkpoint_dir", ODD, "--run_dir", "runs/7"]
+
+
+@pytest.mark.parametrize(("scheduler", "options"), [("slurm", {}), ("kubernetes", {"queue": "default"})])
+@pytest.mark.filterwarnings("ignore:\\nRole train configured with restarts")
+def test_the_guides_lines_need_no_look_at_the_data(scheduler, options, monkeypatch):
+    pytest.importorskip("kubernetes")
+    monkeypatch.setattr(Path, "iterdir", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    blocks = blocks_of("cluster.md", (ROOT / "docs/guides/cluster.md").read_text())
+    (line,) = (
+        line
+        for block in blocks
+        for line in block.text.replace("\\\n", "").splitlines()
+        if f"-s {scheduler} " in line and "/data" in line
+    )
+    words = shlex.split(line)
+    asked = words[words.index("dlrm/launch/components.py:train") + 1 :]
+    assert "--in_memory_binary_criteo_path /data/days" in request(scheduler, *asked, **options)
+
+
 # 2026-11-23: torchx 0.7 warns that Volcano 1.4 restarts jobs in its own way (volcano-sh/volcano#1651).
 @pytest.mark.filterwarnings("ignore:\\nRole train configured with restarts")
 def test_a_job_for_kubernetes():
@@ -213,3 +295,12 @@ def test_a_job_for_kubernetes():
     assert "${TORCHX_RANK0_HOST:=localhost}:29500" in endpoints[0]
     assert "${VC_TRAIN_0_HOSTS:=localhost}:29500" in endpoints[1]
     json.dumps(job)
+
+
+def test_dollars_in_flags_reach_training_on_kubernetes(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("kubernetes")
+    job = yaml.safe_load(request("kubernetes", "--", "--run_dir", ODD, queue="default"))
+    command = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0]["command"]
+    assert "$(" not in command[2]
+    assert given_to_torchrun(command, tmp_path)[-2:] == ["--run_dir", ODD]
