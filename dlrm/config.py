@@ -22,6 +22,8 @@ from dlrm.table_constraints import read_rules
 CONFIG_VERSION = 1
 DEFAULT_RANDOM_BATCHES = 10
 PROFILE_WARM_UP_STEPS = 5
+MOST_LAYERS = 1000
+"""Of one MLP, or cross layers."""
 MOST_RANKS = 4096
 """Beyond it TorchRec's planner takes hours."""
 
@@ -194,7 +196,7 @@ class ModelConfig:
     interaction_branch2_layer_sizes: IntList = (2048, 2048)
     """projection only: layers of the second branch; the last is a multiple of embedding_dim."""
 
-    dcn_num_layers: Annotated[int, Gt(0)] = 3
+    dcn_num_layers: Annotated[int, Gt(0), Le(MOST_LAYERS)] = 3
     """dcn only: number of cross layers."""
 
     dcn_low_rank_dim: Annotated[int, Gt(0), Lt(2**20)] = 512
@@ -229,7 +231,7 @@ class ShardingConfig:
     large_table_gib: Annotated[float, Ge(0.0), Lt(1e9)] = 1.0
     """Tables of at least this many GiB of weights are `large` in --table_constraints."""
 
-    device_memory_gib: Annotated[float | None, Gt(0.0), Lt(1e9), optional("what there is", "FLOAT")] = None
+    device_memory_gib: Annotated[float | None, Ge(1e-3), Lt(1e9), optional("what there is", "FLOAT")] = None
     """Memory that a plan counts on, in GiB: of each GPU, or on a CPU of each rank's share of the host."""
 
     reserved_memory_share: Annotated[float, Ge(0.0), Lt(1.0)] = 0.15

@@ -15,7 +15,15 @@ from typing import Any
 
 import annotated_types
 
-from dlrm.config import CheckpointConfig, Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig
+from dlrm.config import (
+    MOST_LAYERS,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from dlrm.errors import ConfigError
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 from dlrm.table_constraints import parse_rules
@@ -71,6 +79,8 @@ def check_ranges(section: Any) -> None:
 def _check_sizes(name: str, sizes: tuple[int, ...]) -> None:
     if not sizes or min(sizes) <= 0:
         raise ConfigError(f"--{name} {','.join(map(str, sizes))}: expected positive integers, as in 512,256,128")
+    if len(sizes) > MOST_LAYERS:
+        raise ConfigError(f"--{name}: got {len(sizes):,} sizes, expected {MOST_LAYERS:,} or fewer")
     if name != "num_embeddings_per_feature" and max(sizes) >= 2**20:
         raise ConfigError(f"--{name}: got {max(sizes)}, expected sizes of less than {2**20}")
 

@@ -4,11 +4,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_TO_FIRST_SIGN = 5.0
+_SECONDS_BETWEEN_SIGNS = 60.0
 _LARGE = 1_000_000
 """From here on a bar shows 1.00M in place of all digits."""
 
@@ -95,6 +98,27 @@ class Progress:
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+
+@contextmanager
+def signs_of_life(what: str) -> Iterator[None]:
+    """Says on stderr that `what` goes on, where no one can tell how far it is: after seconds, then ever less often."""
+    over = threading.Event()
+    started = time.monotonic()
+
+    def say() -> None:
+        pause = _SECONDS_TO_FIRST_SIGN
+        while not over.wait(pause):
+            print(f"{what}: {_clock(time.monotonic() - started)} so far", file=sys.stderr, flush=True)
+            pause = min(2 * pause, _SECONDS_BETWEEN_SIGNS)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _has_bars() -> bool:

@@ -136,6 +136,16 @@ def spec_full_size_a100x80() -> Config:
     return _spec("spec_full_size_a100x80", FULL_SIZE_ROWS, 819)
 
 
+RANKS: Mapping[str, int] = {
+    "kaggle": 8,
+    "mlperf_v1": 8,
+    "mlperf_v2": 8,
+    "spec_mlperf_a100x8": 8,
+    "spec_mlperf_x2_a100x16": 16,
+    "spec_full_size_a100x80": 80,
+}
+"""Ranks of the recipes that have a global batch."""
+
 RECIPES: Mapping[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (

@@ -10,9 +10,18 @@ import tyro
 
 from dlrm.config import Config, ShardingConfig, optional
 from dlrm.config_checks import check_ranges
+from dlrm.console import plural, signs_of_life
 from dlrm.errors import DoesNotFitError
 from dlrm.flags import base_of, is_named, parse_flags, settle, value_of
-from dlrm.plan.hardware import ClusterShape, Hardware, HardwareConfig, hardware_of, parse_cluster
+from dlrm.plan.hardware import (
+    ClusterShape,
+    Hardware,
+    HardwareConfig,
+    check_effects,
+    hardware_of,
+    parse_cluster,
+    precision_on,
+)
 from dlrm.plan.picture import check_plot, draw
 from dlrm.plan.report import to_text
 
@@ -53,11 +62,13 @@ def parse_plan(argv: Sequence[str]) -> PlanConfig:
     """
     default = PlanConfig(value_of(argv, "cluster") or tyro.MISSING, run=base_of(argv))
     asked = parse_flags(PlanConfig, argv, PROG, description=DESCRIPTION, default=default)
-    parse_cluster(asked.cluster)
+    shape = parse_cluster(asked.cluster)
     check_ranges(asked.hardware)
     if asked.plot is not None:
         check_plot(asked.plot)
-    return PlanConfig(asked.cluster, asked.json, asked.plot, asked.hardware, settle(asked.run, argv, needs_data=False))
+    run = settle(asked.run, argv, needs_data=False)
+    check_effects(asked.hardware, run, shape)
+    return PlanConfig(asked.cluster, asked.json, asked.plot, asked.hardware, run)
 
 
 def plan(
@@ -79,17 +90,21 @@ def plan(
     shape = parse_cluster(asked.cluster)
     # Here and not above, so that --help and a mistyped flag answer without loading torch.
     from dlrm.plan.placing import Placing
-    from dlrm.plan.predict import precision_on, predict
+    from dlrm.plan.predict import predict
     from dlrm.train.main import quieten_libraries
 
     quieten_libraries()
-    precision_on(asked.run, hardware(shape), shape)
+    if precision_on(asked.run, hardware(shape), shape) != asked.run.training.arithmetic:
+        note(f"No GPU in {shape}: tf32 without effect.")
     placing = Placing(asked.run, shape, hardware)
     try:
-        placement = placing.place()
+        with signs_of_life(f"Placing tables on {plural(shape.world_size, 'rank')}"):
+            placement = placing.place()
     except DoesNotFitError as error:
         note(f"Does not fit {shape.describe()}. Looking for the smallest cluster of such hosts that would do.")
-        return _refuse(error, shape, placing.find_smallest())
+        with signs_of_life("Placing tables on larger clusters"):
+            smallest = placing.find_smallest()
+        return _refuse(error, shape, smallest)
     return predict(asked.run, shape, hardware(shape), placement)
 
 

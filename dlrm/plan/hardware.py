@@ -6,11 +6,11 @@ Every number has its source in docs/design/plan.md, "Hardware". No torch here.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 
-from dlrm.config import MOST_RANKS, Precision, optional
+from dlrm.config import MOST_RANKS, Config, Precision, optional
 from dlrm.console import plural
 from dlrm.errors import ConfigError
 
@@ -130,10 +130,10 @@ KINDS: Mapping[str, Hardware] = {
     ),
 }
 
-_Gib = Annotated[float | None, Gt(0.0), Lt(1e9), optional("the kind's", "FLOAT")]
-_Tflops = Annotated[float | None, Gt(0.0), Lt(1e9), optional("the kind's", "FLOAT")]
+_Gib = Annotated[float | None, Ge(1e-3), Lt(1e9), optional("the kind's", "FLOAT")]
+_Tflops = Annotated[float | None, Ge(1e-6), Lt(1e9), optional("the kind's", "FLOAT")]
 _Micros = Annotated[float | None, Ge(0.0), Lt(1e6), optional("the kind's", "FLOAT")]
-_Share = Annotated[float | None, Gt(0.0), Le(1.0), optional("the kind's", "FLOAT")]
+_Share = Annotated[float | None, Ge(1e-6), Le(1.0), optional("the kind's", "FLOAT")]
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def hardware_of(
     kind = KINDS[shape.kind]
     is_shared = kind.device == "cpu"
     share = 1 / shape.devices_per_host if is_shared else 1.0
-    host_memory = _in(GIB, config.host_memory_gib, kind.host_memory_bytes)
+    of_ranks = device_gib * shape.devices_per_host if is_shared and device_gib is not None else config.host_memory_gib
+    host_memory = _in(GIB, of_ranks, kind.host_memory_bytes)
     memory = host_memory / shape.devices_per_host if is_shared else kind.memory_bytes
     rates = {
         precision: _in(_TFLOP, getattr(config, f"{precision}_tflops"), rate) * share
@@ -263,6 +264,40 @@ def hardware_of(
         memory_efficiency=_in(1, config.memory_efficiency, kind.memory_efficiency),
         network_efficiency=_in(1, config.network_efficiency, kind.network_efficiency),
     )
+
+
+def precision_on(config: Config, hardware: Hardware, shape: ClusterShape) -> Precision:
+    """Arithmetic of matrix products: as asked, but for tf32 on a CPU, which is fp32 there.
+
+    Raises:
+        ConfigError: if the hardware has none such.
+    """
+    asked = config.training.arithmetic
+    if asked == "tf32" and hardware.device == "cpu":
+        return "fp32"
+    if asked not in hardware.matrix_rates:
+        known = ", ".join(hardware.matrix_rates)
+        raise ConfigError(f"--precision {asked} with --cluster {shape}: expected one of {known} there.")
+    return asked
+
+
+def check_effects(config: HardwareConfig, run: Config, shape: ClusterShape) -> None:
+    """Refuses numbers that nothing would be reckoned with.
+
+    Raises:
+        ConfigError: naming the flag; or if the hardware has no such arithmetic as the run's.
+    """
+    kind = KINDS[shape.kind]
+    used = precision_on(run, kind, shape)
+    products = f"matrix products are in {used} there. Leave it out, or give another --precision."
+    idle = {f"{precision}_tflops": products for precision in get_args(Precision) if precision != used}
+    if kind.device == "cpu":
+        idle["host_device_bandwidth"] = "tables are in the memory of the CPU itself. Give --memory_bandwidth."
+        if run.sharding.device_memory_gib is not None:
+            idle["host_memory_gib"] = "--device_memory_gib says already what each rank has. Give one of the two."
+    for name, why in idle.items():
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(f"--{name} {value:g} with --cluster {shape}: {why}")
 
 
 def _in(unit: float, given: float | None, otherwise: float) -> float:

@@ -1,10 +1,12 @@
 """A prediction as a picture: memory of each rank, and the step's timeline. No torch here."""
 
 import importlib.util
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dlrm.artifacts import write_atomically
 from dlrm.config_checks import check_output_file
 from dlrm.errors import ConfigError
 from dlrm.plan.report import PARTS
@@ -32,7 +34,11 @@ def check_plot(path: str) -> None:
 
 
 def draw(facts: Mapping[str, Any], path: str) -> None:
-    """Writes the picture: a page that needs no network, or SVG."""
+    """Writes the picture: a page that needs no network, or SVG.
+
+    Raises:
+        ConfigError: if the file can't be written; it is then as it was.
+    """
     import altair
 
     # Vega-Lite's data would otherwise be refused beyond 5,000 rows; 4,096 ranks have 20,480.
@@ -46,11 +52,14 @@ def draw(facts: Mapping[str, Any], path: str) -> None:
         anchor="start",
     )
     chart = altair.vconcat(memory, timeline, spacing=30).resolve_scale(color="independent").properties(title=title)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if path.endswith(".html"):
-        chart.save(path, inline=True)
-    else:
-        chart.save(path)
+    drawn = io.StringIO()
+    kind = Path(path).suffix[1:]
+    chart.save(drawn, format=kind, **({"inline": True} if kind == "html" else {}))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), lambda file: file.write(drawn.getvalue().encode()))
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: can't be written ({error.strerror or error}).") from None
 
 
 def _memory_chart(facts: Mapping[str, Any]) -> Any:

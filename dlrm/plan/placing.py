@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from dlrm.config import Config
-from dlrm.plan.hardware import GIB, ClusterShape, Hardware
+from dlrm.plan.hardware import ClusterShape, Hardware
 from dlrm.runtime import Runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, describe_plan
@@ -35,7 +35,7 @@ def cluster_of(config: Config, shape: ClusterShape, hardware: Hardware) -> Clust
 
 
 class Placing:
-    """A run's model, without memory for its tables, to be placed on one cluster or another."""
+    """A run's model, without memory for its parameters, to be placed on one cluster or another."""
 
     def __init__(self, config: Config, shape: ClusterShape, hardware: Callable[[ClusterShape], Hardware]) -> None:
         """Builds the model. `hardware`: what a rank of a cluster has."""
@@ -44,8 +44,9 @@ class Placing:
         self._hardware = hardware
         # Neither the seed nor how layers run changes where tables go.
         training = replace(config.training, seed=0, dense_execution="eager")
-        runtime = Runtime(0, 0, shape.world_size, shape.devices_per_host, torch.device("cpu"))
-        self._model = build_model(replace(config, training=training), runtime, is_restored=True)
+        runtime = Runtime(0, 0, shape.world_size, shape.devices_per_host, torch.device("meta"))
+        with runtime.device:
+            self._model = build_model(replace(config, training=training), runtime, is_restored=True)
 
     def _cluster(self, hosts: int) -> Cluster:
         shape = replace(self._shape, hosts=hosts)
@@ -79,8 +80,8 @@ class Placing:
         dim = model.embedding_dim
         row_bytes = 4 * (dim + self._config.optimizer.table_state_floats(dim))
         cluster = self._cluster(self._shape.hosts)
-        of_host = self._shape.devices_per_host * (cluster.table_bytes + cluster.host_bytes) / GIB
-        return max(1, int(sum(model.table_rows) * row_bytes / GIB / of_host))
+        of_host = self._shape.devices_per_host * max(1, cluster.table_bytes + cluster.host_bytes)
+        return max(1, sum(model.table_rows) * row_bytes // of_host)
 
 
 def fewest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

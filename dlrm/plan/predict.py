@@ -1,16 +1,17 @@
 """A plan, the hardware and the flags become tables on ranks, memory and a step."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from dlrm.config import CommPrecision, Config, Precision
 from dlrm.data.splits import hotness_of
-from dlrm.errors import ConfigError
 from dlrm.plan.cost import DEFAULT_CACHE_SHARE, FLOAT, Rates, Table
-from dlrm.plan.hardware import GIB, ClusterShape, Hardware
-from dlrm.plan.memory import memory_of_ranks
+from dlrm.plan.hardware import GIB, ClusterShape, Hardware, precision_on
+from dlrm.plan.memory import RankMemory, memory_of_ranks
 from dlrm.plan.network import Collective, Network
 from dlrm.plan.step import Step, Workload, build_step
+from dlrm.recipes import RANKS, RECIPES
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement, constraints_of
 
@@ -26,25 +27,16 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
     """
     precision = precision_on(config, hardware, shape)
     load = workload_of(config, shape, precision, placement)
-    memory = memory_of_ranks(
-        config.model,
-        load.tables,
-        config.optimizer.algorithm,
-        config.training.pipeline,
-        config.data.batch_size,
-        load.width,
-        shape.world_size,
-        hardware.memory_bytes,
-        config.sharding.reserved_memory_share,
-    )
+    memory, at_least = (_memory(config, load, shape, hardware, samples) for samples in (config.data.batch_size, 1))
     step = build_step(load, *reached(hardware, shape, precision))
-    missing = max(0.0, *(-rank_memory.free / GIB for rank_memory in memory))
+    missing = _missing_gib(memory)
     return {
         "cluster": _describe_cluster(shape, hardware),
         "fits": not missing,
-        "error": _describe_missing(missing) if missing else None,
+        "error": _describe_missing(missing, is_batch=not _missing_gib(at_least)) if missing else None,
         "batch_size": config.data.batch_size,
         "global_batch_size": step.samples,
+        "recipe_batch": _describe_recipe(config.recipe),
         "precision": precision,
         "optimizer": config.optimizer.algorithm,
         "pipeline": config.training.pipeline,
@@ -60,12 +52,43 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
     }
 
 
-def _describe_missing(gib: float) -> str:
-    return (
-        f"The tables fit, but batches, activations and gradients are expected to need {gib:.2f} GiB more than there is "
-        "on a rank. A smaller --batch_size would do, or fewer replicated tables, or more of the memory kept for them "
-        "(--reserved_memory_share)."
+def _memory(config: Config, load: Workload, shape: ClusterShape, hardware: Hardware, samples: int) -> list[RankMemory]:
+    return memory_of_ranks(
+        config.model,
+        load.tables,
+        config.optimizer.algorithm,
+        config.training.pipeline,
+        samples,
+        load.width,
+        shape.world_size,
+        hardware.memory_bytes,
+        config.sharding.reserved_memory_share,
     )
+
+
+def _missing_gib(memory: Sequence[RankMemory]) -> float:
+    return max(0.0, *(-rank_memory.free / GIB for rank_memory in memory))
+
+
+def _describe_missing(gib: float, *, is_batch: bool) -> str:
+    if is_batch:
+        what = "batches, activations and gradients"
+        remedies = "a smaller --batch_size; more hosts or fewer replicated tables, which leave more room beside tables"
+    else:
+        what = "the dense layers and replicated tables with their gradients and optimizer state, whatever the batch,"
+        remedies = "smaller layers; fewer replicated tables; --optimizer with less state"
+    return (
+        f"The tables fit, but {what} are expected to need {gib:.2f} GiB more than there is on a rank. What would help: "
+        f"{remedies}; more of the memory kept for them (--reserved_memory_share)."
+    )
+
+
+def _describe_recipe(name: str | None) -> dict[str, int] | None:
+    """The global batch that a recipe is for, where it is for one."""
+    if name not in RANKS:
+        return None
+    ranks, batch_size = RANKS[name], RECIPES[name]().data.batch_size
+    return {"ranks": ranks, "batch_size": batch_size, "global_batch_size": ranks * batch_size}
 
 
 def workload_of(config: Config, shape: ClusterShape, precision: Precision, placement: Placement) -> Workload:
@@ -136,21 +159,6 @@ def _describe_step(step: Step) -> dict[str, Any]:
             for span in sorted(step.spans, key=lambda span: span.start)
         ],
     }
-
-
-def precision_on(config: Config, hardware: Hardware, shape: ClusterShape) -> Precision:
-    """Arithmetic of matrix products: as asked, but for tf32 on a CPU, which is fp32 there.
-
-    Raises:
-        ConfigError: if the hardware has none such.
-    """
-    asked = config.training.arithmetic
-    if asked == "tf32" and hardware.device == "cpu":
-        return "fp32"
-    if asked not in hardware.matrix_rates:
-        known = ", ".join(hardware.matrix_rates)
-        raise ConfigError(f"--precision {asked} with --cluster {shape}: expected one of {known} there.")
-    return asked
 
 
 def reached(hardware: Hardware, shape: ClusterShape, precision: Precision) -> tuple[Rates, Network]:

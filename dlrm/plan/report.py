@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from dlrm.console import align
+from dlrm.console import align, plural
 
 PARTS = ("weights", "optimizer", "activations", "reserve", "free")
 
@@ -13,7 +13,7 @@ def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
     """Lines that show the facts; `described` is the cluster in words."""
     head = [
         ("cluster", f"{described}; {facts['cluster']['device_memory_gib']:.1f} GiB each"),
-        ("batch", f"{facts['batch_size']:,} samples a rank, {facts['global_batch_size']:,} a step"),
+        ("batch", _show_batch(facts)),
         ("tables", f"{facts['tables_gib']:.2f} GiB of weights, {facts['optimizer_gib']:.2f} GiB of optimizer state"),
         ("arithmetic", f"{facts['precision']}, {facts['optimizer']}, pipeline {facts['pipeline']}"),
     ]
@@ -21,6 +21,7 @@ def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
         *align(head),
         "",
         *_show_tables(facts["tables"]),
+        *_show_host_tables(facts["tables"]),
         "",
         *_show_memory(facts["memory_gib_per_rank"]),
         "",
@@ -32,6 +33,17 @@ def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
     ]
 
 
+def _show_batch(facts: Mapping[str, Any]) -> str:
+    recipe = facts["recipe_batch"]
+    shown = f"{facts['batch_size']:,} samples a rank, {facts['global_batch_size']:,} a step"
+    if recipe is None or facts["global_batch_size"] == recipe["global_batch_size"]:
+        return shown
+    batch, ranks = recipe["batch_size"], plural(recipe["ranks"], "rank")
+    shown += f"; the recipe's step is {recipe['global_batch_size']:,}: {ranks} of {batch:,}"
+    same, rest = divmod(recipe["global_batch_size"], facts["cluster"]["world_size"])
+    return shown if rest or not same else f"{shown} (--batch_size {same} gives that here)"
+
+
 def _show_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ("table", "rows", "dim", "GiB", "sharding", "kernel", "ranks")
     rows = [
@@ -39,6 +51,19 @@ def _show_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
         for t in tables
     ]
     return align([head, *rows], right={1, 2, 3})
+
+
+def _show_host_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    hosted = [table for table in tables if "uvm" in table["kernel"]]
+    if not hosted:
+        return []
+    gib, names = sum(table["gib"] for table in hosted), ", ".join(table["table"] for table in hosted)
+    cached = any(table["kernel"] == "fused_uvm_caching" for table in hosted)
+    return [
+        "",
+        f"Host memory: {gib:.2f} GiB of weights ({names}) are read over the bus by UVM kernels"
+        f"{', but for rows in a cache on the GPU' if cached else ''}.",
+    ]
 
 
 def _span(ranks: Sequence[int]) -> str:

@@ -26,6 +26,7 @@ from dlrm.table_constraints import ROW_SPLITS, TableConstraint, constraints_of_t
 
 _BYTES_PER_WEIGHT = 4
 _PLENTY = 1 << 60
+_OF_THE_HOST = " of the host"
 _TOO_LITTLE_MEMORY = (
     PlannerErrorType.INSUFFICIENT_STORAGE,  # all ranks together
     PlannerErrorType.STRICT_CONSTRAINTS,  # enough in all, and no rank left with room for some table
@@ -169,7 +170,10 @@ def plan_sharding(
             shortage = _find_shortage(cluster, search.fits)
             if shortage is None:
                 raise PlanError(f"no sharding plan, however much memory there is: {_first_line(error)}") from None
-            refusal = _describe_shortfall(list(tables.values()), cluster, shortage, is_constrained=bool(constraints))
+            is_batch = batch_size > 1 and replace(search, batch_size=1).fits(cluster)
+            refusal = _describe_shortfall(
+                list(tables.values()), cluster, shortage, batch_size if is_batch else None, bool(constraints)
+            )
             raise DoesNotFitError(refusal, shortage.missing_gib) from None
     assert sum(len(cast(EmbeddingModuleShardingPlan, part)) for part in plan.plan.values()) == len(tables)
     return plan
@@ -287,7 +291,7 @@ class _Shortage:
 def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> _Shortage | None:
     """What there is too little of on a rank, and how much more it takes; None where no amount would do."""
     if cluster.device == "cuda" and fits(replace(cluster, host_bytes=_PLENTY)):
-        where, there = " of the host", cluster.host_bytes
+        where, there = _OF_THE_HOST, cluster.host_bytes
         needed = _smallest_that_fits(lambda size: fits(replace(cluster, host_bytes=size)), there)
     else:
         where, there = " of the GPU" if cluster.device == "cuda" else "", cluster.table_bytes
@@ -296,17 +300,21 @@ def _find_shortage(cluster: Cluster, fits: Callable[[Cluster], bool]) -> _Shorta
 
 
 def _describe_shortfall(
-    tables: Sequence[nn.Parameter], cluster: Cluster, shortage: _Shortage, *, is_constrained: bool
+    tables: Sequence[nn.Parameter], cluster: Cluster, shortage: _Shortage, batch_size: int | None, is_constrained: bool
 ) -> str:
+    """One line; `batch_size` where a smaller one would do."""
     weights = sum(table.numel() * table.element_size() for table in tables)
     classes = {kind for table in tables for kind in getattr(table, "_optimizer_classes", [])}
-    remedies = ["more ranks or hosts", "smaller --num_embeddings or --embedding_dim"]
-    if is_constrained:
-        remedies.append("other --table_constraints, or none")
-    elif cluster.device == "cuda":
-        remedies.append("--table_constraints 'large = fused_uvm_caching' (rows in host memory)")
-    if classes != {torch.optim.SGD}:
-        remedies.append("--optimizer with less state (rowwise_adagrad: a number a row; sgd: none)")
+    remedies = []
+    if batch_size is not None:
+        remedies.append(f"a smaller --batch_size or --test_batch_size (the larger is {batch_size:,} samples a rank)")
+    if batch_size is None or (shortage.needed - shortage.there) * cluster.world_size < weights:
+        more = "more hosts, or hosts with more memory" if shortage.where == _OF_THE_HOST else "more ranks or hosts"
+        remedies += [more, "smaller --num_embeddings or --embedding_dim"]
+        if is_constrained:
+            remedies.append("other --table_constraints, or none")
+        if classes != {torch.optim.SGD}:
+            remedies.append("--optimizer with less state (rowwise_adagrad: a number a row; sgd: none)")
     if cluster.reserved_share > 0:
         remedies.append("a smaller --reserved_memory_share")
     there = f"{shortage.there / GIB:.2f} GiB{shortage.where} (after {cluster.reserved_share:.0%} reserve)"

@@ -1,6 +1,7 @@
 import io
 import os
 import sys
+import time
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_a_terminal_without_columns_gets_lines(columns, has_bars, monkeypatch):
 def test_no_terminal(stream, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     assert not console._has_bars()
+
+
+def test_what_takes_long_gives_signs_of_life(monkeypatch, capsys):
+    with console.signs_of_life("Searching"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "_SECONDS_TO_FIRST_SIGN", 0.01)
+    with console.signs_of_life("Searching"):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Searching: 0:00:00 so far"
+    assert 1 <= len(lines) <= 7  # after 0.01, 0.03, 0.07, 0.15 s ...
 
 
 def test_bytes_and_plurals():

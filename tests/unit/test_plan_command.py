@@ -1,5 +1,6 @@
 """`dlrm plan`: what it says of the example's three runs, of what does not fit, and of mistakes."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -29,10 +30,10 @@ def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", *arguments]) == USER_ERROR
-    captured = capsys.readouterr()
-    assert captured.err.startswith("dlrm plan: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
+    *signs_of_life, error = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("Placing tables on ") for line in signs_of_life)
+    assert error.startswith("dlrm plan: error: ")
+    return error
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,47 @@ def test_all_that_travels_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert shrunk["gradient all-to-all"] == sizes["gradient all-to-all"]
 
 
+def test_tables_in_host_memory_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    rules = "t_cat_3 = fused_uvm; t_cat_5 = fused_uvm_caching"
+    assert main(["plan", *SMALL]) == 0
+    assert "Host memory" not in capsys.readouterr().out
+    assert main(["plan", "--num_embeddings", "1000000", "--cluster", "h100:1x2", "--table_constraints", rules]) == 0
+    assert (
+        "Host memory: 0.48 GiB of weights (t_cat_3, t_cat_5) are read over the bus by UVM kernels, but for rows in a "
+        "cache on the GPU." in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("mlperf_v1", "h100:1x8"), "2,048 samples a rank, 16,384 a step"),
+        (
+            ("mlperf_v1", "h100:2x8"),
+            "2,048 samples a rank, 32,768 a step; the recipe's step is 16,384: 8 ranks of 2,048 "
+            "(--batch_size 1024 gives that here)",
+        ),
+        (("mlperf_v1", "h100:2x8", "--batch_size", "1024"), "1,024 samples a rank, 16,384 a step"),
+        (
+            ("spec_full_size_a100x80", "b200:3x16"),
+            "819 samples a rank, 39,312 a step; the recipe's step is 65,520: 80 ranks of 819 "
+            "(--batch_size 1365 gives that here)",
+        ),
+        (
+            ("mlperf_v1", "h100:3x1"),
+            "2,048 samples a rank, 6,144 a step; the recipe's step is 16,384: 8 ranks of 2,048",
+        ),
+        (("debug_cpu", "h100:3x1"), "256 samples a rank, 768 a step"),
+    ],
+)
+def test_another_global_batch_than_the_recipes_is_said(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], line: str
+) -> None:
+    recipe, cluster, *flags = arguments
+    assert main(["plan", "--recipe", recipe, "--num_embeddings", "1000", "--cluster", cluster, *flags]) == 0
+    assert re.search(rf"^batch +{re.escape(line)}$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_one_rank_and_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     facts = plan_json(capsys, "--recipe", "debug_cpu", "--cluster", "cpu:1x1")
     assert facts["collectives"] == []
@@ -137,7 +179,48 @@ def test_activations_that_do_not_fit_are_said(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr()
     assert "GiB of rank" in shown.out  # all else is said
     assert f"are expected to need {facts['activations_missing_gib']:.2f} GiB more" in shown.err
+    assert "What would help: a smaller --batch_size;" in shown.err
     assert plan_json(capsys, *SMALL)["activations_missing_gib"] == 0
+
+
+def test_dense_layers_take_no_memory_and_are_refused_where_they_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--over_arch_layer_sizes", "1000000,1000000,1"]) == USER_ERROR  # 3.6 TiB
+    error = capsys.readouterr().err
+    assert (
+        "the dense layers and replicated tables with their gradients and optimizer state, whatever the batch" in error
+    )
+    assert "--batch_size" not in error
+
+
+def test_a_batch_that_does_not_fit_is_not_laid_on_the_tables(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlrm.plan.placing.MOST_SEARCHED_RANKS", 4)
+    error = refusal(capsys, *SMALL, "--batch_size", "8000000", "--device_memory_gib", "20")
+    assert "What would help: a smaller --batch_size or --test_batch_size (the larger is 8,000,000 samples" in error
+    assert "--num_embeddings" not in error
+
+
+def test_host_memory_that_is_short_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--num_embeddings", "1000000", "--device_memory_gib", "2", "--host_memory_gib", "3")
+    error = refusal(capsys, *flags, "--cluster", "h100:1x2")
+    assert "2 ranks of 1.27 GiB of the host" in error
+    assert "What would help: more hosts, or hosts with more memory;" in error
+    assert "uvm" not in error
+
+
+def test_a_long_search_gives_signs_of_life(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlrm.console._SECONDS_TO_FIRST_SIGN", 0.01)
+    assert main(["plan", *LARGE, "--cluster", "h100:1x2", "--json"]) == USER_ERROR
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["smallest_cluster"]
+    assert re.search(r"^Placing tables on 2 ranks: 0:00:\d\d so far$", shown.err, re.MULTILINE)
+    assert re.search(r"^Placing tables on larger clusters: 0:00:\d\d so far$", shown.err, re.MULTILINE)
+
+
+def test_tf32_without_a_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--num_embeddings", "1000", "--cluster", "cpu:1x2", "--allow_tf32"]) == 0
+    assert "No GPU in cpu:1x2: tf32 without effect." in capsys.readouterr().out
 
 
 def test_what_does_not_fit_names_the_smallest_cluster(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +263,42 @@ def test_the_search_finds_the_fewest(threshold: int) -> None:
         (("--cluster", "a100_40gb:8"), "expected KIND:HOSTSxDEVICES, as in a100_40gb:2x8"),
         (("--cluster", "h100:1x8", "--recipe", "nothing"), "--recipe nothing: expected one of"),
         (("--cluster", "h100:1x8", "--batch_size", "0"), "--batch_size 0: expected more than 0"),
-        (("--cluster", "h100:1x8", "--fp32_tflops", "0"), "--fp32_tflops 0.0: expected more than 0"),
+        (("--cluster", "h100:1x8", "--fp32_tflops", "0"), "--fp32_tflops 0.0: expected 1e-06 or more"),
+        (
+            ("--cluster", "h100:1x8", "--memory_bandwidth", "1e-300"),
+            "--memory_bandwidth 1e-300: expected 0.001 or more",
+        ),
+        (("--cluster", "h100:1x8", "--host_memory_gib", "1e-300"), "--host_memory_gib 1e-300: expected 0.001 or more"),
+        (("--cluster", "h100:1x8", "--memory_efficiency", "1e-300"), "1e-300: expected 1e-06 or more"),
+        (("--cluster", "cpu:1x2", "--device_memory_gib", "1e-9"), "--device_memory_gib 1e-09: expected 0.001 or more"),
+        (
+            ("--cluster", "cpu:1x2", "--device_memory_gib", "0.001", "--reserved_memory_share", "0.9999999999"),
+            "do not fit: 2 ranks of 0.00 GiB",
+        ),
+        (
+            ("--cluster", "h100:1x8", "--interaction_type", "dcn", "--dcn_num_layers", "1000000000"),
+            "--dcn_num_layers 1000000000: expected 1000 or less",
+        ),
+        (
+            ("--cluster", "h100:1x8", "--over_arch_layer_sizes", ",".join(["1"] * 1001)),
+            "--over_arch_layer_sizes: got 1,001 sizes, expected 1,000 or fewer",
+        ),
+        (
+            ("--cluster", "h100:1x8", "--int16_tflops", "3"),
+            "--int16_tflops 3 with --cluster h100:1x8: matrix products are in fp32 there",
+        ),
+        (
+            ("--cluster", "cpu:1x2", "--tf32_tflops", "3", "--allow_tf32"),
+            "--tf32_tflops 3 with --cluster cpu:1x2: matrix products are in fp32 there",
+        ),
+        (
+            ("--cluster", "cpu:1x2", "--host_device_bandwidth", "3"),
+            "--host_device_bandwidth 3 with --cluster cpu:1x2: tables are in the memory of the CPU itself",
+        ),
+        (
+            ("--cluster", "cpu:1x2", "--host_memory_gib", "3", "--device_memory_gib", "8"),
+            "--host_memory_gib 3 with --cluster cpu:1x2: --device_memory_gib says already",
+        ),
         (("--cluster", "h100:1x8", "--network_efficiency", "1.5"), "--network_efficiency 1.5: expected 1.0 or less"),
         (("--cluster", "h100:1x8", "--bf16_tflop", "3"), "not a flag; did you mean --bf16_tflops"),
         (
@@ -236,6 +354,30 @@ def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         for words in ("Memory of each rank", "Timeline of a step", "weights", "communication"):
             assert words in drawn
     assert 'src="http' not in (tmp_path / "pictures/plan.html").read_text()  # it opens where there is no network
+
+
+def test_a_picture_that_can_not_be_written_leaves_the_old_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    old = tmp_path / "plan.svg"
+    old.write_text("old")
+    monkeypatch.setattr("os.fsync", refuse)
+    assert f"--plot {old}: can't be written (No space left on device)" in refusal(capsys, *SMALL, "--plot", str(old))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_picture_that_can_not_be_written_is_refused_before_the_search(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("dlrm.plan.command.plan", None)  # a search would fail
+    assert "--plot" in refusal(capsys, *SMALL, "--plot", str(tmp_path / "file" / "plan.svg"))
 
 
 def test_a_picture_needs_its_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 from torchrec.datasets.criteo import TOTAL_TRAINING_SAMPLES
 
 from dlrm.flags import parse_args
-from dlrm.recipes import CRITEO_1T_TRAINING_ROWS, RECIPES
+from dlrm.recipes import CRITEO_1T_TRAINING_ROWS, RANKS, RECIPES
 
 SPEC = Path(__file__).parents[3] / "shared" / "spec" / "torchrec_dlrm_example.md"
 ON_KAGGLE = ("kaggle", "kaggle_sample")
@@ -55,6 +55,13 @@ def test_recipes_are_the_rows_of_the_published_table():
     assert published == list(RESULTS_TABLE.values())
     tables = [tuple(map(int, sizes.split(","))) for *_, sizes in rows]
     assert tables == [RECIPES[name]().model.num_embeddings_per_feature for name in RESULTS_TABLE]
+
+
+def test_ranks_of_a_recipe_make_its_global_batch():
+    batches = {name: re.search(r"global batch ([\d,]*\d)", recipe.__doc__) for name, recipe in RECIPES.items()}
+    assert {name: batch[1] for name, batch in batches.items() if batch} == {
+        name: f"{ranks * RECIPES[name]().data.batch_size:,}" for name, ranks in RANKS.items()
+    }
 
 
 def test_mlperf_v1():
