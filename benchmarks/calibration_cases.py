@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dlrm.bench.config import WARM_UP_STEPS
 from dlrm.bench.ours import build_trainer, training_turns
 from dlrm.bench.rank_ceilings import measure_rank
-from dlrm.bench.shape import NUM_CACHED_BATCHES, WARM_UP_STEPS, make_model
+from dlrm.bench.shape import NUM_CACHED_BATCHES, make_model
 from dlrm.bench.workers import Turns
 from dlrm.config import (
     Config,

@@ -9,10 +9,12 @@ GOAL = 5.5e6
 
 
 def add_floor(ids: dict[str, Any], precision: str, rates: dict[str, float]) -> None:
-    """Puts the least time of a step beside its measured one: products at the measured rate, then bytes at a copy's."""
+    """Puts the least time of a step beside its measured one: the longer of products at the measured rate and bytes at
+    a copy's, as in `dlrm bench`, and their sum."""
     floor = Floor(Work(**ids["work"]), Ceilings(rates[precision], rates["bytes"]))
     ids["floor"] = floor.to_json()
-    ids["share_of_floor"] = 1000 * floor.sum_seconds / ids["median_step_ms"]
+    ids["share_of_floor"] = 1000 * floor.seconds / ids["median_step_ms"]
+    ids["share_of_floor_sum"] = 1000 * floor.sum_seconds / ids["median_step_ms"]
 
 
 def to_markdown(result: dict[str, Any]) -> str:

@@ -18,16 +18,17 @@ from collections import defaultdict
 from typing import Any, get_args
 
 from benchmarks.flags import Parser, positive_int, result_file, run_script
-from dlrm.bench.config import Arithmetic
+from dlrm.bench.config import WARM_UP_STEPS, Arithmetic
 from dlrm.bench.provenance import write_result
 
 STEPS = 10
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
 SIDES = {
     "before": {"DLRM_KERNELS": "none", "THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TOP_PAD_": "131072"},
-    "after": {},
+    "after": {"THP_MEM_ALLOC_ENABLE": "1"},
 }
-"""131,072 is glibc's own value: a setting in the environment keeps the trainer's hands off the allocator."""
+"""131,072 is glibc's own value: a setting in the environment keeps the trainer's hands off the allocator. Torch reads
+THP_MEM_ALLOC_ENABLE when it is loaded, which here is before the trainer sets it."""
 GROUPS = {
     "matrix products": r"aten::(mm|addmm|bmm)$|dlrm::int16",
     "table lookup": r"fbgemm::.*forward|dlrm::pool",
@@ -46,7 +47,7 @@ def profile_steps(optimizer: str, precision: str) -> dict[str, float]:
     from dlrm.allocator import keep_freed_memory
     from dlrm.bench.config import Shape
     from dlrm.bench.ours import StepClock, build_trainer
-    from dlrm.bench.shape import WARM_UP_STEPS, make_config
+    from dlrm.bench.shape import make_config
     from dlrm.runtime import start_runtime
     from dlrm.train.main import quieten_libraries
 

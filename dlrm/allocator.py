@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_LARGEST_INT = 2**31 - 1
+_NEVER = -1
 _PRELOADED = ("jemalloc", "tcmalloc", "mimalloc")
 
 
@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
     if mallopt is not None and _chosen_by_user() is None:
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def describe_allocator() -> str:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dlrm.bench.config import WARM_UP_STEPS
 from dlrm.bench.ours import build_trainer, describe
 from dlrm.bench.reference import build_optimizer, build_reference, shard_reference
-from dlrm.bench.shape import WARM_UP_STEPS
 from dlrm.bench.workers import Turns
 from dlrm.checkpoint.checkpointer import Checkpointer, Saved
 from dlrm.checkpoint.restore import find_newest

@@ -17,6 +17,9 @@ DEFAULT_EMBEDDING_DIM = 128
 MLPERF_ZIPF_EXPONENT = 1.1
 _SAMPLES_PER_TURN = 80_000
 
+WARM_UP_STEPS = 5
+"""Steps at the start of a turn that are not timed: the pipeline fills, caches hold the other side's data."""
+
 Stored = Literal["fp32", "bf16"]
 """Precision of activations."""
 
@@ -186,8 +189,10 @@ class LoaderBench:
         """See `Rounds` and `Shape`."""
         _validate(self, self.repetition, self.shape)
         _check_folder("scratch", self.scratch)
-        if self.num_rows < self.shape.batch_size:
-            raise ConfigError(f"--num_rows {self.num_rows}: expected --batch_size or more")
+        if self.num_rows < (least := (WARM_UP_STEPS + 1) * self.shape.batch_size):
+            raise ConfigError(
+                f"--num_rows {self.num_rows}: expected {least:,} or more, {WARM_UP_STEPS + 1} times --batch_size"
+            )
 
 
 @dataclass(frozen=True)
@@ -255,8 +260,9 @@ class ProductsBench:
 
 @dataclass(frozen=True)
 class EmbeddingBench:
-    """26 lookups in tables of dimension 128, their backward, and the rows' update: our kernel against FBGEMM's. One
-    process with all cores."""
+    """26 lookups in tables of dimension 128, their backward, and the rows' update: our kernel on 32-bit ids, as our
+    batches have them, against FBGEMM's on 64-bit ones, as torchrec's random data set has them. One process with all
+    cores."""
 
     repetition: Rounds = field(default_factory=Rounds)
     workload: Workload = field(default_factory=Workload)

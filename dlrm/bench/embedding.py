@@ -30,7 +30,7 @@ from dlrm.config import Config
 from dlrm.data.batch import build_batch
 from dlrm.data.partition import Partition
 from dlrm.data.random_source import RandomSource
-from dlrm.kernels.embedding import HostTables
+from dlrm.kernels.embedding import HostTables, Lookup
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, ONE_HOT
 
 _OPTIMIZERS = {
@@ -88,7 +88,8 @@ def count_update(config: Config, bench: EmbeddingBench) -> Work:
 def open_kernel(config: Config, bench: EmbeddingBench) -> Iterator[Turns]:
     """Our operators on FBGEMM's tables; pooled rows and gradients in our side's precision."""
     require_kernels()
-    tables = HostTables.of(make_tables(config))
+    module = make_tables(config)
+    tables = HostTables.of(module)
     assert tables is not None, "FBGEMM's tables, of a kind that the operators take"
     batches = draw_batches(config)
     dtype = _DTYPES[bench.arithmetic]
@@ -96,8 +97,10 @@ def open_kernel(config: Config, bench: EmbeddingBench) -> Iterator[Turns]:
 
     def update(number: int) -> None:
         ids, offsets = batches[number % len(batches)]
-        tables.pool(ids, offsets, dtype)
-        tables.update(ids, offsets, grad_BT, config.optimizer.learning_rate)
+        pooled_BT = Lookup.apply(
+            module.placeholder_autograd_tensor, tables, ids, offsets, module.learning_rate_tensor, dtype
+        )
+        pooled_BT.backward(grad_BT)
 
     yield {"update": repeat(update, bench.steps)}
 

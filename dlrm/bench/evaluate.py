@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dlrm.bench.ceilings import ceilings_side
-from dlrm.bench.config import EvaluateBench
+from dlrm.bench.config import WARM_UP_STEPS, EvaluateBench
 from dlrm.bench.floor import Floor, evaluation_work
 from dlrm.bench.provenance import write_result
 from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_means, print_speeds, ratios
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
-from dlrm.bench.shape import WARM_UP_STEPS, make_config, memory_gib
+from dlrm.bench.shape import make_config, memory_gib
 from dlrm.bench.train import count_distinct_rows, describe_sides, make_sides
 
 

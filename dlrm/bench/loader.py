@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
 from dlrm.bench.ceilings import ceilings_side
-from dlrm.bench.config import LoaderBench, Shape
+from dlrm.bench.config import WARM_UP_STEPS, LoaderBench, Shape
 from dlrm.bench.floor import RECORD, Floor, Work
 from dlrm.bench.ours import build_trainer, read_pass, training_turns
 from dlrm.bench.provenance import write_result
 from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_speeds
 from dlrm.bench.rounds import best_ceilings, take_turns
-from dlrm.bench.shape import WARM_UP_STEPS, make_config, table_rows
+from dlrm.bench.shape import make_config, table_rows
 from dlrm.bench.workers import Side, Turns
 from dlrm.config import Config
 from dlrm.data.random_source import RandomSource

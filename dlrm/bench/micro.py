@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from dlrm.bench.shape import WARM_UP_STEPS
+from dlrm.bench.config import WARM_UP_STEPS
 from dlrm.bench.workers import Turn
 from dlrm.errors import ConfigError
 from dlrm.kernels.native import load_native

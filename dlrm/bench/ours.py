@@ -13,7 +13,7 @@ from torchrec.distributed.train_pipeline.train_pipelines import TrainPipeline
 from torchrec.streamable import Pipelineable
 
 from dlrm.allocator import describe_allocator
-from dlrm.bench.shape import WARM_UP_STEPS
+from dlrm.bench.config import WARM_UP_STEPS
 from dlrm.bench.workers import Turns
 from dlrm.config import Config, OptimizerConfig
 from dlrm.data.splits import open_run_splits
@@ -23,6 +23,7 @@ from dlrm.runtime import Runtime, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
 from dlrm.train.build import build_model, make_sharder, plan_run
+from dlrm.train.dense_execution import check_arithmetic
 from dlrm.train.optimizers import build_optimizer
 from dlrm.train.trainer import Trainer
 
@@ -64,6 +65,7 @@ def open_ours(config: Config) -> Iterator[Turns]:
 
 def build_trainer(config: Config, runtime: Runtime) -> Trainer:
     """Model, data and optimizer of a run that writes nothing. Its pipeline is a `StepClock`."""
+    check_arithmetic(config.training, runtime.device)
     model = build_model(config, runtime)
     plan = plan_run(config, Cluster.detect(runtime, config.sharding), model)
     splits = open_run_splits(config, runtime)

@@ -14,6 +14,8 @@ from dlrm.artifacts import write_json
 from dlrm.errors import DatasetError
 from dlrm.train.run_directory import describe_software
 
+_VARIABLES = ("DLRM_KERNELS", "OMP_NUM_THREADS")
+
 
 def write_result(path: Path | str | None, result: dict[str, Any]) -> None:
     """Writes `result` beside the command, the commit, the machine and the versions. None: nowhere."""
@@ -67,10 +69,11 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed to get here: dlrm, or a module of benchmarks."""
+    """What was typed to get here: dlrm, or a module of benchmarks, behind the variables that choose what computes."""
     program = Path(sys.argv[0])
     start = ["python", "-m", f"benchmarks.{program.stem}"] if program.parent.name == "benchmarks" else ["dlrm"]
-    return shlex.join([*start, *sys.argv[1:]])
+    variables = [f"{name}={os.environ[name]} " for name in _VARIABLES if name in os.environ]
+    return "".join(variables) + shlex.join([*start, *sys.argv[1:]])
 
 
 def short_commit(result: dict[str, Any]) -> str:

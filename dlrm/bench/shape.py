@@ -15,9 +15,6 @@ from dlrm.errors import ConfigError
 from dlrm.recipes import MLPERF_ROWS, spec_mlperf_a100x8
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
-WARM_UP_STEPS = 5
-"""Steps at the start of a turn that are not timed: the pipeline fills, caches hold the other side's data."""
-
 NUM_CACHED_BATCHES = 10
 """As the public example's random data set has."""
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from dlrm.bench.ceilings import ceilings_side
-from dlrm.bench.config import Shape, TrainBench
+from dlrm.bench.config import WARM_UP_STEPS, Shape, TrainBench
 from dlrm.bench.floor import Floor, Work, training_work
 from dlrm.bench.ours import open_ours
 from dlrm.bench.provenance import write_result
 from dlrm.bench.reference import open_reference
 from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_means, print_memory, print_speeds
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
-from dlrm.bench.shape import WARM_UP_STEPS, make_config, memory_gib
+from dlrm.bench.shape import make_config, memory_gib
 from dlrm.bench.workers import Side
 from dlrm.config import Config
 from dlrm.data.random_source import RandomSource

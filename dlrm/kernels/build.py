@@ -31,7 +31,9 @@ _INSTRUCTION_SETS = {
     }
 }
 _INT16 = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
-_WITHOUT = "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: make setup."
+_WITHOUT = (
+    "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: python -m dlrm.kernels.build"
+)
 _OPERATORS = ("ops", "int16_ops")
 
 
@@ -46,7 +48,8 @@ def library_path() -> Path:
 
 def find_compiler() -> str | None:
     """$CXX, or what the system has."""
-    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    # Not clang: its OpenMP is another than the one that torch brings.
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
 
 
 def build(compiler: str) -> Path:
@@ -95,7 +98,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Builds unless that was done. Always 0: the trainer runs without, and says so at every start."""
+    """Builds unless that was done. 0 whether it could or not: the trainer runs without, and says so at every start."""
     if library_path().exists():
         return 0
     compiler = find_compiler()
@@ -108,6 +111,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
         print(f"{compiler} failed: {first}\n{_WITHOUT}")
+    except OSError as error:
+        print(f"{library_path()}: can't be written ({error.strerror}). {_WITHOUT}")
     return 0
 
 

@@ -103,7 +103,9 @@ class HostTables:
         )
 
 
-class _Lookup(torch.autograd.Function):
+class Lookup(torch.autograd.Function):
+    """Pooled rows, and in backward the update of these rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -146,7 +148,7 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         tables = self.host_tables
         if tables is None or features.variable_stride_per_key() or features.weights_or_none() is not None:
             return super().forward(features, vbe_output, vbe_output_offsets).to(self.pooled_type)
-        return _Lookup.apply(
+        return Lookup.apply(
             self.emb_module.placeholder_autograd_tensor,
             tables,
             features.values(),

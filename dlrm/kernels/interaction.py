@@ -25,7 +25,7 @@ def dot_interaction(
     Args:
         dense_BD: float32 or bfloat16; the result's type, too.
         sources: matrices of B rows, each float32 or bfloat16.
-        columns: for each source the first column of each vector in it.
+        columns: for each source the first column of each vector in it. Vectors don't overlap.
 
     Returns:
         [B, D + P]; pairs (0, 1), (0, 2), ..., (1, 2), .... Sums are in float32.
@@ -70,12 +70,25 @@ def plain_dot_interaction(
     dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """The same in PyTorch, on any device."""
-    dim = dense_BD.size(1)
-    blocks = [
-        source[:, start : start + dim] for source, starts in zip(sources, columns, strict=True) for start in starts
-    ]
-    vectors_BVD = torch.stack([dense_BD, *(block.to(dense_BD.dtype) for block in blocks)], dim=1)
+    vectors = take_vectors(dense_BD.size(1), sources, columns)
+    vectors_BVD = torch.stack([dense_BD, *(vector_BD.to(dense_BD.dtype) for vector_BD in vectors)], dim=1)
     return torch.cat((dense_BD, _PairwiseDots.apply(vectors_BVD)), dim=1)
+
+
+def take_vectors(dim: int, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Each vector that `columns` names, [B, D].
+
+    A source is split once where it is nothing but such vectors: each slice of its own would have a gradient of the
+    whole source's size.
+    """
+    vectors: list[torch.Tensor] = []
+    for source, starts in zip(sources, columns, strict=True):
+        if source.size(1) % dim or any(start % dim for start in starts):
+            vectors.extend(source[:, start : start + dim] for start in starts)
+        else:
+            blocks = source.split(dim, dim=1)
+            vectors.extend(blocks[start // dim] for start in starts)
+    return vectors
 
 
 class _PairwiseDots(torch.autograd.Function):

@@ -5,13 +5,23 @@ from functools import cache
 
 import torch
 
+from dlrm.errors import ConfigError
 from dlrm.kernels.build import library_path
+
+_CHOICES = ("none", "baseline", "AVX2", "AVX-512")
 
 
 @cache
 def load_native() -> str | None:
-    """Loads the operators; None, or in words why there are none."""
-    if os.environ.get("DLRM_KERNELS") == "none":
+    """Loads the operators; None, or in words why there are none.
+
+    Raises:
+        ConfigError: if DLRM_KERNELS is none of the words that it may be.
+    """
+    asked = os.environ.get("DLRM_KERNELS")
+    if asked and asked not in _CHOICES:
+        raise ConfigError(f"DLRM_KERNELS={asked}: expected {', '.join(_CHOICES)}, or nothing for what the CPU has")
+    if asked == "none":
         return "DLRM_KERNELS=none"
     path = library_path()
     if not path.exists():
@@ -35,7 +45,7 @@ def why_no_int16() -> str | None:
     if torch.ops.dlrm.has_int16():
         return None
     asked = os.environ.get("DLRM_KERNELS")
-    return "this CPU has no AVX-512 VNNI" if asked in (None, "AVX-512") else f"DLRM_KERNELS={asked}"
+    return "this CPU has no AVX-512 VNNI" if asked in (None, "", "AVX-512") else f"DLRM_KERNELS={asked}"
 
 
 def describe_kernels() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from dlrm.kernels.interaction import dot_interaction
+from dlrm.kernels.interaction import dot_interaction, take_vectors
 from dlrm.model.dense import ReluMLP
 
 
@@ -80,8 +80,4 @@ def _end_to_end(
     dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Each sample's vectors in order, [B, G]."""
-    dim = dense_BD.size(1)
-    blocks = [
-        source[:, start : start + dim] for source, starts in zip(sources, columns, strict=True) for start in starts
-    ]
-    return torch.cat((dense_BD, *blocks), dim=1)
+    return torch.cat((dense_BD, *take_vectors(dense_BD.size(1), sources, columns)), dim=1)

@@ -55,7 +55,7 @@ def test_help_teaches_without_torch():
             ["train", "--json", "/proc/result.json"],
             "--json /proc/result.json: can't be written (No such file or directory)",
         ),
-        (["loader", "--num_rows", "10"], "--num_rows 10: expected --batch_size or more"),
+        (["loader", "--num_rows", "10"], "--num_rows 10: expected 24,576 or more, 6 times --batch_size"),
         (["preprocess", "--scratch", "/no/such"], "--scratch /no/such: expected an existing folder"),
     ],
 )

@@ -32,7 +32,8 @@ def test_a_step_is_held_against_its_floor() -> None:
     ids = {"work": work, "median_step_ms": 5.0}
     add_floor(ids, "bf16", {"bf16": 790e12, "fp32": 1.0, "bytes": 4.3e12})
     assert ids["floor"]["sum_seconds"] == pytest.approx(0.00273, rel=0.01)
-    assert ids["share_of_floor"] == pytest.approx(0.545, rel=0.01)
+    assert ids["share_of_floor"] == pytest.approx(0.305, rel=0.01)
+    assert ids["share_of_floor_sum"] == pytest.approx(0.545, rel=0.01)
 
 
 def test_kernels_of_a_trace_are_summed_by_step() -> None:

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from dlrm.kernels import build, native
 from dlrm.kernels.draw import draw_uniform, plain_draw_uniform
 from dlrm.kernels.embedding import HostTables
-from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction
+from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction, take_vectors
 from dlrm.kernels.mlp import mlp, plain_mlp
 
 RATE, EPS = 0.1, 1e-8
@@ -155,9 +155,11 @@ def test_an_update_does_not_depend_on_the_number_of_threads(optimizer: str) -> N
         ids, offsets = draw_ids([50, 9], 400, 4, torch.int32)
         grad = torch.randn(400, 64)
         torch.set_num_threads(threads)
-        tables.update(ids, offsets, grad, RATE)
+        try:
+            tables.update(ids, offsets, grad, RATE)
+        finally:
+            torch.set_num_threads(before)
         results.append(module.weights_host.detach().clone())
-    torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -225,9 +227,22 @@ def test_columns_that_no_vector_uses_have_no_gradient() -> None:
     assert_close(source.grad[:, 16:], dense)
 
 
-@pytest.mark.parametrize("columns", [[[1, 9]], [[-1, 0]]])
-def test_a_vector_outside_its_matrix_is_refused(columns: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="columns: got"):
+def test_vectors_from_anywhere_and_the_gradients_of_a_source_once() -> None:
+    sources = [torch.randn(3, 16, requires_grad=True), torch.randn(3, 21, requires_grad=True)]
+    columns = [[8, 0], [1, 12]]
+    vectors = take_vectors(8, sources, columns)
+    expected = [source[:, c : c + 8] for source, starts in zip(sources, columns, strict=True) for c in starts]
+    for vector, other in zip(vectors, expected, strict=True):
+        assert torch.equal(vector, other)
+    (vectors[0] + 2 * vectors[1] + 3 * vectors[3]).sum().backward()
+    assert torch.equal(sources[0].grad, torch.tensor([2.0] * 8 + [1.0] * 8).expand(3, 16))
+    assert torch.equal(sources[1].grad, torch.tensor([0.0] * 12 + [3.0] * 8 + [0.0]).expand(3, 21))
+    assert vectors[0].grad_fn is vectors[1].grad_fn, "one gradient of the whole source, not one for each vector"
+
+
+@pytest.mark.parametrize("columns", [[[1, 9]], [[-1, 0]], [[0, 7]], [[8, 1]]])
+def test_a_vector_outside_its_matrix_or_over_another_is_refused(columns: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"columns: (got|vectors)"):
         dot_interaction(torch.randn(3, 8), [torch.randn(3, 16)], columns)
 
 
@@ -269,8 +284,8 @@ def test_layers_in_bfloat16_are_those_of_autocast() -> None:
 
 
 def test_what_is_not_a_number_stays_so() -> None:
-    given = torch.full((2, 3), float("nan"))
-    assert mlp(given, [torch.ones(4, 3)], [torch.zeros(4)]).isnan().all()
+    given = torch.full((2, 43), float("nan"))  # whole vectors of any instruction set, and a rest
+    assert mlp(given, [torch.ones(43, 43)], [torch.zeros(43)]).isnan().all()
     assert dot_interaction(given, [given], [[0]]).isnan().all()
     assert dot_interaction(given.bfloat16(), [given], [[0]]).isnan().all()
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.kernels import build
+from dlrm.errors import ConfigError
+from dlrm.kernels import build, native
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,21 @@ def test_a_compiler_that_fails_is_quoted(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [
         f"{compiler} failed: x.cpp:1: error: what is this",
-        "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: make setup.",
+        "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. "
+        "With g++ 10 or newer: python -m dlrm.kernels.build",
     ]
     assert not (tmp_path / "native.so").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "library_path", lambda: tmp_path / "absent" / "native.so")
+    assert build.main() == 0
+    assert f"{tmp_path}/absent/native.so: can't be written (No such file or directory)." in capsys.readouterr().out
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLRM_KERNELS", "avx3")
+    with pytest.raises(ConfigError, match=r"^DLRM_KERNELS=avx3: expected none, baseline, AVX2, AVX-512, or nothing"):
+        native.load_native.__wrapped__()

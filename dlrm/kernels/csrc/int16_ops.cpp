@@ -21,7 +21,7 @@ namespace {
 bool has_int16() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("DLRM_KERNELS");
-  if (asked != nullptr && std::string(asked) != "AVX-512") return false;
+  if (asked != nullptr && *asked != 0 && std::string(asked) != "AVX-512") return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -24,7 +25,7 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
     const char* asked = std::getenv("DLRM_KERNELS");
-    const std::string most = asked == nullptr ? "AVX-512" : asked;
+    const std::string most = asked == nullptr || *asked == 0 ? "AVX-512" : asked;
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -78,6 +79,7 @@ struct Lookups {
     TORCH_CHECK_VALUE((offsets.numel() - 1) % features == 0 && offsets.numel() > 0, "offsets: got ", offsets.numel(),
                       " numbers, expected a multiple of ", features, " features and one more");
     const int64_t* dims = dim_offsets.const_data_ptr<int64_t>();
+    TORCH_CHECK_VALUE(dims[0] == 0, "dim_offsets: got ", dims[0], " first, expected 0");
     for (int64_t f = 0; f < features; ++f) {
       const int64_t size = rows.const_data_ptr<int64_t>()[f] * (dims[f + 1] - dims[f]);
       const int64_t start = weight_offsets.const_data_ptr<int64_t>()[f];
@@ -146,6 +148,8 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
             double learning_rate, double eps) {
   const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
   const Tables& tables = lookups.tables;
+  TORCH_CHECK_VALUE(optimizer >= 0 && optimizer <= static_cast<int64_t>(Optimizer::kRowwiseAdagrad), "optimizer: got ",
+                    optimizer);
   const auto kind = static_cast<Optimizer>(optimizer);
   const at::Tensor own = gradient.contiguous();
   TORCH_CHECK_VALUE(own.dim() == 2 && own.size(0) == tables.batch_size && own.size(1) == tables.total_dim,
@@ -154,10 +158,13 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
                     "state: expected one, with its offsets, for all optimizers but SGD");
   if (state.has_value()) {
     check_contiguous(*state, "state");
+    check_contiguous(*state_offsets, "state_offsets");
+    TORCH_CHECK_VALUE(state_offsets->scalar_type() == at::kLong && state_offsets->numel() == tables.num_features,
+                      "state_offsets: expected ", tables.num_features, " of int64");
     for (int64_t f = 0; f < tables.num_features; ++f) {
       const int64_t width = kind == Optimizer::kAdagrad ? tables.dim_offsets[f + 1] - tables.dim_offsets[f] : 1;
-      const int64_t stop = state_offsets->const_data_ptr<int64_t>()[f] + tables.rows[f] * width;
-      TORCH_CHECK_VALUE(stop <= state->numel(), "state: got ", state->numel(), " numbers, expected ", stop);
+      const int64_t start = state_offsets->const_data_ptr<int64_t>()[f], stop = start + tables.rows[f] * width;
+      TORCH_CHECK_VALUE(start >= 0 && stop <= state->numel(), "state: got ", state->numel(), " numbers, expected ", stop);
     }
   }
   const Update step{kind,
@@ -198,10 +205,17 @@ struct Vectors {
       sources.push_back({matrix.data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
       if (m == 0) continue;
       TORCH_CHECK_VALUE(at < columns.size() && at + columns[at] < columns.size(), "columns: too few numbers");
+      std::vector<int64_t> starts;
       for (int64_t left = columns[at++]; left > 0; --left, ++at) {
         TORCH_CHECK_VALUE(columns[at] >= 0 && columns[at] + dim <= matrix.size(1), "columns: got ", columns[at],
                           ", expected ", dim, " columns from there in a matrix of ", matrix.size(1));
         vectors.push_back({static_cast<int32_t>(m), columns[at]});
+        starts.push_back(columns[at]);
+      }
+      std::sort(starts.begin(), starts.end());
+      for (size_t i = 1; i < starts.size(); ++i) {
+        TORCH_CHECK_VALUE(starts[i] - starts[i - 1] >= dim, "columns: vectors from ", starts[i - 1], " and ", starts[i],
+                          " overlap, expected ", dim, " columns each");
       }
     }
     interaction = {static_cast<int64_t>(vectors.size()), dim, sources.data(), vectors.data()};
