@@ -4,7 +4,7 @@
 #   benchmarks/train_matrix.sh [FOLDER]                                        (default: benchmarks/results/train)
 #   python -m benchmarks.pages                draws the table into docs/results.md
 #
-# About an hour on two cores with nothing else running. A result that is there already is not measured again, so that an
+# An hour and a half on two cores with nothing else running. A result that is there already is not measured again, so that an
 # interrupted call goes on where it ended. DLRM names the command (default: .venv/bin/dlrm).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,11 @@ for optimizer in sgd rowwise_adagrad; do
         --rounds $rounds
     done
   done
+done
+
+# In the reference's own arithmetic.
+for ranks in 1 2; do
+  measure "fp32_uniform100k_sgd_${ranks}x_4096" --precision fp32 --ranks $ranks
 done
 
 # The same optimizers and ranks: ids by a power law over MLPerf's cardinalities, scaled to 12 GiB.
