@@ -68,10 +68,10 @@ def _kills(result: Result) -> str:
 def _checkpoint(result: Result) -> str:
     low, high = min(result["ratios"]), max(result["ratios"])
     return (
-        f"training stands still {1 / result['ratio']:.3f} times as long (1/{low:.0f} to 1/{high:.0f}); while one is "
+        f"training stands still {1 / result['ratio']:.3f} times as long (1/{high:.0f} to 1/{low:.0f}); while one is "
         f"written it runs at {result['rate_while_writing']:.2f} of its rate; saving with training waiting, SHA-256 "
         f"included, takes {1 / result['save_ratio']:.1f} times as long; loading with SHA-256 checked "
-        f"{1 / result['load_ratio']:.1f} times, without {1 / result['load_ratio_without_check']:.2f} times"
+        f"{1 / result['load_ratio']:.2f} times, without {1 / result['load_ratio_without_check']:.2f} times"
     )
 
 
@@ -95,6 +95,12 @@ def _startup(result: Result) -> str:
         f"training step on top of imports {ratios['on top of imports, 1 process']:.1f} (one process), "
         f"{ratios['on top of imports, 2 ranks']:.1f} (two ranks)"
     )
+
+
+def _bench(result: Result) -> str:
+    low, high = min(result["ratios"]), max(result["ratios"])
+    speed = f"{result['ratio']:.1f} times ({low:.1f} to {high:.1f}), {result['share_of_floor']:.0%} of the floor"
+    return f"{speed}; {result['over_training']:,.1f} times the rate of training" if "over_training" in result else speed
 
 
 def _overlap(result: Result) -> str:
@@ -121,6 +127,11 @@ FIGURES = (
     Figure("training of two ranks ended by `kill -9` and resumed", "kills.json", _kills),
     Figure("checkpoints against `torch.save` with fsync", "checkpoint.json", _checkpoint),
     Figure("a checkpoint every 100 steps, 30 minutes, two ranks: growth after the warm-up", "soak.json", _soak),
+    Figure("rows read from mapped days, against TorchRec's reader", "loader.json", _bench),
+    Figure("an evaluation, against TorchRec with torchmetrics", "evaluate.json", _bench),
+    Figure("pairwise dots, forward and backward, batch 4,096, against TorchRec's module", "interaction.json", _bench),
+    Figure("table lookup, backward and update, against FBGEMM", "embedding.json", _bench),
+    Figure("the MLPs' products through int16, against `torch.mm` in fp32", "products.json", _bench),
     Figure("start, over the time of `import torch`", "startup.json", _startup),
     Figure("input all-to-all hidden behind compute, two ranks on a CPU", "overlap.json", _overlap),
 )

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/results.md.jinja")
 
-DRAWN_OTHERWISE = frozenset({"plans.json", "calibration.json", "scaling.json"})
+DRAWN_OTHERWISE = frozenset({"plans.json", "calibration.json", "scaling.json", "step_profile.json"})
 """Results of which the template makes more than one line."""
 
 Result = dict[str, Any]
@@ -136,7 +136,7 @@ def draw_results(results: Results, template: str) -> str:
         speed, speed_summary = speed_table.draw_tables(train), speed_table.summarize(train)
     with _drawing("*.json"):
         machines = _machines([*(results.read(figure.file) for figure in FIGURES), *train])
-    with _drawing("plans.json", "calibration.json", "scaling.json"):
+    with _drawing("plans.json", "calibration.json", "scaling.json", "step_profile.json"):
         return environment.from_string(template).render(
             rows=rows,
             otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
@@ -148,6 +148,7 @@ def draw_results(results: Results, template: str) -> str:
             speed_summary=speed_summary,
             calibration=results.read("calibration.json"),
             scaling=results.read("scaling.json"),
+            profile=results.read("step_profile.json"),
             machines=machines,
         )
 

@@ -21,7 +21,7 @@ _COLUMNS = (
 
 
 def draw_tables(results: list[dict[str, Any]]) -> str:
-    """A table for each machine and commit.
+    """A table for each machine and commit, the longest first.
 
     Raises:
         DatasetError: if there is no result to draw.
@@ -29,9 +29,11 @@ def draw_tables(results: list[dict[str, Any]]) -> str:
     results = [result for result in results if result.get("case") == "train"]
     if not results:
         raise DatasetError("no results of `dlrm bench train`. Run benchmarks/train_matrix.sh first.")
-    machines = {describe_machine(result): None for result in results}
-    tables = [(name, draw_table([one for one in results if describe_machine(one) == name])) for name in machines]
-    return "\n".join(f"{machine}\n\n{table}" for machine, table in tables)
+    measured_on: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        measured_on.setdefault(describe_machine(result), []).append(result)
+    longest_first = sorted(measured_on.items(), key=lambda item: -len(item[1]))
+    return "\n".join(f"{machine}\n\n{draw_table(own)}" for machine, own in longest_first)
 
 
 def summarize(results: list[dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ def result(batch_size: int, ratio: float, cpu: str = "One", rows: str = "uniform
 
 def test_page():
     page = draw_tables(
-        [result(4096, 5.5, rows="mlperf"), result(65_536, 6.0), result(512, 4.0), result(512, 3.0, "Two")]
+        [result(512, 3.0, "Two"), result(4096, 5.5, rows="mlperf"), result(65_536, 6.0), result(512, 4.0)]
     )
     lines = page.splitlines()
     first, second = lines.index("One, 2 cores; torch 2.13.0, torchrec 1.8.0; commit 0123456789ab"), len(lines) - 5
