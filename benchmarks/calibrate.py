@@ -180,7 +180,7 @@ def to_samples(measured: Measured) -> list[Sample]:
     samples = []
     for one in measured.timed:
         shape = ClusterShape("cpu", 1, one.ranks)
-        load = workload_of(one.case.config(one.ranks), shape, "fp32", place(one.case, one.ranks))
+        load = workload_of(one.case.config(one.ranks), shape, place(one.case, one.ranks))
         peak = host_of(combine(measured.ceilings[one.ranks]))
         samples.append(Sample(one.case.name, load, shape, peak, one.quantile(0.5)))
     return samples

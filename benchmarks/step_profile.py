@@ -30,7 +30,7 @@ SIDES = {
 """131,072 is glibc's own value: a setting in the environment keeps the trainer's hands off the allocator. Torch reads
 THP_MEM_ALLOC_ENABLE when it is loaded, which here is before the trainer sets it."""
 GROUPS = {
-    "matrix products": r"aten::(mm|addmm|bmm)$|dlrm::int16",
+    "matrix products": r"aten::(mm|addmm|bmm)$|dlrm::int(16|8)_",
     "table lookup": r"fbgemm::.*forward|dlrm::pool",
     "table update": r"fbgemm::.*backward|SplitLookupFunction|dlrm::update",
     "interaction and concatenation": r"aten::(cat|index_select|index|_index_put_impl_|stack)$|dlrm::interact",

@@ -67,7 +67,7 @@ Rules = Annotated[
 
 CommPrecision = Literal["fp32", "fp16", "bf16"]
 OptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
-Precision = Literal["fp32", "tf32", "bf16", "int16"]
+Precision = Literal["fp32", "tf32", "bf16", "int16", "int8"]
 DenseExecution = Literal["eager", "compile", "cuda_graph"]
 
 
@@ -317,11 +317,11 @@ class TrainingConfig:
     input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The numbers are the
     same."""
 
-    precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16,int16}")] = None
+    precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16,int16,int8}")] = None
     """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
-    and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32. int16: for CPUs with
-    AVX-512 VNNI, but without AMX or AVX-512 BF16: the MLPs' matrix products, but for the last layer's, from operands
-    rounded to int16 in blocks of 192 with a scale each; all else stays in fp32."""
+    and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32. int16, int8: for CPUs
+    with AVX-512 VNNI, but without AMX: the MLPs' wider matrix products from operands rounded to integers, in blocks of
+    192 or 384 with a scale each; all else is as in fp32 with int16, as in bf16 with int8, the fastest there."""
 
     allow_tf32: bool = False
     """The same as --precision tf32. No effect without a GPU."""
@@ -335,6 +335,17 @@ class TrainingConfig:
     def arithmetic(self) -> Precision:
         """What --precision and --allow_tf32 say together."""
         return "tf32" if self.allow_tf32 else self.precision or "fp32"
+
+    @property
+    def integers(self) -> Literal["int16", "int8"] | None:
+        """What the MLPs' wider matrix products go through, if through integers."""
+        asked = self.arithmetic
+        return asked if asked == "int16" or asked == "int8" else None
+
+    @property
+    def activations(self) -> Literal["fp32", "bf16"]:
+        """What activations are in, from the pooled rows on."""
+        return "bf16" if self.arithmetic in ("bf16", "int8") else "fp32"
 
 
 @dataclass(frozen=True)

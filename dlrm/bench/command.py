@@ -22,7 +22,7 @@ CASES: dict[str, tuple[type[Any], str]] = {
     "loader": (LoaderBench, "rows/s read from mapped days, against TorchRec's reader and against training"),
     "evaluate": (EvaluateBench, "samples/s of an evaluation pass, against TorchRec with torchmetrics, and training"),
     "interaction": (InteractionBench, "pairwise dots, forward and backward, against TorchRec's module"),
-    "products": (ProductsBench, "the MLPs' matrix products through int16, against torch.mm in fp32"),
+    "products": (ProductsBench, "the MLPs' matrix products through integers, against torch.mm in fp32"),
     "embedding": (EmbeddingBench, "table lookup, backward and update, against FBGEMM"),
     "preprocess": (PreprocessBench, "rows/s from raw text to shuffled days, against torchrec's three functions"),
     "checkpoint": (CheckpointBench, "seconds to save and load a training, against torch.save and torch.load"),

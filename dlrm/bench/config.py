@@ -23,8 +23,8 @@ WARM_UP_STEPS = 5
 Stored = Literal["fp32", "bf16"]
 """Precision of activations."""
 
-Arithmetic = Literal["fp32", "bf16", "int16"]
-"""Of matrix products. Activations of int16 are fp32."""
+Arithmetic = Literal["fp32", "bf16", "int16", "int8"]
+"""Of matrix products. Activations of int16 are fp32, those of int8 bf16."""
 
 
 def best_storage() -> Stored:
@@ -33,9 +33,10 @@ def best_storage() -> Stored:
 
 
 def best_precision() -> Arithmetic:
-    """bf16 or int16 where this CPU multiplies matrices faster in it."""
-    storage = best_storage()
-    return "int16" if storage == "fp32" and "avx512_vnni" in cpu_flags() else storage
+    """What this CPU multiplies matrices fastest in."""
+    if "amx_bf16" in cpu_flags():
+        return "bf16"
+    return "int8" if "avx512_vnni" in cpu_flags() else "fp32"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Rounds:
 _BF16_UNITS = "bf16 where the CPU has AMX or AVX-512 BF16"
 StoredFlag = Annotated[Stored | None, optional(_BF16_UNITS, "{fp32,bf16}")]
 ArithmeticFlag = Annotated[
-    Arithmetic | None, optional(f"{_BF16_UNITS}, else int16 where it has AVX-512 VNNI", "{fp32,bf16,int16}")
+    Arithmetic | None,
+    optional("bf16 where the CPU has AMX, else int8 where it has AVX-512 VNNI", "{fp32,bf16,int16,int8}"),
 ]
 
 
@@ -127,7 +129,7 @@ class Shape(Workload):
     """Processes of each side, which share the cores; a divisor of batch_size."""
 
     precision: ArithmeticFlag = None
-    """Matrix products of our side, and in bf16 activations too. The reference always computes in fp32."""
+    """Matrix products of our side, and in bf16 and int8 activations too. The reference always computes in fp32."""
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -242,13 +244,16 @@ class InteractionBench:
 
 @dataclass(frozen=True)
 class ProductsBench:
-    """Matrix products of the MLPs' layers, forward with bias and ReLU, and both gradients: through int16 against
+    """Matrix products of the MLPs' layers, forward with bias and ReLU, and both gradients: through integers against
     torch.mm in fp32, layer by layer in turn. One process with all cores; needs a CPU with AVX-512 VNNI."""
 
     repetition: Rounds = field(default_factory=Rounds)
 
     batch_size: Annotated[int, Gt(0), Lt(2**24)] = 4096
     """Samples of a call."""
+
+    precision: Literal["int16", "int8"] = "int8"
+    """Integers of our side: of fp32 activations in int16, of bf16 ones in int8."""
 
     steps: CallsFlag = 10
     """Timed calls of a turn, after 5 that warm up."""

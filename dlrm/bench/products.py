@@ -1,4 +1,4 @@
-"""`dlrm bench products`: the MLPs' matrix products through int16 against torch.mm in fp32.
+"""`dlrm bench products`: the MLPs' matrix products through integers against torch.mm in fp32.
 
 Shapes: B samples, N outputs, K inputs of a layer.
 """
@@ -23,15 +23,15 @@ from dlrm.bench.train import show_rate
 from dlrm.bench.workers import Side, Turns
 from dlrm.config import ModelConfig
 from dlrm.errors import ConfigError
-from dlrm.kernels.mlp import LEAST_INT16_SIZE
-from dlrm.kernels.native import why_no_int16
+from dlrm.kernels.mlp import LEAST_INTEGER_SIZE
+from dlrm.kernels.native import why_no_vnni
 from dlrm.model.dlrm import build_interaction
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 Layer = tuple[int, int]
 """K and N."""
 
-_KINDS = ("int16", "fp32")
+_DTYPES = {"int16": torch.float32, "int8": torch.bfloat16}
 
 
 def run(bench: ProductsBench) -> dict[str, Any]:
@@ -40,40 +40,41 @@ def run(bench: ProductsBench) -> dict[str, Any]:
     Raises:
         DlrmError: what a side raised.
     """
-    if (why := why_no_int16()) is not None:
-        raise ConfigError(f"no int16 products to measure: {why}")
+    if (why := why_no_vnni()) is not None:
+        raise ConfigError(f"no integer products to measure: {why}")
     layers = wide_layers(make_model((1,) * NUM_CATEGORICAL_FEATURES))
-    turns = tuple(_name(kind, layer) for layer in layers for kind in _KINDS)
+    kinds = (bench.precision, "fp32")
+    turns = tuple(_name(kind, layer) for layer in layers for kind in kinds)
     # One process: both sides with the same memory allocator, and as close in time as can be.
     side = Side("products", open_products, (bench, layers), turns)
-    results = take_turns([side, ceilings_side("int16")], bench.repetition.rounds, show_rate(bench.batch_size))
-    speeds = {kind: add_layers(results["products"], kind, layers, bench.batch_size) for kind in _KINDS}
+    results = take_turns([side, ceilings_side(bench.precision)], bench.repetition.rounds, show_rate(bench.batch_size))
+    speeds = {kind: add_layers(results["products"], kind, layers, bench.batch_size) for kind in kinds}
     flop = 6.0 * bench.batch_size * sum(k * n for k, n in layers)
     floor = Floor(Work(flop, 0), best_ceilings(results))
-    by_layer = {f"{k}-{n}": _layer_ratios(results["products"], (k, n), bench.batch_size) for k, n in layers}
+    by_layer = {f"{k}-{n}": _layer_ratios(results["products"], kinds, (k, n), bench.batch_size) for k, n in layers}
     result: dict[str, Any] = {
         "case": "products",
-        **compare(speeds["int16"], speeds["fp32"], floor),
+        **compare(speeds[bench.precision], speeds["fp32"], floor),
         "ratios_by_layer": by_layer,
-        "sides": {name: speeds[kind].to_json() for name, kind in (("ours", "int16"), ("reference", "fp32"))},
+        "sides": {name: speeds[kind].to_json() for name, kind in zip(("ours", "reference"), kinds, strict=True)},
         "bench": asdict(bench),
-        "precision": "int16",
+        "precision": bench.precision,
     }
     print_speeds(speeds)
     for name, values in by_layer.items():
         print(f"{name:<10} {describe_spread(values)}")
     print(f"ratio by round, all layers: {describe_spread(result['ratios'])}")
-    print_floor(floor, speeds["int16"], "a call of each layer")
+    print_floor(floor, speeds[bench.precision], "a call of each layer")
     write_result(bench.repetition.json, result)
     return result
 
 
 def wide_layers(model: ModelConfig) -> list[Layer]:
-    """The different layers of the MLPs that int16 products are used for."""
+    """The different layers of the MLPs that integer products are used for."""
     dense = (NUM_INTEGER_FEATURES, *model.dense_arch_layer_sizes)
     over = (build_interaction(model).out_features, *model.over_arch_layer_sizes)
     layers = dict.fromkeys((*pairwise(dense), *pairwise(over)))
-    return [layer for layer in layers if min(layer) >= LEAST_INT16_SIZE]
+    return [layer for layer in layers if min(layer) >= LEAST_INTEGER_SIZE]
 
 
 def add_layers(side: SideResult, kind: str, layers: list[Layer], batch_size: int) -> Speed:
@@ -82,8 +83,8 @@ def add_layers(side: SideResult, kind: str, layers: list[Layer], batch_size: int
     return Speed(batch_size, [[sum(calls) for calls in zip(*times, strict=True)] for times in rounds])
 
 
-def _layer_ratios(side: SideResult, layer: Layer, batch_size: int) -> list[float]:
-    ours, theirs = (Speed(batch_size, side.turns[_name(kind, layer)]) for kind in _KINDS)
+def _layer_ratios(side: SideResult, kinds: tuple[str, str], layer: Layer, batch_size: int) -> list[float]:
+    ours, theirs = (Speed(batch_size, side.turns[_name(kind, layer)]) for kind in kinds)
     return ratios(ours, theirs)
 
 
@@ -99,20 +100,25 @@ def open_products(bench: ProductsBench, layers: list[Layer]) -> Iterator[Turns]:
     for k, n in layers:
         input_BK, grad_BN = torch.randn(bench.batch_size, k).relu_(), torch.randn(bench.batch_size, n)
         weight_NK, bias_N = torch.randn(n, k), torch.randn(n)
-        for kind, make in (("int16", _int16), ("fp32", _fp32)):
-            turns[_name(kind, (k, n))] = repeat(make(input_BK, weight_NK, bias_N, grad_BN), bench.steps)
+        turns[_name("fp32", (k, n))] = repeat(_fp32(input_BK, weight_NK, bias_N, grad_BN), bench.steps)
+        operands = (each.to(_DTYPES[bench.precision]) for each in (input_BK, weight_NK, grad_BN))
+        turns[_name(bench.precision, (k, n))] = repeat(_integers(bench.precision, bias_N, *operands), bench.steps)
     yield turns
 
 
-def _int16(
-    input_BK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor, grad_BN: torch.Tensor
+def _integers(
+    through: str, bias_N: torch.Tensor, input_BK: torch.Tensor, weight_NK: torch.Tensor, grad_BN: torch.Tensor
 ) -> Callable[[int], object]:
+    linear, grad_input, grad_weight = (
+        getattr(torch.ops.dlrm, f"{through}_{name}") for name in ("linear", "grad_input", "grad_weight")
+    )
+
     def call(number: int) -> object:
         del number
         return (
-            torch.ops.dlrm.int16_linear(input_BK, weight_NK, bias_N, True),
-            torch.ops.dlrm.int16_grad_input(grad_BN, weight_NK),
-            torch.ops.dlrm.int16_grad_weight(grad_BN, input_BK),
+            linear(input_BK, weight_NK, bias_N, True),
+            grad_input(grad_BN, weight_NK),
+            grad_weight(grad_BN, input_BK),
         )
 
     return call

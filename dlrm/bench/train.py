@@ -20,7 +20,7 @@ from dlrm.config import Config
 from dlrm.data.random_source import RandomSource
 from dlrm.schema import ONE_HOT
 
-BYTES = {"fp32": 4, "bf16": 2, "int16": 4}
+BYTES = {"fp32": 4, "bf16": 2, "int16": 4, "int8": 2}
 """Of an activation."""
 
 TRAINING_TURNS = ("train", "describe")
@@ -72,7 +72,7 @@ def make_sides(config: Config, shape: Shape, turns: tuple[str, ...]) -> list[Sid
 
 def describe_sides(shape: Shape) -> str:
     """What runs against what."""
-    units = {"bf16": "has bf16 units", "int16": "has VNNI, but no bf16 units", "fp32": "lacks bf16 units and VNNI"}
+    units = {"bf16": "has AMX", "int8": "has AVX-512 VNNI, but no AMX", "fp32": "lacks AMX and AVX-512 VNNI"}
     why = "as asked" if shape.precision else f"the CPU {units[shape.arithmetic]}"
     return (
         f"Ours in {shape.arithmetic} ({why}) against torchrec.models.dlrm in fp32: {shape.optimizer}, batch "

@@ -1,8 +1,8 @@
 """Compiles the operators for the PyTorch that is installed: `python -m dlrm.kernels.build`.
 
 One library beside this file, named after what it was compiled from, so that it is never loaded for other sources or
-another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run. Those of int16
-products are compiled for AVX-512 VNNI only.
+another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run. Those of
+integer products are compiled for AVX-512 VNNI only.
 """
 
 import hashlib
@@ -30,11 +30,12 @@ _INSTRUCTION_SETS = {
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     }
 }
-_INT16 = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
+_VNNI = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
 _WITHOUT = (
     "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: python -m dlrm.kernels.build"
 )
-_OPERATORS = ("ops", "int16_ops")
+_OPERATORS = ("ops", "integer_ops")
+_INTEGER_PRODUCTS = ("integer_product", "int16_quantize", "int8_quantize")
 
 
 def library_path() -> Path:
@@ -42,7 +43,7 @@ def library_path() -> Path:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS, _INT16)).encode())
+    digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS, _VNNI)).encode())
     return SOURCES.parent / f"native_{digest.hexdigest()[:16]}.so"
 
 
@@ -89,8 +90,9 @@ def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     machine = platform.machine()
     for flags in _INSTRUCTION_SETS.get(machine, {"baseline": ()}).values():
         yield "kernels.cpp", flags
-    if machine in _INT16:
-        yield "int16.cpp", _INT16[machine]
+    if machine in _VNNI:
+        for name in _INTEGER_PRODUCTS:
+            yield f"{name}.cpp", _VNNI[machine]
 
 
 def _run(command: Sequence[str]) -> None:

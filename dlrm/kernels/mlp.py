@@ -4,15 +4,20 @@ Shapes: B samples, N outputs, K inputs of a layer.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import linear, relu
 
 from dlrm.kernels.native import has_native
 
-LEAST_INT16_SIZE = 64
-"""Of a layer's inputs and outputs: narrower layers gain nothing from int16 products, or lose."""
+IntegerFormat = Literal["int16", "int8"]
+"""What matrix products can go through: int16 with float32 activations, int8 with bfloat16 ones."""
+
+LEAST_INTEGER_SIZE = 64
+"""Of a layer's inputs and outputs: narrower layers gain nothing from integer products, or lose."""
+
+_ACTIVATIONS = {"int16": torch.float32, "int8": torch.bfloat16}
 
 
 def mlp(
@@ -20,7 +25,7 @@ def mlp(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
     *,
-    uses_int16: bool = False,
+    through: IntegerFormat | None = None,
 ) -> torch.Tensor:
     """Each layer a matrix product, a bias and a ReLU; matrix products in autocast's type under autocast.
 
@@ -28,24 +33,28 @@ def mlp(
         input_B: [B, in_features] float32 or bfloat16.
         weights: of each layer, [out_features, in_features] float32.
         biases: of each layer, [out_features] float32.
-        uses_int16: products of fp32 through int16 where a layer is wide enough, on CPUs for which
-            torch.ops.dlrm.has_int16() holds.
+        through: integers that products go through where a layer is wide enough, on CPUs for which
+            torch.ops.dlrm.has_vnni() holds. It decides on the type of the activations.
 
     Returns:
         [B, out_features of the last layer].
 
     Raises:
-        RuntimeError: for int16 without the compiled operators, or on a CPU without AVX-512 VNNI.
+        RuntimeError: for integers without the compiled operators, or on a CPU without AVX-512 VNNI.
     """
     # torch.compile fuses what lies between the products itself.
     if torch.compiler.is_compiling() or not (input_B.is_cpu and has_native()):
-        if uses_int16:
-            raise RuntimeError("int16 products: expected CPU tensors, the compiled operators, and no torch.compile")
+        if through is not None:
+            raise RuntimeError(
+                f"{through} products: expected CPU tensors, the compiled operators, and no torch.compile"
+            )
         return plain_mlp(input_B, weights, biases)
-    is_cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if is_cast else torch.float32
+    if through is not None:
+        dtype = _ACTIVATIONS[through]
+    else:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     layers = (part for layer in zip(weights, biases, strict=True) for part in layer)
-    return _NativeMlp.apply(dtype, uses_int16 and not is_cast, input_B, *layers)
+    return _NativeMlp.apply(dtype, through, input_B, *layers)
 
 
 class _NativeMlp(torch.autograd.Function):
@@ -53,15 +62,15 @@ class _NativeMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dtype: torch.dtype, uses_int16: bool, input_B: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any, dtype: torch.dtype, through: IntegerFormat | None, input_B: torch.Tensor, *parameters: torch.Tensor
     ) -> torch.Tensor:
         weights = [weight.to(dtype) for weight in parameters[::2]]
         activations = [input_B.to(dtype).contiguous()]
         with torch.autocast("cpu", enabled=False):
             for weight, bias in zip(weights, parameters[1::2], strict=True):
-                activations.append(_linear(activations[-1], weight, bias, uses_int16 and _is_wide(weight)))
+                activations.append(_linear(activations[-1], weight, bias, _format_for(weight, through)))
         ctx.save_for_backward(*weights, *activations)
-        ctx.uses_int16, ctx.input_dtype = uses_int16, input_B.dtype
+        ctx.through, ctx.input_dtype = through, input_B.dtype
         return activations[-1]
 
     @staticmethod
@@ -72,34 +81,36 @@ class _NativeMlp(torch.autograd.Function):
         grad_B = grad_outputs[0].to(activations[-1].dtype, copy=True, memory_format=torch.contiguous_format)
         for layer in reversed(range(num_layers)):
             grad_bias = torch.ops.dlrm.mask_(grad_B, activations[layer + 1])
-            uses_int16 = ctx.uses_int16 and _is_wide(weights[layer])
-            gradients[:0] = [_grad_weight(grad_B, activations[layer], uses_int16), grad_bias]
+            through = _format_for(weights[layer], ctx.through)
+            gradients[:0] = [_grad_weight(grad_B, activations[layer], through), grad_bias]
             if layer > 0 or ctx.needs_input_grad[2]:
-                grad_B = _grad_input(grad_B, weights[layer], uses_int16)
+                grad_B = _grad_input(grad_B, weights[layer], through)
         return None, None, grad_B.to(ctx.input_dtype) if ctx.needs_input_grad[2] else None, *gradients
 
 
-def _is_wide(weight_NK: torch.Tensor) -> bool:
-    return min(weight_NK.shape) >= LEAST_INT16_SIZE
+def _format_for(weight_NK: torch.Tensor, through: IntegerFormat | None) -> IntegerFormat | None:
+    return through if min(weight_NK.shape) >= LEAST_INTEGER_SIZE else None
 
 
-def _linear(input_BK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor, uses_int16: bool) -> torch.Tensor:
-    if uses_int16:
-        return torch.ops.dlrm.int16_linear(input_BK, weight_NK, bias_N, True)
+def _linear(
+    input_BK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor, through: IntegerFormat | None
+) -> torch.Tensor:
+    if through is not None:
+        return getattr(torch.ops.dlrm, f"{through}_linear")(input_BK, weight_NK, bias_N, True)
     output_BN = torch.mm(input_BK, weight_NK.t())
     torch.ops.dlrm.add_bias_(output_BN, bias_N, True)
     return output_BN
 
 
-def _grad_weight(grad_BN: torch.Tensor, input_BK: torch.Tensor, uses_int16: bool) -> torch.Tensor:
-    if uses_int16:
-        return torch.ops.dlrm.int16_grad_weight(grad_BN, input_BK)
+def _grad_weight(grad_BN: torch.Tensor, input_BK: torch.Tensor, through: IntegerFormat | None) -> torch.Tensor:
+    if through is not None:
+        return getattr(torch.ops.dlrm, f"{through}_grad_weight")(grad_BN, input_BK)
     return torch.mm(grad_BN.t(), input_BK).float()
 
 
-def _grad_input(grad_BN: torch.Tensor, weight_NK: torch.Tensor, uses_int16: bool) -> torch.Tensor:
-    if uses_int16:
-        return torch.ops.dlrm.int16_grad_input(grad_BN, weight_NK)
+def _grad_input(grad_BN: torch.Tensor, weight_NK: torch.Tensor, through: IntegerFormat | None) -> torch.Tensor:
+    if through is not None:
+        return getattr(torch.ops.dlrm, f"{through}_grad_input")(grad_BN, weight_NK)
     return torch.mm(grad_BN, weight_NK)
 
 

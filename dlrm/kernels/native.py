@@ -38,11 +38,11 @@ def has_native() -> bool:
     return load_native() is None
 
 
-def why_no_int16() -> str | None:
-    """None where int16 products can be computed, or in words why not."""
+def why_no_vnni() -> str | None:
+    """None where integer products can be computed, or in words why not."""
     if (why := load_native()) is not None:
         return f"no compiled operators: {why}"
-    if torch.ops.dlrm.has_int16():
+    if torch.ops.dlrm.has_vnni():
         return None
     asked = os.environ.get("DLRM_KERNELS")
     return "this CPU has no AVX-512 VNNI" if asked in (None, "", "AVX-512") else f"DLRM_KERNELS={asked}"

@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.modules.mlp import MLP
 
 from dlrm.data.dense_statistics import DenseStatistics
-from dlrm.kernels.mlp import mlp
+from dlrm.kernels.mlp import IntegerFormat, mlp
 from dlrm.schema import MISSING_DENSE
 
 
@@ -18,16 +18,16 @@ class ReluMLP(MLP):
     """TorchRec's MLP, with its parameters and their names, computed layer by layer in few passes over memory.
 
     Attributes:
-        uses_int16: matrix products of wide layers through int16; see dlrm.kernels.mlp.
+        through: integers that matrix products of wide layers go through; see dlrm.kernels.mlp.
     """
 
-    uses_int16: bool = False
+    through: IntegerFormat | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - MLP's name
         """Returns [B, size of the last layer]."""
         layers = [perceptron._linear for perceptron in self._mlp]  # type: ignore[union-attr]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        return mlp(input, weights, biases, uses_int16=self.uses_int16)
+        return mlp(input, weights, biases, through=self.through)
 
 
 class StandardizedDense(nn.Module):

@@ -108,12 +108,13 @@ KINDS: Mapping[str, Hardware] = {
     # NVIDIA HGX B200 data sheet, an eighth of it; AWS EC2 P6-B200: 3,200 Gbit/s, 2 TiB.
     "b200": _gpu(180, 8000, (75, 1125, 2250), 900, 400, 2048, 64),
     # Two Intel Xeon Platinum 8480+ (Intel ARK: 56 cores, 2.0 GHz base, 8 channels of DDR5-4800 each), 512 GiB, 100
-    # Gbit/s. A core's cycle: 64 fp32 operations (two AVX-512 FMAs), 1,024 bf16 (AMX); int16 through VNNI twice fp32's.
+    # Gbit/s. A core's cycle: 64 fp32 operations (two AVX-512 FMAs), 1,024 bf16 (AMX); through VNNI
+    # twice fp32's in int16, four times in int8.
     "cpu": Hardware(
         "cpu",
         memory_bytes=512 * GIB,
         memory_bandwidth=614.4 * _GB,
-        matrix_rates={"fp32": 14.3 * _TFLOP, "bf16": 229.4 * _TFLOP, "int16": 28.7 * _TFLOP},
+        matrix_rates={"fp32": 14.3 * _TFLOP, "bf16": 229.4 * _TFLOP, "int16": 28.7 * _TFLOP, "int8": 57.3 * _TFLOP},
         intra_host_bandwidth=1.43 * _GB,  # benchmarks/results/calibration.json
         inter_host_bandwidth=12.5 * _GB,
         host_memory_bytes=512 * GIB,
@@ -161,6 +162,9 @@ class HardwareConfig:
 
     int16_tflops: _Tflops = None
     """The same in int16, which only CPUs have."""
+
+    int8_tflops: _Tflops = None
+    """The same in int8, which only CPUs have."""
 
     launch_us: _Micros = None
     """Least time between two kernels, in microseconds."""

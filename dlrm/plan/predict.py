@@ -26,7 +26,7 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
         ConfigError: if the hardware has no such arithmetic.
     """
     precision = precision_on(config, hardware, shape)
-    load = workload_of(config, shape, precision, placement)
+    load = workload_of(config, shape, placement)
     memory, at_least = (_memory(config, load, shape, hardware, samples) for samples in (config.data.batch_size, 1))
     step = build_step(load, *reached(hardware, shape, precision))
     missing = _missing_gib(memory)
@@ -91,13 +91,13 @@ def _describe_recipe(name: str | None) -> dict[str, int] | None:
     return {"ranks": ranks, "batch_size": batch_size, "global_batch_size": ranks * batch_size}
 
 
-def workload_of(config: Config, shape: ClusterShape, precision: Precision, placement: Placement) -> Workload:
+def workload_of(config: Config, shape: ClusterShape, placement: Placement) -> Workload:
     """What a step of the plan's training does."""
     return Workload(
         config.model,
         _tables_on_ranks(config, shape, placement),
         config.data.batch_size,
-        _HALF if precision == "bf16" else FLOAT,
+        _HALF if config.training.activations == "bf16" else FLOAT,
         config.optimizer.algorithm,
         hides_input=config.training.pipeline != "base",
         launches=config.training.dense_execution != "cuda_graph",
@@ -207,7 +207,7 @@ def _on_ranks(
     }.get(table.sharding, 1)
     sharding = config.sharding
     is_rounded = (
-        config.training.arithmetic == "bf16"
+        config.training.activations == "bf16"
         and table.sharding in _WHOLE_ROWS
         and sharding.forward_comm_precision == sharding.backward_comm_precision == "fp32"
     )

@@ -1,6 +1,7 @@
 """How a collection of tables is sharded: in which ways, and in what precision embeddings travel."""
 
 import math
+from typing import Literal
 
 import torch
 from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
@@ -8,7 +9,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
-from dlrm.config import CommPrecision, Precision
+from dlrm.config import CommPrecision
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -25,7 +26,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
         *,
         batch_size: int = 1,
         prefetches: bool = False,
-        arithmetic: Precision = "fp32",
+        activations: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         """Makes a sharder.
 
@@ -33,10 +34,10 @@ class TableSharder(EmbeddingBagCollectionSharder):
             forward: precision in which pooled embeddings travel.
             backward: precision in which their gradients do.
             batch_size: samples of a rank in a step, over which gradients are averaged.
-            arithmetic: of matrix products; pooled rows that are final take the type in which these use them.
+            activations: what the model computes with; pooled rows that are final are in it.
             prefetches: cache lines stay locked until the step that they were fetched for is over.
         """
-        self.pooled_type = torch.bfloat16 if arithmetic == "bf16" and forward == backward == "fp32" else torch.float32
+        self.pooled_type = torch.bfloat16 if activations == "bf16" and forward == backward == "fp32" else torch.float32
         super().__init__(
             fused_params={"prefetch_pipeline": True} if prefetches else None,
             qcomm_codecs_registry=_codecs(forward, backward, batch_size),

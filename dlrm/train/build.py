@@ -38,11 +38,10 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
         if name != "embedding_bag_collection":
             part.to(runtime.device)
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
-    if config.training.arithmetic == "int16":
-        for part in model.modules():
-            if isinstance(part, ReluMLP):
-                part.uses_int16 = True
-    autocast = runtime.device.type if config.training.arithmetic == "bf16" else None
+    for part in model.modules():
+        if isinstance(part, ReluMLP):
+            part.through = config.training.integers
+    autocast = runtime.device.type if config.training.activations == "bf16" else None
     train = DLRMTrain(model, runtime.world_size, autocast)
     set_dense_execution(train, config.training.dense_execution, config.data.batch_size)
     return train
@@ -56,7 +55,7 @@ def make_sharder(config: Config) -> TableSharder:
         sharding.backward_comm_precision,
         batch_size=config.data.batch_size,
         prefetches=prefetches,
-        arithmetic=config.training.arithmetic,
+        activations=config.training.activations,
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dlrm.config import DenseExecution, TrainingConfig
 from dlrm.errors import ConfigError
-from dlrm.kernels.native import why_no_int16
+from dlrm.kernels.native import why_no_vnni
 from dlrm.model.dlrm import DLRMTrain
 from dlrm.model.interaction import DotInteraction
 
@@ -41,20 +41,21 @@ def check_dense_execution(execution: DenseExecution, device: torch.device) -> No
 
 
 def check_arithmetic(training: TrainingConfig, device: torch.device) -> None:
-    """Refuses int16 where it can't be computed.
+    """Refuses integers where they can't be computed with.
 
     Raises:
         ConfigError: naming what is missing.
     """
-    if training.arithmetic != "int16":
+    if training.integers is None:
         return
+    asked = f"--precision {training.integers}"
     if device.type != "cpu":
-        raise ConfigError(f"--precision int16: expected a CPU, got {device.type}. Use bf16 or tf32.")
-    if (why := why_no_int16()) is not None:
-        raise ConfigError(f"--precision int16: {why}. Use fp32, or bf16 where the CPU has AMX or AVX-512 BF16.")
+        raise ConfigError(f"{asked}: expected a CPU, got {device.type}. Use bf16 or tf32.")
+    if (why := why_no_vnni()) is not None:
+        raise ConfigError(f"{asked}: {why}. Use fp32, or bf16 where the CPU has AMX or AVX-512 BF16.")
     if training.dense_execution != "eager":
         raise ConfigError(
-            f"--precision int16 with --dense_execution {training.dense_execution}: int16 products are not compiled. "
+            f"{asked} with --dense_execution {training.dense_execution}: its products are not compiled. "
             "Drop one of the two."
         )
 

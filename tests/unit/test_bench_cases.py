@@ -187,30 +187,37 @@ def test_embedding(bench, optimizer, precision):
     assert result["bench"]["workload"]["optimizer"] == optimizer
 
 
-def test_products(bench):
-    if (why := native.why_no_int16()) is not None:
+@pytest.mark.parametrize("precision", ["int16", "int8"])
+def test_products(bench, precision):
+    if (why := native.why_no_vnni()) is not None:
         pytest.skip(why)
-    result = bench("products", "--batch_size", "8", "--steps", "3")
+    result = bench("products", "--batch_size", "8", "--steps", "3", "--precision", precision)
     check_top_level(result, "products")
+    assert result["precision"] == precision
     layers = {"512-256", "256-128", "479-1024", "1024-1024", "1024-512"}
     assert {name: len(values) for name, values in result["ratios_by_layer"].items()} == dict.fromkeys(layers, 2)
 
 
-def test_no_int16_products_to_measure(monkeypatch, capsys):
-    monkeypatch.setattr(products, "why_no_int16", lambda: "this CPU has no AVX-512 VNNI")
+def test_no_integer_products_to_measure(monkeypatch, capsys):
+    monkeypatch.setattr(products, "why_no_vnni", lambda: "this CPU has no AVX-512 VNNI")
     assert main(["bench", "products"]) == 2
-    expected = "dlrm bench: error: no int16 products to measure: this CPU has no AVX-512 VNNI\n"
+    expected = "dlrm bench: error: no integer products to measure: this CPU has no AVX-512 VNNI\n"
     assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
-    ("flags", "best"),
-    [({"avx512_vnni"}, "int16"), ({"avx512_vnni", "avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"), ({"avx2"}, "fp32")],
+    ("flags", "best", "storage"),
+    [
+        ({"avx512_vnni"}, "int8", "fp32"),
+        ({"avx512_vnni", "avx512_bf16"}, "int8", "bf16"),
+        ({"avx512_vnni", "avx512_bf16", "amx_bf16"}, "bf16", "bf16"),
+        ({"avx2"}, "fp32", "fp32"),
+    ],
 )
-def test_precision_by_default_is_the_fastest(monkeypatch, flags, best):
+def test_precision_by_default_is_the_fastest(monkeypatch, flags, best, storage):
     monkeypatch.setattr(config, "cpu_flags", lambda: frozenset(flags))
     assert config.Shape().arithmetic == best
-    assert config.EmbeddingBench().arithmetic == ("fp32" if best == "int16" else best)
+    assert config.EmbeddingBench().arithmetic == storage
 
 
 def test_no_kernels_to_measure(bench, monkeypatch, capsys):

@@ -1,0 +1,177 @@
+// Quantization of bfloat16 to int8, see integer.h. Compiled for AVX-512 with VNNI only.
+//
+// Largest and smallest entries are found in bfloat16's own bits: as unsigned numbers they are in the order of their
+// magnitude with all negative ones above, as signed ones all negative ones are below 0.
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "integer_quantize.h"
+
+namespace dlrm::integer {
+namespace {
+
+constexpr int kHalves = 2 * kLanes;     // bfloat16 in a register
+constexpr float kUnsigned = 254.4f;     // what stands for 0 is rounded up, so that entries come to 255 at most
+constexpr float kSigned = 127.0f;
+constexpr float kMaxFactor = 1e37f;     // what it is undone by is no subnormal
+constexpr uint16_t kNotFinite = 0x7f80;  // from here on, without the sign
+
+__mmask32 live_halves(int64_t rest) { return rest >= kHalves ? ~0u : rest <= 0 ? 0 : (1u << rest) - 1; }
+
+// Of bits: the largest as unsigned and as signed numbers; the latter at least 0.
+struct Range {
+  __m512i top = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+
+  void include(__m512i bits) {
+    top = _mm512_max_epu16(top, bits);
+    high = _mm512_max_epi16(high, bits);
+  }
+};
+
+uint16_t reduce(__m512i halves) {
+  const __m256i a = _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
+  const __m128i b = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  return ~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(b, _mm_set1_epi32(-1))), 0);
+}
+
+// How 16 vectors are quantized: to entry * factor + offset, undone by scale.
+struct Quantization {
+  __m512 factor, offset, scale;
+};
+
+// Of 16 vectors' bits, in the lower half of each lane.
+Quantization quantization_of(__m512i top, __m512i high, bool is_signed) {
+  const __mmask16 has_negative = _mm512_cmpge_epu32_mask(top, _mm512_set1_epi32(0x8000));
+  const __m512 low = _mm512_maskz_mov_ps(has_negative, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
+  const __m512 most = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+  // Of the unsigned range half, which is no infinity.
+  const __m512 half = _mm512_set1_ps(0.5f), range = _mm512_fmsub_ps(most, half, _mm512_mul_ps(low, half));
+  const __m512 span = is_signed ? _mm512_max_ps(most, _mm512_sub_ps(_mm512_setzero_ps(), low)) : range;
+  const __m512 wanted = _mm512_set1_ps(is_signed ? kSigned : kUnsigned / 2);
+  const __mmask16 has_any = _mm512_cmp_ps_mask(span, _mm512_setzero_ps(), _CMP_GT_OQ);
+  Quantization q;
+  q.factor = _mm512_maskz_min_ps(has_any, _mm512_div_ps(wanted, span), _mm512_set1_ps(kMaxFactor));
+  q.scale = _mm512_maskz_div_ps(has_any, _mm512_set1_ps(1.0f), q.factor);
+  const __m512i magnitudes = _mm512_and_si512(top, _mm512_set1_epi32(0x7fff));
+  const __mmask16 broken = _mm512_cmpge_epu32_mask(_mm512_max_epu32(magnitudes, high), _mm512_set1_epi32(kNotFinite));
+  q.scale = _mm512_mask_mov_ps(q.scale, broken, _mm512_set1_ps(NAN));
+  const __m512 zero = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), low), q.factor),
+                                           _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  q.offset = is_signed ? _mm512_setzero_ps() : zero;
+  return q;
+}
+
+__m512i to_int(__m512i bits, __m512 factor, __m512 offset) {
+  return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_castsi512_ps(bits), factor, offset));
+}
+
+// The sum of 4 bytes a lane, added.
+__m512i add_bytes(__m512i sum, __m512i bytes) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), bytes); }
+
+// Gives the sum of what it writes, as signed bytes.
+float quantize_row(const BFloat16* source, int64_t count, __m512 factor, __m512 offset, int8_t* out) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += kHalves) {
+    const __m512i bits = _mm512_maskz_loadu_epi16(live_halves(count - i), source + i);
+    const __m512i even = to_int(_mm512_slli_epi32(bits, 16), factor, offset);
+    const __m512i odd = to_int(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)), factor, offset);
+    const __m512i low_byte = _mm512_set1_epi32(0xff);
+    const __m512i pairs = _mm512_or_si512(_mm512_and_si512(even, low_byte), _mm512_slli_epi32(odd, 8));
+    const __m256i bytes = _mm512_cvtepi32_epi16(pairs);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes);
+    sum = add_bytes(sum, _mm512_zextsi256_si512(bytes));
+  }
+  return static_cast<float>(_mm512_reduce_add_epi32(sum));
+}
+
+// Rows `at`, ..., three more, 16 columns: 4 entries in each lane. Zeros for rows that are not there.
+__m512i quantize_fours(const BFloat16* at, int64_t stride, int64_t rows, __mmask16 live, const Quantization& q,
+                       bool is_signed) {
+  __m512i four[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(i < rows ? live : 0, at + i * stride);
+    four[i] = to_int(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16), q.factor, q.offset);
+  }
+  const __m512i a = _mm512_packs_epi32(four[0], four[1]), b = _mm512_packs_epi32(four[2], four[3]);
+  const __m512i bytes = is_signed ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b);
+  const __m512i by_column = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  return _mm512_shuffle_epi8(bytes, by_column);
+}
+
+// Gives the sums of the columns' entries, as signed bytes.
+__m512i quantize_panel(const BFloat16* source, int64_t stride, int64_t rows, __mmask16 live, const Quantization& q,
+                       Layout layout, int32_t* panel) {
+  const bool is_signed = layout == Layout::kWide;
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t r = 0; r < rows; r += 8) {
+    const BFloat16* at = source + r * stride;
+    for (int64_t ahead = 16; ahead < 24; ++ahead) __builtin_prefetch(at + ahead * stride);
+    const __m512i first = quantize_fours(at, stride, rows - r, live, q, is_signed);
+    const __m512i second = quantize_fours(at + 4 * stride, stride, rows - r - 4, live, q, is_signed);
+    store_dwords(first, second, layout, r / 4, panel);
+    sum = add_bytes(add_bytes(sum, first), second);
+  }
+  return sum;
+}
+
+// 16 lanes of 16 bits to 32 bits.
+__m512i widen(const __m512i& halves, int which) {
+  return _mm512_cvtepu16_epi32(which == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
+}
+
+}  // namespace
+
+template <>
+void quantize_block<Int8>(const BFloat16* source, int64_t stride, int64_t vectors, int64_t count, Layout layout,
+                          int32_t* out, float* scales, float* offsets) {
+  const bool is_signed = layout == Layout::kWide;
+  alignas(64) uint32_t top[kLanes] = {}, high[kLanes] = {};
+  for (int64_t i = 0; i < vectors; ++i) {
+    Range range;
+    for (int64_t k = 0; k < count; k += kHalves) {
+      range.include(_mm512_maskz_loadu_epi16(live_halves(count - k), source + i * stride + k));
+      __builtin_prefetch(source + (i + kTogether) * stride + k);
+    }
+    top[i] = reduce(range.top);
+    high[i] = reduce(range.high);
+  }
+  const Quantization q = quantization_of(_mm512_load_si512(top), _mm512_load_si512(high), is_signed);
+  alignas(64) float factors[kLanes], zeros[kLanes];
+  _mm512_store_ps(factors, q.factor);
+  _mm512_store_ps(zeros, q.offset);
+  _mm512_mask_storeu_ps(scales, live_lanes(vectors), q.scale);
+  for (int64_t i = 0; i < vectors; ++i) {
+    const float sum = quantize_row(source + i * stride, count, _mm512_set1_ps(factors[i]), _mm512_set1_ps(zeros[i]),
+                                   reinterpret_cast<int8_t*>(out + i * kDwords));
+    offsets[i] = is_signed ? sum : zeros[i];
+  }
+}
+
+template <>
+void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>& out) {
+  const int64_t groups = column_parts(out) / out.blocks(), block = part / groups, first = part % groups * kColumnGroup;
+  const int64_t columns = std::min<int64_t>(kColumnGroup, out.vectors - first), stride = out.vectors;
+  const int64_t rows = out.block_entries(block), at = block * out.padded() + first;
+  const bool is_signed = out.layout == Layout::kWide;
+  source += block * out.block_length() * stride + first;
+  Range ranges[kColumnGroup / kHalves];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t v = 0; v * kHalves < columns; ++v) {
+      ranges[v].include(_mm512_maskz_loadu_epi16(live_halves(columns - v * kHalves), source + r * stride + v * kHalves));
+    }
+  }
+  for (int64_t v = 0; v * kLanes < columns; ++v) {
+    const Range& range = ranges[v / 2];
+    const Quantization q = quantization_of(widen(range.top, v % 2), widen(range.high, v % 2), is_signed);
+    const __m512i sums = quantize_panel(source + v * kLanes, stride, rows, live_lanes(columns - v * kLanes), q, out.layout,
+                                        out.dwords + (at + v * kLanes) * kDwords);
+    _mm512_storeu_ps(out.scales + at + v * kLanes, q.scale);
+    _mm512_storeu_ps(out.offsets + at + v * kLanes, is_signed ? _mm512_cvtepi32_ps(sums) : q.offset);
+  }
+}
+
+template void quantize_rows(const BFloat16*, const Operand<Int8>&);
+template void quantize_wide_rows(const BFloat16*, int64_t, const Operand<Int8>&);
+
+}  // namespace dlrm::integer

@@ -1,0 +1,250 @@
+// Operators of linear layers whose matrix products go through int16 or int8, as PyTorch sees them; see integer.h.
+//
+// B samples, N outputs, K inputs of a layer.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "integer.h"
+
+namespace dlrm {
+namespace {
+
+// Not where DLRM_KERNELS names lesser instructions.
+bool has_vnni() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("DLRM_KERNELS");
+  if (asked != nullptr && *asked != 0 && std::string(asked) != "AVX-512") return false;
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+void check_matrix(const at::Tensor& tensor, const char* name, at::ScalarType type) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, ": got ", tensor.scalar_type(), ", expected ",
+                   type == at::kFloat ? "float32" : "bfloat16");
+  TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), name, ": expected a contiguous tensor on the CPU");
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": got ", tensor.sizes(), ", expected a matrix");
+}
+
+void check_pair(const at::Tensor& left, const char* left_name, int64_t left_size, const at::Tensor& right,
+                const char* right_name, int64_t right_size, at::ScalarType type) {
+  check_matrix(left, left_name, type);
+  check_matrix(right, right_name, type);
+  TORCH_CHECK(has_vnni(), "integer products: this CPU has no AVX-512 VNNI, or DLRM_KERNELS names lesser instructions");
+  TORCH_CHECK_VALUE(left_size == right_size, left_name, " and ", right_name, ": got ", left.sizes(), " and ",
+                    right.sizes(), ", which do not fit each other");
+}
+
+#if defined(__x86_64__)
+
+using integer::BFloat16;
+using integer::Layout;
+using integer::Operand;
+using integer::Output;
+
+constexpr int64_t kTasksPerThread = 2;
+constexpr int64_t kBlocksOfSlice = 32;  // of samples, at once in a weight's gradient: bounds the scratch memory
+
+// Calls prepare(task) for all its tasks, and when these are done multiply(slot, task) for all of its own, as threads come
+// free; calls at the same time have different slots. One parallel region: a thread that comes late is not waited for.
+template <class Prepare, class Multiply>
+void share_out(int64_t preparations, Prepare prepare, int64_t products, Multiply multiply) {
+  const int64_t tasks = preparations + products;
+  std::atomic<int64_t> next{0}, prepared{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t slot, int64_t) {
+    int64_t task = next++;
+    for (; task < preparations; task = next++) {
+      prepare(task);
+      prepared.fetch_add(1, std::memory_order_release);
+    }
+    while (prepared.load(std::memory_order_acquire) < preparations) std::this_thread::yield();
+    for (; task < tasks; task = next++) multiply(slot, task - preparations);
+  });
+}
+
+// Rows of a part of a product, so that there are several parts for each thread.
+int64_t rows_of_part(int64_t rows, int64_t parts_beside) {
+  const int64_t wanted = std::max<int64_t>(1, kTasksPerThread * at::get_num_threads() / parts_beside);
+  const int64_t tiles = rows / wanted / integer::kRowTile;
+  return std::clamp<int64_t>(tiles * integer::kRowTile, integer::kRowTile, integer::kRowChunk);
+}
+
+int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+template <class Value>
+const Value* values(const at::Tensor& tensor) {
+  return static_cast<const Value*>(tensor.const_data_ptr());
+}
+
+// An operand with the memory that it lies in.
+template <class Format>
+struct Stored : Operand<Format> {
+  at::Tensor memory;
+
+  Stored(Layout layout, int64_t vectors, int64_t contracted)
+      : Operand<Format>{layout, vectors, contracted, nullptr, nullptr, nullptr} {
+    memory = at::empty({this->num_dwords() + 2 * this->num_scales()}, at::kInt);
+    this->dwords = memory.mutable_data_ptr<int32_t>();
+    this->scales = reinterpret_cast<float*>(this->dwords + this->num_dwords());
+    this->offsets = this->scales + this->num_scales();
+  }
+};
+
+at::Tensor partials() { return at::empty({at::get_num_threads(), integer::kPartialFloats}, at::kFloat); }
+
+// out = left right^T, where prepare(part) quantizes a part of right; rows of left are quantized a few at a time by the
+// thread that multiplies them.
+template <class Format, class Prepare, class Value>
+void multiply_rows(const at::Tensor& left, const Operand<Format>& right, int64_t parts, Prepare prepare,
+                   const Output<Value>& output) {
+  const int64_t rows = left.size(0), columns = right.vectors, own = rows_of_part(rows, 1);
+  const auto* source = values<typename Format::Source>(left);
+  const at::Tensor memory = partials();
+  std::vector<Stored<Format>> slots;
+  for (int i = 0; i < at::get_num_threads(); ++i) slots.emplace_back(Layout::kRows, own, right.contracted);
+  share_out(parts, prepare, parts_of(rows, own), [&](int64_t slot, int64_t task) {
+    Operand<Format> part = slots[slot];
+    part.vectors = std::min(own, rows - task * own);
+    integer::quantize_rows(source + task * own * right.contracted, part);
+    Output<Value> here = output;
+    here.out += task * own * output.stride;
+    for (int64_t column = 0; column < columns; column += integer::kColumnChunk) {
+      integer::multiply(part, right, 0, part.vectors, column,
+                        std::min<int64_t>(columns, column + integer::kColumnChunk), here,
+                        memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
+    }
+  });
+}
+
+template <class Format>
+void linear_into(at::Tensor& output, const at::Tensor& input, const at::Tensor& weight, const float* bias,
+                 bool rectified) {
+  using Value = typename Format::Source;
+  const Stored<Format> right(Layout::kWide, weight.size(0), weight.size(1));
+  const auto quantize = [&](int64_t part) { integer::quantize_wide_rows(values<Value>(weight), part, right); };
+  multiply_rows(input, right, integer::wide_row_parts(right), quantize,
+                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(0), bias, rectified, false});
+}
+
+template <class Format>
+void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& weight) {
+  using Value = typename Format::Source;
+  const Stored<Format> right(Layout::kWide, weight.size(1), weight.size(0));
+  const auto quantize = [&](int64_t part) { integer::quantize_columns(values<Value>(weight), part, right); };
+  multiply_rows(gradient, right, integer::column_parts(right), quantize,
+                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(1), nullptr, false, false});
+}
+
+// out += gradient^T input of some samples, or = of the first.
+template <class Format>
+void add_grad_weight(float* out, const typename Format::Source* gradient, int64_t outputs,
+                     const typename Format::Source* input, int64_t inputs, int64_t samples, bool adds) {
+  const Stored<Format> left(Layout::kNarrow, outputs, samples), right(Layout::kWide, inputs, samples);
+  const int64_t left_parts = integer::column_parts(left), parts = left_parts + integer::column_parts(right);
+  const int64_t across = parts_of(inputs, integer::kColumnChunk), own = rows_of_part(outputs, across);
+  const at::Tensor memory = partials();
+  const auto quantize = [&](int64_t part) {
+    part < left_parts ? integer::quantize_columns(gradient, part, left)
+                      : integer::quantize_columns(input, part - left_parts, right);
+  };
+  share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
+    const int64_t row = task / across * own, column = task % across * integer::kColumnChunk;
+    integer::multiply(left, right, row, std::min(outputs, row + own), column,
+                      std::min<int64_t>(inputs, column + integer::kColumnChunk),
+                      Output<float>{out, inputs, nullptr, false, adds},
+                      memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
+  });
+}
+
+template <class Format>
+void grad_weight_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& input) {
+  using Value = typename Format::Source;
+  constexpr int64_t kSlice = kBlocksOfSlice * Operand<Format>::kBlock;
+  const int64_t batch = input.size(0), outputs = gradient.size(1), inputs = input.size(1);
+  for (int64_t first = 0; first < batch; first += kSlice) {
+    add_grad_weight<Format>(output.mutable_data_ptr<float>(), values<Value>(gradient) + first * outputs, outputs,
+                            values<Value>(input) + first * inputs, inputs, std::min(kSlice, batch - first), first > 0);
+  }
+}
+
+#else
+
+template <class Format>
+void linear_into(at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, bool) {}
+template <class Format>
+void grad_input_into(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+template <class Format>
+void grad_weight_into(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+
+#endif
+
+template <class Format>
+constexpr at::ScalarType kType = std::is_same_v<Format, integer::Int8> ? at::kBFloat16 : at::kFloat;
+
+// input[B, K] weight[N, K]^T + bias[N], then where `rectified` the larger of it and 0.
+template <class Format>
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, bool rectified) {
+  check_pair(input, "input", input.size(-1), weight, "weight", weight.size(-1), kType<Format>);
+  TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.is_cpu() && bias.is_contiguous() && bias.dim() == 1 &&
+                        bias.numel() == weight.size(0),
+                    "bias: expected ", weight.size(0), " floats on the CPU");
+  TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
+  at::Tensor output = at::empty({input.size(0), weight.size(0)}, input.options());
+  if (output.numel() > 0) linear_into<Format>(output, input, weight, bias.const_data_ptr<float>(), rectified);
+  return output;
+}
+
+// gradient[B, N] weight[N, K]
+template <class Format>
+at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
+  check_pair(gradient, "gradient", gradient.size(-1), weight, "weight", weight.size(0), kType<Format>);
+  TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
+  at::Tensor output = at::empty({gradient.size(0), weight.size(1)}, gradient.options());
+  if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight);
+  return output;
+}
+
+// gradient[B, N]^T input[B, K], in float32
+template <class Format>
+at::Tensor grad_weight(const at::Tensor& gradient, const at::Tensor& input) {
+  check_pair(gradient, "gradient", gradient.size(0), input, "input", input.size(0), kType<Format>);
+  const auto options = gradient.options().dtype(at::kFloat);
+  if (gradient.size(0) == 0) return at::zeros({gradient.size(1), input.size(1)}, options);
+  at::Tensor output = at::empty({gradient.size(1), input.size(1)}, options);
+  if (output.numel() > 0) grad_weight_into<Format>(output, gradient, input);
+  return output;
+}
+
+TORCH_LIBRARY_FRAGMENT(dlrm, m) {
+  m.def("has_vnni() -> bool", has_vnni);
+  m.def("int16_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
+  m.def("int16_grad_input(Tensor gradient, Tensor weight) -> Tensor");
+  m.def("int16_grad_weight(Tensor gradient, Tensor input) -> Tensor");
+  m.def("int8_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
+  m.def("int8_grad_input(Tensor gradient, Tensor weight) -> Tensor");
+  m.def("int8_grad_weight(Tensor gradient, Tensor input) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
+  m.impl("int16_linear", linear<integer::Int16>);
+  m.impl("int16_grad_input", grad_input<integer::Int16>);
+  m.impl("int16_grad_weight", grad_weight<integer::Int16>);
+  m.impl("int8_linear", linear<integer::Int8>);
+  m.impl("int8_grad_input", grad_input<integer::Int8>);
+  m.impl("int8_grad_weight", grad_weight<integer::Int8>);
+}
+
+}  // namespace
+}  // namespace dlrm
