@@ -131,7 +131,7 @@ FIGURES = (
     Figure("an evaluation, against TorchRec with torchmetrics", "evaluate.json", _bench),
     Figure("pairwise dots, forward and backward, batch 4,096, against TorchRec's module", "interaction.json", _bench),
     Figure("table lookup, backward and update, against FBGEMM", "embedding.json", _bench),
-    Figure("the MLPs' products through int16, against `torch.mm` in fp32", "products.json", _bench),
+    Figure("the MLPs' products through int8, against `torch.mm` in fp32", "products.json", _bench),
     Figure("start, over the time of `import torch`", "startup.json", _startup),
     Figure("input all-to-all hidden behind compute, two ranks on a CPU", "overlap.json", _overlap),
 )

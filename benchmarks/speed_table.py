@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dlrm.bench.provenance import short_commit
+from dlrm.console import plural
 from dlrm.errors import DatasetError
 
 _COLUMNS = (
@@ -37,14 +38,15 @@ def draw_tables(results: list[dict[str, Any]]) -> str:
 
 
 def summarize(results: list[dict[str, Any]]) -> str:
-    """How many shapes were measured on each CPU, between which ratios, and which ones the floor allows."""
-    of_cpu: dict[str, list[dict[str, Any]]] = {}
+    """How many shapes were measured on each CPU in each arithmetic, between which ratios, and which ones the floor
+    allows: one line each."""
+    measured_in: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
-        of_cpu.setdefault(result["machine"]["cpu"], []).append(result)
-    return " ".join(
-        f"{cpu}: {len(own)} shapes, {_range(one['ratio'] for one in own)} times the reference's speed, where the floor "
-        f"allows {_range(map(_ratio_at_floor, own))}."
-        for cpu, own in of_cpu.items()
+        measured_in.setdefault((result["machine"]["cpu"], result["precision"]), []).append(result)
+    return "\n".join(
+        f"- {cpu}, ours in {precision}: {plural(len(own), 'shape')}, {_range(one['ratio'] for one in own)} times the "
+        f"reference's speed, where the floor allows {_range(map(_ratio_at_floor, own))}."
+        for (cpu, precision), own in sorted(measured_in.items(), key=lambda item: -len(item[1]))
     )
 
 

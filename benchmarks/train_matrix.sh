@@ -33,9 +33,11 @@ for optimizer in sgd rowwise_adagrad; do
   done
 done
 
-# In the reference's own arithmetic.
-for ranks in 1 2; do
-  measure "fp32_uniform100k_sgd_${ranks}x_4096" --precision fp32 --ranks $ranks
+# In other arithmetic than the fastest; fp32 is the reference's own.
+for precision in fp32 bf16 int16; do
+  for ranks in 1 2; do
+    measure "${precision}_uniform100k_sgd_${ranks}x_4096" --precision $precision --ranks $ranks --rounds 3
+  done
 done
 
 # The same optimizers and ranks: ids by a power law over MLPerf's cardinalities, scaled to 12 GiB.

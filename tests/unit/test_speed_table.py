@@ -41,8 +41,8 @@ def test_page():
 def test_summary():
     results = [result(4096, 5.5), result(512, 1.28), result(512, 2.56, "Two")]
     assert summarize(results) == (
-        "One: 2 shapes, 1.3 to 5.5 times the reference's speed, where the floor allows 5.0 to 21.5. "
-        "Two: 1 shapes, 2.6 to 2.6 times the reference's speed, where the floor allows 10.0 to 10.0."
+        "- One, ours in bf16: 2 shapes, 1.3 to 5.5 times the reference's speed, where the floor allows 5.0 to 21.5.\n"
+        "- Two, ours in bf16: 1 shape, 2.6 to 2.6 times the reference's speed, where the floor allows 10.0 to 10.0."
     )
 
 

@@ -17,7 +17,7 @@ namespace dlrm {
 namespace {
 
 constexpr int64_t kUnitsPerThread = 4;
-constexpr int64_t kSamplesPerTask = 32;
+constexpr int64_t kMostSamplesPerTask = 128;
 constexpr int64_t kRowsPerSum = 256;
 
 // The best that this CPU has, unless DLRM_KERNELS names less, as the tests do.
@@ -39,6 +39,22 @@ const Kernels& kernels() {
 }
 
 std::string instruction_set() { return kernels().name; }
+
+// Of a batch, so that there are several tasks for each thread.
+int64_t samples_per_task(int64_t batch) {
+  return std::clamp<int64_t>(batch / (kUnitsPerThread * at::get_num_threads()), 8, kMostSamplesPerTask);
+}
+
+// Calls body(first, stop) for tasks of [0, size), as threads come free: what else runs on one of the cores, such as the
+// building of the next batch, does not hold up all of them.
+template <class Body>
+void share(int64_t size, int64_t per_task, Body body) {
+  const int64_t tasks = (size + per_task - 1) / per_task;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next++) < tasks;) body(task * per_task, std::min(size, (task + 1) * per_task));
+  });
+}
 
 Scalar scalar_of(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, name, ": got ",
@@ -113,7 +129,7 @@ at::Tensor pool(const at::Tensor& weights, const at::Tensor& weight_offsets, con
   const Scalar type = scalar_of(pooled, "dtype");
   void* out = pooled.mutable_data_ptr();
   std::atomic<int64_t> bad_feature{-1}, bad_id{0};
-  at::parallel_for(0, tables.batch_size, kSamplesPerTask, [&](int64_t first, int64_t stop) {
+  share(tables.batch_size, samples_per_task(tables.batch_size), [&](int64_t first, int64_t stop) {
     const BadId bad = kernels().pool(tables, lookups.all, weights.const_data_ptr<float>(), out, type, first, stop);
     if (bad.feature >= 0) {
       bad_id = bad.id;
@@ -130,7 +146,7 @@ struct Unit {
 };
 
 // Parts of tables, several for each thread; no row is in two of them.
-std::vector<Unit> share_out(const Lookups& lookups) {
+std::vector<Unit> units_of(const Lookups& lookups) {
   const Tables& tables = lookups.tables;
   const int64_t most = std::max<int64_t>(1, lookups.ids.numel() / (kUnitsPerThread * at::get_num_threads()));
   std::vector<Unit> units;
@@ -175,13 +191,9 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
                     state_offsets.has_value() ? state_offsets->const_data_ptr<int64_t>() : nullptr,
                     own.const_data_ptr(),
                     scalar_of(own, "gradient")};
-  const std::vector<Unit> units = share_out(lookups);
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t first, int64_t stop) {
-    (void)first, (void)stop;
-    for (size_t i; (i = next++) < units.size();) {
-      kernels().update(tables, lookups.all, step, units[i].feature, units[i].part, units[i].parts);
-    }
+  const std::vector<Unit> units = units_of(lookups);
+  share(units.size(), 1, [&](int64_t i, int64_t) {
+    kernels().update(tables, lookups.all, step, units[i].feature, units[i].part, units[i].parts);
   });
 }
 
@@ -240,7 +252,7 @@ at::Tensor interact(const at::Tensor& dense, at::TensorList others, at::IntArray
   at::Tensor output = at::empty({vectors.batch(), vectors.out_features()}, dense.options());
   void* out = output.mutable_data_ptr();
   const Scalar type = scalar_of(output, "dense");
-  at::parallel_for(0, vectors.batch(), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+  share(vectors.batch(), samples_per_task(vectors.batch()), [&](int64_t first, int64_t stop) {
     kernels().interact(vectors.interaction, out, type, first, stop);
   });
   return output;
@@ -263,7 +275,7 @@ std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::
     targets.push_back({gradients.back().mutable_data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
   }
   const Scalar type = scalar_of(own, "gradient");
-  at::parallel_for(0, vectors.batch(), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+  share(vectors.batch(), samples_per_task(vectors.batch()), [&](int64_t first, int64_t stop) {
     kernels().interact_backward(vectors.interaction, targets.data(), own.const_data_ptr(), type, first, stop);
   });
   return gradients;
@@ -272,10 +284,10 @@ std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::
 void add_bias(at::Tensor values, const at::Tensor& bias, bool rectified) {
   check_contiguous(values, "values");
   check_contiguous(bias, "bias");
-  const int64_t columns = values.size(-1);
+  const int64_t columns = values.size(-1), rows = values.numel() / std::max<int64_t>(1, columns);
   TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.numel() == columns, "bias: expected ", columns, " floats");
   const Scalar type = scalar_of(values, "values");
-  at::parallel_for(0, values.numel() / std::max<int64_t>(1, columns), kSamplesPerTask, [&](int64_t first, int64_t stop) {
+  share(rows, samples_per_task(rows), [&](int64_t first, int64_t stop) {
     kernels().add_bias(values.mutable_data_ptr(), type, bias.const_data_ptr<float>(), rectified, columns, first, stop);
   });
 }
@@ -293,11 +305,9 @@ at::Tensor mask(at::Tensor gradient, const std::optional<at::Tensor>& output) {
   if (blocks == 0) return sums.zero_().sum(0);
   const void* own = output.has_value() ? output->const_data_ptr() : nullptr;
   const Scalar type = scalar_of(gradient, "gradient");
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t stop) {
-    for (int64_t block = first; block < stop; ++block) {
-      kernels().mask(gradient.mutable_data_ptr(), own, type, sums.mutable_data_ptr<float>() + block * columns, columns,
-                     block * kRowsPerSum, std::min(rows, (block + 1) * kRowsPerSum));
-    }
+  share(rows, kRowsPerSum, [&](int64_t first, int64_t stop) {
+    kernels().mask(gradient.mutable_data_ptr(), own, type, sums.mutable_data_ptr<float>() + first / kRowsPerSum * columns,
+                   columns, first, stop);
   });
   return sums.sum(0);
 }
