@@ -25,6 +25,7 @@ from dlrm.errors import ConfigError
 from dlrm.flags import is_named, parse_args
 
 ROOT = Path(__file__).parent.parent
+PLAIN = ("--precision", "fp32")
 
 
 def main() -> None:
@@ -42,6 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         check_run(arguments.data, seed, arguments.flags)
+        if arguments.against_plain:
+            check_run(arguments.data, seed, [*arguments.flags, *PLAIN])
     runs, plain_runs = [], []
     for seed in arguments.seeds:
         runs.append(run_seed(arguments.data, seed, arguments.flags))
@@ -92,7 +95,7 @@ def run_seed(data: str, seed: int, flags: Sequence[str], *, is_plain: bool = Fal
     """One run; its AUROC on val and test, and the mean of both."""
     environment = dict(os.environ)
     if is_plain:
-        flags, environment["DLRM_KERNELS"] = [*flags, "--precision", "fp32"], "none"
+        flags, environment["DLRM_KERNELS"] = [*flags, *PLAIN], "none"
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch, "run")
         subprocess.run(

@@ -320,8 +320,8 @@ class TrainingConfig:
     precision: Annotated[Precision | None, optional("fp32", "{fp32,tf32,bf16,int16,int8}")] = None
     """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
     and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32. int16, int8: for CPUs
-    with AVX-512 VNNI, but without AMX: the MLPs' wider matrix products from operands rounded to integers, in blocks of
-    192 or 384 with a scale each; all else is as in fp32 with int16, as in bf16 with int8, the fastest there."""
+    with AVX-512 VNNI, but without AMX. The MLPs' wider matrix products are of operands rounded to integers, in blocks
+    with a scale each. All else is as in fp32 with int16, and as in bf16 with int8, which is the faster one."""
 
     allow_tf32: bool = False
     """The same as --precision tf32. No effect without a GPU."""

@@ -33,10 +33,12 @@ def best_storage() -> Stored:
 
 
 def best_precision() -> Arithmetic:
-    """What this CPU multiplies matrices fastest in."""
+    """What training was fastest in on such a CPU, as far as it was measured; with AMX it was not."""
     if "amx_bf16" in cpu_flags():
         return "bf16"
-    return "int8" if "avx512_vnni" in cpu_flags() else "fp32"
+    if "avx512_vnni" not in cpu_flags():
+        return best_storage()
+    return "int8" if best_storage() == "bf16" else "int16"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ _BF16_UNITS = "bf16 where the CPU has AMX or AVX-512 BF16"
 StoredFlag = Annotated[Stored | None, optional(_BF16_UNITS, "{fp32,bf16}")]
 ArithmeticFlag = Annotated[
     Arithmetic | None,
-    optional("bf16 where the CPU has AMX, else int8 where it has AVX-512 VNNI", "{fp32,bf16,int16,int8}"),
+    optional("as fast as the CPU can", "{fp32,bf16,int16,int8}"),
 ]
 
 
@@ -129,7 +131,9 @@ class Shape(Workload):
     """Processes of each side, which share the cores; a divisor of batch_size."""
 
     precision: ArithmeticFlag = None
-    """Matrix products of our side, and in bf16 and int8 activations too. The reference always computes in fp32."""
+    """Matrix products of our side, and in bf16 and int8 activations too. By default bf16 where the CPU has AMX, else
+    int8 where it has AVX-512 BF16, else int16 where it has AVX-512 VNNI, else fp32. The reference always computes in
+    fp32."""
 
     @property
     def arithmetic(self) -> Arithmetic:

@@ -23,15 +23,13 @@ from dlrm.bench.train import show_rate
 from dlrm.bench.workers import Side, Turns
 from dlrm.config import ModelConfig
 from dlrm.errors import ConfigError
-from dlrm.kernels.mlp import LEAST_INTEGER_SIZE
+from dlrm.kernels.mlp import ACTIVATIONS, LEAST_INTEGER_SIZE
 from dlrm.kernels.native import why_no_vnni
 from dlrm.model.dlrm import build_interaction
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 Layer = tuple[int, int]
 """K and N."""
-
-_DTYPES = {"int16": torch.float32, "int8": torch.bfloat16}
 
 
 def run(bench: ProductsBench) -> dict[str, Any]:
@@ -94,14 +92,15 @@ def _name(kind: str, layer: Layer) -> str:
 
 @contextmanager
 def open_products(bench: ProductsBench, layers: list[Layer]) -> Iterator[Turns]:
-    """Of each layer both ways: forward with bias and ReLU, the input's gradient, the weight's gradient."""
+    """Of each layer both ways: forward with bias and ReLU, the input's gradient, the weight's gradient. Operands are
+    there in the type that each side takes."""
     require_kernels()
     turns = {}
     for k, n in layers:
         input_BK, grad_BN = torch.randn(bench.batch_size, k).relu_(), torch.randn(bench.batch_size, n)
         weight_NK, bias_N = torch.randn(n, k), torch.randn(n)
         turns[_name("fp32", (k, n))] = repeat(_fp32(input_BK, weight_NK, bias_N, grad_BN), bench.steps)
-        operands = (each.to(_DTYPES[bench.precision]) for each in (input_BK, weight_NK, grad_BN))
+        operands = (each.to(ACTIVATIONS[bench.precision]) for each in (input_BK, weight_NK, grad_BN))
         turns[_name(bench.precision, (k, n))] = repeat(_integers(bench.precision, bias_N, *operands), bench.steps)
     yield turns
 

@@ -72,7 +72,12 @@ def make_sides(config: Config, shape: Shape, turns: tuple[str, ...]) -> list[Sid
 
 def describe_sides(shape: Shape) -> str:
     """What runs against what."""
-    units = {"bf16": "has AMX", "int8": "has AVX-512 VNNI, but no AMX", "fp32": "lacks AMX and AVX-512 VNNI"}
+    units = {
+        "bf16": "has AMX",
+        "int8": "has AVX-512 VNNI and BF16, but no AMX",
+        "int16": "has AVX-512 VNNI, but no bf16 units",
+        "fp32": "lacks bf16 units and VNNI",
+    }
     why = "as asked" if shape.precision else f"the CPU {units[shape.arithmetic]}"
     return (
         f"Ours in {shape.arithmetic} ({why}) against torchrec.models.dlrm in fp32: {shape.optimizer}, batch "

@@ -12,12 +12,13 @@ from torch.nn.functional import linear, relu
 from dlrm.kernels.native import has_native
 
 IntegerFormat = Literal["int16", "int8"]
-"""What matrix products can go through: int16 with float32 activations, int8 with bfloat16 ones."""
+"""What matrix products can go through."""
+
+ACTIVATIONS = {"int16": torch.float32, "int8": torch.bfloat16}
+"""What goes into them, and comes out."""
 
 LEAST_INTEGER_SIZE = 64
 """Of a layer's inputs and outputs: narrower layers gain nothing from integer products, or lose."""
-
-_ACTIVATIONS = {"int16": torch.float32, "int8": torch.bfloat16}
 
 
 def mlp(
@@ -50,7 +51,7 @@ def mlp(
             )
         return plain_mlp(input_B, weights, biases)
     if through is not None:
-        dtype = _ACTIVATIONS[through]
+        dtype = ACTIVATIONS[through]
     else:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     layers = (part for layer in zip(weights, biases, strict=True) for part in layer)

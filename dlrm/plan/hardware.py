@@ -161,10 +161,10 @@ class HardwareConfig:
     """The same in bf16."""
 
     int16_tflops: _Tflops = None
-    """The same in int16, which only CPUs have."""
+    """The same in int16, with which only CPUs train."""
 
     int8_tflops: _Tflops = None
-    """The same in int8, which only CPUs have."""
+    """The same in int8, with which only CPUs train."""
 
     launch_us: _Micros = None
     """Least time between two kernels, in microseconds."""

@@ -18,6 +18,7 @@ from dlrm.config import (
     TrainingConfig,
 )
 from dlrm.data.splits import open_run_splits
+from dlrm.kernels.native import why_no_vnni
 from dlrm.runtime import on_main_rank, start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
@@ -71,10 +72,13 @@ class Case:
     forward: str = "fp32"
     backward: str = "fp32"
     buckets: int = 0
+    layers: tuple[int, ...] = (16,)
     tolerance: float = 1e-5
 
     def __str__(self) -> str:
-        return "-".join(str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0, None, 1e-5, 1e-6))
+        return "-".join(
+            str(value) for value in dataclasses.astuple(self) if value not in ("fp32", 0, None, (16,), 1e-5, 1e-6)
+        )
 
     def config(self, ranks: int) -> Config:
         rules = f"all = {self.sharding}" if self.sharding and ranks > 1 else None
@@ -87,8 +91,8 @@ class Case:
             model=ModelConfig(
                 num_embeddings_per_feature=ROWS,
                 embedding_dim=8,
-                dense_arch_layer_sizes=(16, 8),
-                over_arch_layer_sizes=(16, 1),
+                dense_arch_layer_sizes=(*self.layers, 8),
+                over_arch_layer_sizes=(*self.layers, 1),
                 interaction_type=self.interaction,
                 standardize_dense=self.buckets > 0,
                 dense_buckets=self.buckets,
@@ -110,6 +114,10 @@ class Case:
         )
 
 
+INTEGERS = ("int16", "int8") if why_no_vnni() is None else ()
+WIDE = (64, 64)
+"""Layers that go through integers."""
+
 SPLIT_BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 CASES = [
     *(
@@ -125,6 +133,12 @@ CASES = [
     Case(None, "adagrad", buckets=5),
     Case(None, "adagrad", "dcn", buckets=5),
     Case(None, "adagrad", precision="bf16", tolerance=2e-3),
+    *(Case(sharding, "adagrad", layers=WIDE) for sharding in (None, "row_wise")),
+    *(
+        Case(sharding, "adagrad", precision=precision, layers=WIDE, tolerance=1e-2 if precision == "int8" else 1e-3)
+        for sharding in (None, "row_wise")
+        for precision in INTEGERS
+    ),
     *(
         Case(sharding, "adagrad", forward=forward, backward=backward, tolerance=2e-3)
         for sharding in ("table_wise", "row_wise")
@@ -175,7 +189,10 @@ def scheduled_losses(sharding: str, **optimizer: float) -> list[float]:
     config = Config(
         data=DataConfig(batch_size=16, limit_train_batches=6, num_generated_batches=1),
         model=ModelConfig(
-            num_embeddings=40, embedding_dim=8, dense_arch_layer_sizes=(16, 8), over_arch_layer_sizes=(16, 1)
+            num_embeddings=40,
+            embedding_dim=8,
+            dense_arch_layer_sizes=(16, 8),
+            over_arch_layer_sizes=(16, 1),
         ),
         sharding=ShardingConfig(table_constraints=f"all = {sharding}"),
         optimizer=OptimizerConfig(**optimizer),

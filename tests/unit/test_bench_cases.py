@@ -208,7 +208,7 @@ def test_no_integer_products_to_measure(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "best", "storage"),
     [
-        ({"avx512_vnni"}, "int8", "fp32"),
+        ({"avx512_vnni"}, "int16", "fp32"),
         ({"avx512_vnni", "avx512_bf16"}, "int8", "bf16"),
         ({"avx512_vnni", "avx512_bf16", "amx_bf16"}, "bf16", "bf16"),
         ({"avx2"}, "fp32", "fp32"),

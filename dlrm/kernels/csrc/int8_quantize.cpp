@@ -85,7 +85,7 @@ float quantize_row(const BFloat16* source, int64_t count, __m512 factor, __m512 
   return static_cast<float>(_mm512_reduce_add_epi32(sum));
 }
 
-// Rows `at`, ..., three more, 16 columns: 4 entries in each lane. Zeros for rows that are not there.
+// Rows `at`, ..., three more, 16 columns: 4 entries in each lane. Rows that are not there count as zeros.
 __m512i quantize_fours(const BFloat16* at, int64_t stride, int64_t rows, __mmask16 live, const Quantization& q,
                        bool is_signed) {
   __m512i four[4];

@@ -30,7 +30,8 @@ struct Int16 {
 };
 
 // bfloat16 through vpdpbusd. Left operands are unsigned, with a number of their own that stands for 0 in each block; right
-// ones are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly.
+// ones are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
+// may hold anything: right ones hold 0 there.
 struct Int8 {
   using Source = BFloat16;
   static constexpr int kPerDword = 4;
@@ -78,6 +79,10 @@ int64_t wide_row_parts(const Operand<Format>& out) {
 // Source [contracted, vectors], contiguous, to kNarrow or kWide: one block of kColumnGroup vectors.
 template <class Format>
 void quantize_columns(const typename Format::Source* source, int64_t part, const Operand<Format>& out);
+template <>
+void quantize_columns(const float* source, int64_t part, const Operand<Int16>& out);
+template <>
+void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>& out);
 template <class Format>
 int64_t column_parts(const Operand<Format>& out) {
   return out.blocks() * ((out.vectors + kColumnGroup - 1) / kColumnGroup);

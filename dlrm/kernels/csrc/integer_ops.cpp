@@ -38,12 +38,13 @@ void check_matrix(const at::Tensor& tensor, const char* name, at::ScalarType typ
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": got ", tensor.sizes(), ", expected a matrix");
 }
 
-void check_pair(const at::Tensor& left, const char* left_name, int64_t left_size, const at::Tensor& right,
-                const char* right_name, int64_t right_size, at::ScalarType type) {
+// Matrices, of which dimension left_dim of one is as large as right_dim of the other.
+void check_pair(const at::Tensor& left, const char* left_name, int64_t left_dim, const at::Tensor& right,
+                const char* right_name, int64_t right_dim, at::ScalarType type) {
   check_matrix(left, left_name, type);
   check_matrix(right, right_name, type);
   TORCH_CHECK(has_vnni(), "integer products: this CPU has no AVX-512 VNNI, or DLRM_KERNELS names lesser instructions");
-  TORCH_CHECK_VALUE(left_size == right_size, left_name, " and ", right_name, ": got ", left.sizes(), " and ",
+  TORCH_CHECK_VALUE(left.size(left_dim) == right.size(right_dim), left_name, " and ", right_name, ": got ", left.sizes(), " and ",
                     right.sizes(), ", which do not fit each other");
 }
 
@@ -196,7 +197,7 @@ constexpr at::ScalarType kType = std::is_same_v<Format, integer::Int8> ? at::kBF
 // input[B, K] weight[N, K]^T + bias[N], then where `rectified` the larger of it and 0.
 template <class Format>
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, bool rectified) {
-  check_pair(input, "input", input.size(-1), weight, "weight", weight.size(-1), kType<Format>);
+  check_pair(input, "input", 1, weight, "weight", 1, kType<Format>);
   TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.is_cpu() && bias.is_contiguous() && bias.dim() == 1 &&
                         bias.numel() == weight.size(0),
                     "bias: expected ", weight.size(0), " floats on the CPU");
@@ -209,7 +210,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
 // gradient[B, N] weight[N, K]
 template <class Format>
 at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
-  check_pair(gradient, "gradient", gradient.size(-1), weight, "weight", weight.size(0), kType<Format>);
+  check_pair(gradient, "gradient", 1, weight, "weight", 0, kType<Format>);
   TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
   at::Tensor output = at::empty({gradient.size(0), weight.size(1)}, gradient.options());
   if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight);
@@ -219,7 +220,7 @@ at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
 // gradient[B, N]^T input[B, K], in float32
 template <class Format>
 at::Tensor grad_weight(const at::Tensor& gradient, const at::Tensor& input) {
-  check_pair(gradient, "gradient", gradient.size(0), input, "input", input.size(0), kType<Format>);
+  check_pair(gradient, "gradient", 0, input, "input", 0, kType<Format>);
   const auto options = gradient.options().dtype(at::kFloat);
   if (gradient.size(0) == 0) return at::zeros({gradient.size(1), input.size(1)}, options);
   at::Tensor output = at::empty({gradient.size(1), input.size(1)}, options);

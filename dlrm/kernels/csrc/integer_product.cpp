@@ -1,6 +1,7 @@
 // Products of integer.h. Compiled for AVX-512 with VNNI only.
 #include <immintrin.h>
 
+#include <cfloat>
 #include <type_traits>
 
 #include "integer_quantize.h"
@@ -52,7 +53,9 @@ inline void finish_row(const __m512i* sums, int row, const Finish<Value>& finish
     float* partial = finish.partial + (row * kVectors + v) * kLanes;
     const __m512 base = finish.first ? begin(finish, live[v], finish.column + v * kLanes, out + v * kLanes)
                                      : _mm512_load_ps(partial);
-    const __m512 scale = _mm512_mul_ps(left_scale, _mm512_loadu_ps(finish.right_scales + v * kLanes));
+    // Not infinite, or a sum of 0 would become NaN; NaN stays.
+    const __m512 scale = _mm512_min_ps(_mm512_set1_ps(FLT_MAX),
+                                       _mm512_mul_ps(left_scale, _mm512_loadu_ps(finish.right_scales + v * kLanes)));
     __m512 sum = _mm512_cvtepi32_ps(sums[v]);
     if constexpr (std::is_same_v<Format, Int8>) {
       const __m512 zero = _mm512_set1_ps(finish.left_offsets[row]);
