@@ -223,9 +223,12 @@ def test_tf32_without_a_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No GPU in cpu:1x2: tf32 without effect." in capsys.readouterr().out
 
 
-def test_what_does_not_fit_names_the_smallest_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_names_the_fewest_hosts(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, *LARGE, "--cluster", "h100:1x2")
-    found = re.search(r"(\S+) GiB a rank more .* On all ranks (\S+) GiB are missing; --cluster h100:(\d)x2 is", error)
+    found = re.search(
+        r"(\S+) GiB a rank more .* On all ranks (\S+) GiB are missing; --cluster h100:(\d)x2 has the fewest such hosts",
+        error,
+    )
     assert found is not None
     assert float(found[2]) == pytest.approx(2 * float(found[1]), abs=0.011)
     hosts = int(found[3])
@@ -260,6 +263,9 @@ def test_the_search_finds_the_fewest(threshold: int) -> None:
     [
         ((), "missing: --cluster"),
         (("--cluster", "a100:1x8"), "no kind a100, expected one of a100_40gb, a100_80gb, h100, h200, b200, cpu"),
+        (("--cluster", "a100_40gb:\uff11x8"), "expected KIND:HOSTSxDEVICES"),
+        (("--cluster", "a100_40gb:1x" + "9" * 5000), "expected KIND:HOSTSxDEVICES"),
+        (("--cluster", "a100_40gb:99999999999x8"), "799,999,999,992 ranks, expected 4,096 or fewer"),
         (("--cluster", "a100_40gb:8"), "expected KIND:HOSTSxDEVICES, as in a100_40gb:2x8"),
         (("--cluster", "h100:1x8", "--recipe", "nothing"), "--recipe nothing: expected one of"),
         (("--cluster", "h100:1x8", "--batch_size", "0"), "--batch_size 0: expected more than 0"),
