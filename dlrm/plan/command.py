@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     if not asked.json:
         print("\n".join(to_text(facts, parse_cluster(asked.cluster).describe())))
     if asked.plot is not None:
-        draw(facts, asked.plot)
+        draw(facts, asked.plot, asked.run.recipe)
         if not asked.json:
             print(f"Drawn: {asked.plot}")
     if not facts["fits"]:

@@ -13,6 +13,7 @@ from dlrm.config import ModelConfig
 from dlrm.data.dense_statistics import DenseStatistics
 from dlrm.model.dlrm import DLRM
 from dlrm.plan.cost import dense_parameters
+from dlrm.plan.picture import _named_ranks
 from dlrm.plan.placing import fewest
 from dlrm.schema import NUM_INTEGER_FEATURES
 
@@ -355,11 +356,28 @@ def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     for name in ("plan.svg", "pictures/plan.html"):
-        assert main(["plan", *SMALL, "--plot", str(tmp_path / name)]) == 0
+        assert main(["plan", "--recipe", "debug_cpu", *SMALL, "--plot", str(tmp_path / name)]) == 0
         drawn = (tmp_path / name).read_text()
         for words in ("Memory of each rank", "Timeline of a step", "weights", "communication"):
             assert words in drawn
+        assert "debug_cpu: " in drawn
     assert 'src="http' not in (tmp_path / "pictures/plan.html").read_text()  # it opens where there is no network
+
+
+def test_a_picture_names_every_span(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    path = tmp_path / "plan.svg"
+    assert main(["plan", *SMALL, "--json", "--plot", str(path)]) == 0
+    spans = json.loads(capsys.readouterr().out)["step"]["timeline"]
+    shown = re.findall(r">([^<>]+), [0-9.]+ ms</text>", path.read_text())
+    assert shown == [span["name"] for span in spans]
+    assert len(shown) > 10
+
+
+@pytest.mark.parametrize(("num_ranks", "step"), [(1, 1), (8, 1), (32, 1), (33, 2), (80, 5), (4096, 200)])
+def test_ranks_that_a_picture_names(num_ranks: int, step: int) -> None:
+    assert _named_ranks(num_ranks) == list(range(0, num_ranks, step))
 
 
 def test_a_picture_that_can_not_be_written_leaves_the_old_one(
