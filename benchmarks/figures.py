@@ -5,12 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.soak import FREE_GROWTH
+
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured, the file that has it all, and how that becomes words."""
+    """What was measured, the file that has it all, and how that becomes words.
+
+    Attributes:
+        what: with `{name}` for what the file has under that name.
+    """
 
     what: str
     file: str
@@ -76,9 +82,9 @@ def _kills(result: Result) -> str:
 
 
 def _checkpoint(result: Result) -> str:
-    low, high = min(result["ratios"]), max(result["ratios"])
+    low, high = 1 / max(result["ratios"]), 1 / min(result["ratios"])
     return (
-        f"training stands still {1 / result['ratio']:.3f} times as long (1/{high:.0f} to 1/{low:.0f}); while one is "
+        f"training stands still {1 / result['ratio']:.3f} times as long ({low:.3f} to {high:.3f}); while one is "
         f"written it runs at {result['rate_while_writing']:.2f} of its rate; saving with training waiting, SHA-256 "
         f"included, takes {1 / result['save_ratio']:.1f} times as long; loading with SHA-256 checked "
         f"{1 / result['load_ratio']:.2f} times, without {1 / result['load_ratio_without_check']:.2f} times"
@@ -86,14 +92,17 @@ def _checkpoint(result: Result) -> str:
 
 
 def _soak(result: Result) -> str:
-    def growth(measure: str) -> str:
-        values = [trend["growth"] for trend in result["trends"] if trend["measure"] == measure]
-        return f"{max(values):+.1f}"
+    def most(measure: str) -> Result:
+        own = (trend for trend in result["trends"] if trend["measure"] == measure)
+        return max(own, key=lambda trend: trend["growth"])
 
+    memory, handles, threads = map(most, FREE_GROWTH)
+    share, mib = FREE_GROWTH["rss_mib"]
+    noise = f"up to {share * memory['warm'] + mib:.0f} MiB, {share:.0%} + {mib:g} MiB, counts as noise"
     grown = any(trend["has_grown"] for trend in result["trends"])
     return (
         f"{result['checkpoints']:,} checkpoints, {result['validations']:,} validations; a rank's memory "
-        f"{growth('rss_mib')} MiB, handles {growth('num_handles')}, threads {growth('num_threads')}: "
+        f"{memory['growth']:+.1f} MiB ({noise}), handles {handles['growth']:+.0f}, threads {threads['growth']:+.0f}: "
         f"{'GROWS' if grown else 'no growth'}"
     )
 
@@ -110,7 +119,10 @@ def _startup(result: Result) -> str:
 def _bench(result: Result) -> str:
     low, high = min(result["ratios"]), max(result["ratios"])
     speed = f"{result['ratio']:.1f} times ({low:.1f} to {high:.1f}), {result['share_of_floor']:.0%} of the floor"
-    return f"{speed}; {result['over_training']:,.1f} times the rate of training" if "over_training" in result else speed
+    if "over_training" not in result:
+        return speed
+    over = result["over_training"]
+    return f"{speed}; {f'{over:,.0f}' if over >= 100 else f'{over:.1f}'} times the rate of training"
 
 
 def _overlap(result: Result) -> str:
@@ -136,7 +148,7 @@ FIGURES = (
         _against_plain,
     ),
     Figure("the same on planted days of 3 million rows", "quality_int8_planted.json", _against_plain),
-    Figure("planted days, one epoch: AUROC; samples to the target", "planted_curve.json", _planted),
+    Figure("planted days, one epoch, one seed: AUROC; samples to the target", "planted_curve.json", _planted),
     Figure("preprocessing against torchrec's three functions, two workers", "preprocess_speed.json", _preprocess_speed),
     Figure("peak memory of preprocessing", "preprocess_memory.json", _preprocess_memory),
     Figure("preprocessing ended by `kill -9` and resumed", "preprocess_kills.json", _preprocess_kills),
@@ -147,7 +159,7 @@ FIGURES = (
     Figure("an evaluation, against TorchRec with torchmetrics", "evaluate.json", _bench),
     Figure("pairwise dots, forward and backward, batch 4,096, against TorchRec's module", "interaction.json", _bench),
     Figure("table lookup, backward and update, against FBGEMM", "embedding.json", _bench),
-    Figure("the MLPs' products through int8, against `torch.mm` in fp32", "products.json", _bench),
+    Figure("the MLPs' products through {precision}, against `torch.mm` in fp32", "products.json", _bench),
     Figure("start, over the time of `import torch`", "startup.json", _startup),
     Figure("input all-to-all hidden behind compute, two ranks on a CPU", "overlap.json", _overlap),
 )

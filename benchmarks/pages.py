@@ -143,7 +143,7 @@ def draw_results(results: Results, template: str) -> str:
             train_rows=CRITEO_1T_TRAINING_ROWS,
             v1_minutes=v1_minutes,
             plans=planned,
-            figures=_table(("what", "figure", "command", "commit"), _run_here(results)),
+            figures=_table(("what", "figure", "machine", "command", "commit"), _run_here(results)),
             speed=speed,
             speed_summary=speed_summary,
             calibration=results.read("calibration.json"),
@@ -167,6 +167,7 @@ def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
         "ranks": ranks,
         "samples": samples,
         "expected": step["samples_per_second"],
+        "epoch": _clock(CRITEO_1T_TRAINING_ROWS / step["samples_per_second"]),
         "epoch_minutes": CRITEO_1T_TRAINING_ROWS / step["samples_per_second"] / 60,
         "over": step["samples_per_second"] / row.samples_per_second,
         "step_ms": step["step_time_ms"],
@@ -180,12 +181,20 @@ def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:
     }
 
 
+def _clock(seconds: float) -> str:
+    """As the spec writes it: 12m43s, 2h32m03s."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}h{minute:02d}m{second:02d}s" if hours else f"{minute}m{second:02d}s"
+
+
 def _run_here(results: Results) -> Iterable[Sequence[str]]:
     for figure in FIGURES:
         result = results.read(figure.file)
         with _drawing(figure.file):
             link = f"[{short_commit(result)}](../{RESULTS / figure.file})"
-            line = figure.what, figure.draw(result), f"`{result['command']}`", link
+            what, cpu = figure.what.format_map(result), result["machine"]["cpu"]
+            line = what, figure.draw(result), cpu, f"`{result['command']}`", link
         yield line
 
 

@@ -46,7 +46,7 @@ LEAST_MINUTES = 0.5
 WARM_UP = 0.1
 EXIT_CODE = 128 + signal.SIGTERM
 _MIB = 2**20
-_FREE_GROWTH = {"rss_mib": (0.01, 8.0), "num_handles": (0.0, 0.0), "num_threads": (0.0, 0.0)}
+FREE_GROWTH = {"rss_mib": (0.01, 8.0), "num_handles": (0.0, 0.0), "num_threads": (0.0, 0.0)}
 """Of each measure, what is no growth: a share of what it is after the warm-up, and an amount."""
 
 
@@ -88,7 +88,7 @@ def judge(samples: Sequence[Sample], warm_up: float = WARM_UP) -> list[Trend]:
         warm = [sample for sample in own if sample.seconds >= since]
         if len(warm) < 3:
             raise ValueError(f"rank {rank}: {len(warm)} samples after the warm-up, expected 3 or more. Run for longer.")
-        trends += [_judge_measure(measure, own, warm) for measure in _FREE_GROWTH]
+        trends += [_judge_measure(measure, own, warm) for measure in FREE_GROWTH]
     return trends
 
 
@@ -96,7 +96,7 @@ def _judge_measure(measure: str, own: Sequence[Sample], warm: Sequence[Sample]) 
     seconds, values = [sample.seconds for sample in warm], [float(getattr(sample, measure)) for sample in warm]
     slope = statistics.linear_regression(seconds, values).slope
     growth = slope * (seconds[-1] - seconds[0]) if measure == "rss_mib" else _rise(values)
-    share, amount = _FREE_GROWTH[measure]
+    share, amount = FREE_GROWTH[measure]
     start = float(getattr(own[0], measure))
     has_grown = growth > share * values[0] + amount
     return Trend(own[0].rank, measure, start, values[0], values[-1], 3600 * slope, growth, has_grown)

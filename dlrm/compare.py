@@ -4,7 +4,8 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -103,27 +104,55 @@ def read_record(address: str) -> Record:
 
     Raises:
         CheckpointError: if there is neither, or the checkpoint is damaged.
-        RunDirectoryError: if a file can't be read.
+        RunDirectoryError: if a file can't be read, or is damaged, naming it.
     """
     folder = Path(address)
     is_run = "://" not in address and step_of(folder.name) is None and (folder / "config.json").exists()
     address, state, texts = _read_run(folder) if is_run else _read_checkpoint(address)
-    try:
-        lines = _read_lines(texts.get("metrics.jsonl", ""))
-        summary = json.loads(texts["summary.json"]) if "summary.json" in texts else None
-        environment = json.loads(texts.get("environment.json", "{}"))
+    with _reading(address, "config.json"):
+        config = Config.from_text(texts["config.json"])
+    with _reading(address, "environment.json"):
+        environment = _read_environment(json.loads(texts.get("environment.json", "{}")))
+    with _reading(address, "plan.json"):
         plan = json.loads(texts.get("plan.json", '{"tables": []}'))
-        return Record(
-            address,
-            state or _describe_state(summary, lines),
-            Config.from_text(texts["config.json"]),
-            {**{key: value for key, value in environment.items() if key not in ("versions", "launch")}}
-            | environment.get("versions", {}),
-            {table["table"]: _describe_placement(table) for table in plan["tables"]},
-            {**(_sum_up(lines) if summary is None else _metrics_of(summary)), **_count_scored(lines)},
-        )
+        places = {table["table"]: _describe_placement(table) for table in plan["tables"]}
+    so_far, metrics = _read_progress(address, texts)
+    return Record(address, state or so_far, config, environment, places, metrics)
+
+
+@contextmanager
+def _reading(address: str, name: str) -> Iterator[None]:
+    """Names the file where its content is of another kind than it must be."""
+    try:
+        yield
     except (ConfigError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise RunDirectoryError(f"{address}: a file there is damaged or of another version ({error}).") from None
+        raise RunDirectoryError(f"{address}/{name}: is damaged or of another version ({error}).") from None
+
+
+def _read_environment(content: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {key: value for key, value in content.items() if key not in ("versions", "launch")}
+    return facts | content.get("versions", {})
+
+
+def _read_progress(address: str, texts: Mapping[str, str]) -> tuple[str, dict[str, float | None]]:
+    """How far a run is, in words, and its metrics."""
+    with _reading(address, "metrics.jsonl"):
+        lines = _read_lines(texts.get("metrics.jsonl", ""))
+        scored = _numbers(_count_scored(lines))
+        if "summary.json" not in texts:
+            return _describe_state(lines), {**_numbers(_sum_up(lines)), **scored}
+    with _reading(address, "summary.json"):
+        summary = json.loads(texts["summary.json"])
+        return f"finished {summary['finished']}", {**_numbers(_metrics_of(summary)), **scored}
+
+
+def _numbers(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """The same, if each is None or a number that can be shown."""
+    for name, value in metrics.items():
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is {value!r}, expected a number")
+        float(value or 0)  # an int of JSON may be too large
+    return metrics
 
 
 def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
@@ -156,9 +185,8 @@ def _read_lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _describe_state(summary: Mapping[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> str:
-    if summary is not None:
-        return f"finished {summary['finished']}"
+def _describe_state(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Of a run that has not finished."""
     return f"not finished, up to step {lines[-1]['step']:,}" if lines else "not finished, no step yet"
 
 
@@ -301,11 +329,7 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm compare`."""
     config = parse_flags(CompareConfig, argv, "dlrm compare")
     one, other = read_record(config.run1), read_record(config.run2)
-    try:
-        lines = to_text(one, other)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise RunDirectoryError(f"{one.address} or {other.address}: its metrics are no numbers ({error}).") from None
     if config.json:
         print(json.dumps(to_json(one, other), indent=2))
     else:
-        print("\n".join(map(printable, lines)))
+        print("\n".join(map(printable, to_text(one, other))))

@@ -480,7 +480,9 @@ class Config:
         Raises:
             ConfigError: if it was written by another version, or holds a field this one does not know.
         """
-        version = content.get("config_version") if isinstance(content, dict) else None
+        if not isinstance(content, dict) or "config_version" not in content:
+            raise ConfigError(f"has no config_version, expected {CONFIG_VERSION}")
+        version = content["config_version"]
         if version != CONFIG_VERSION:
             raise ConfigError(f"config_version {version}: this dlrm reads version {CONFIG_VERSION}")
         hints = typing.get_type_hints(Config)
@@ -493,7 +495,7 @@ class Config:
                 }
             )
         except (AttributeError, KeyError, TypeError) as error:
-            raise ConfigError(f"config.json does not fit this dlrm: {error}. Expected the fields of --help.") from None
+            raise ConfigError(f"does not fit this dlrm: {error}") from None
 
     @staticmethod
     def load(path: Path) -> "Config":

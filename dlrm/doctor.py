@@ -1,5 +1,6 @@
 """Does what is installed fit together, and does it run?"""
 
+import ctypes
 import importlib.metadata
 import platform
 import sys
@@ -11,34 +12,58 @@ REMEDY = "pip install --no-deps -r requirements/cpu.txt (or cuda.txt), or `make 
 # torchrec and fbgemm-gpu 1.n are built for torch 2.(n + 5).
 _TORCH_MINOR_OFFSET = 5
 
+_DRIVER_LIBRARY = "libnvidia-ml.so.1"
+_USAGE = """usage: dlrm doctor [--no_device]
+
+Checks versions, devices and native parts. Exit code 1 where something does not fit.
+
+  --no_device   leave out what needs a GPU or its driver where there is none, as on a login node or while an image is
+                built"""
+
+
+class _NoDeviceError(RuntimeError):
+    """There is no GPU, or no driver of one, where a check needs it."""
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One line of the report. `is_well` is None where a check was left out."""
 
     name: str
-    is_well: bool
+    is_well: bool | None
     text: str
+
+    @property
+    def mark(self) -> str:
+        """What stands first in the line."""
+        return "-" if self.is_well is None else "ok" if self.is_well else "FAIL"
 
 
 def main(argv: Sequence[str]) -> int:
     """`dlrm doctor`: prints the findings; 0 if all is well, 1 otherwise."""
-    if argv:
-        print(
-            "usage: dlrm doctor\n\nChecks versions, devices and native parts. Exit code 1 where something does not fit."
-        )
+    if list(argv) not in ([], ["--no_device"]):
+        print(_USAGE)
         return 0 if argv[0] in ("-h", "--help") else 2
-    findings = diagnose()
+    findings = diagnose(needs_device=not argv)
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        print(f"{'ok  ' if finding.is_well else 'FAIL'}  {finding.name:<{width}}  {finding.text}")
-    ailing = [finding for finding in findings if not finding.is_well]
-    print(f"{len(ailing)} of {len(findings)} checks failed." if ailing else "All is well.")
-    return 1 if ailing else 0
+        print(f"{finding.mark:<4}  {finding.name:<{width}}  {finding.text}")
+    num_ailing, num_left_out = (sum(finding.is_well is kind for finding in findings) for kind in (False, None))
+    if num_ailing:
+        print(f"{num_ailing} of {len(findings)} checks failed.")
+    elif num_left_out:
+        print(f"All else is well. Left out: {num_left_out} of {len(findings)} checks. Run `dlrm doctor` beside a GPU.")
+    else:
+        print("All is well.")
+    return 1 if num_ailing else 0
 
 
-def diagnose() -> list[Finding]:
-    """All checks, in the order in which one builds on another."""
+def diagnose(*, needs_device: bool = True) -> list[Finding]:
+    """All checks, in the order in which one builds on another.
+
+    Args:
+        needs_device: where CUDA's packages are installed, a GPU must be there. If not, what needs one is left out.
+    """
     versions = {name: _version(name) for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")}
     findings = [_check_python(), check_versions(versions)]
     if findings[-1].is_well:
@@ -47,7 +72,7 @@ def diagnose() -> list[Finding]:
             ("kernels", _check_kernels),
             ("devices", _check_devices),
         ):
-            findings.append(_guarded(name, check))
+            findings.append(_guarded(name, check, needs_device=needs_device))
     return findings
 
 
@@ -89,16 +114,20 @@ def check_versions(versions: dict[str, str | None]) -> Finding:
     )
 
 
-def _guarded(name: str, check: Callable[[], str]) -> Finding:
+def _guarded(name: str, check: Callable[[], str], *, needs_device: bool = True) -> Finding:
     try:
         return Finding(name, True, check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, _NoDeviceError) and not needs_device:
+            return Finding(name, None, f"left out: {text}")
         return Finding(name, False, f"{text}. Remedy: {REMEDY}")
 
 
 def _check_native() -> str:
     """Loads FBGEMM's operators and looks two rows up."""
+    if _version("fbgemm-gpu") is not None and not _has_driver():
+        raise _NoDeviceError(f"fbgemm-gpu (CUDA) loads {_DRIVER_LIBRARY} of NVIDIA's driver, which is not installed")
     import torch
     import torchrec  # noqa: F401 - its import registers the operators
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -117,6 +146,14 @@ def _check_native() -> str:
     return "FBGEMM's operators load and look up"
 
 
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL(_DRIVER_LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 def _check_kernels() -> str:
     """The trainer's own operators. A machine without a compiler does without them."""
     from dlrm.kernels.native import describe_kernels
@@ -129,7 +166,7 @@ def _check_devices() -> str:
 
     if not torch.cuda.is_available():
         if _version("fbgemm-gpu") is not None:
-            raise RuntimeError("fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
+            raise _NoDeviceError("fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
         return f"cpu, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()}); no CUDA device"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if _version("fbgemm-gpu") is None:

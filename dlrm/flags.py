@@ -124,6 +124,8 @@ def load_config(path: str) -> Config:
         config = Config.load(Path(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}. Expected the config.json of a run.") from None
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}. Expected the config.json of a run.") from None
     except ValueError:
         raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
     output = dataclasses.replace(config.output, run_dir=None)

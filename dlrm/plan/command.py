@@ -101,7 +101,7 @@ def plan(
         with signs_of_life(f"Placing tables on {plural(shape.world_size, 'rank')}"):
             placement = placing.place()
     except DoesNotFitError as error:
-        note(f"Does not fit {shape.describe()}. Looking for the smallest cluster of such hosts that would do.")
+        note(f"Does not fit {shape.describe()}. Looking for the fewest such hosts that would do.")
         with signs_of_life("Placing tables on larger clusters"):
             smallest = placing.find_smallest()
         return _refuse(error, shape, smallest)
@@ -111,7 +111,7 @@ def plan(
 def _refuse(error: DoesNotFitError, shape: ClusterShape, smallest: ClusterShape | None) -> dict[str, Any]:
     missing = error.missing_gib_per_rank * shape.world_size
     remedy = (
-        f"--cluster {smallest} is the smallest that would do ({smallest.describe().split(', ', 1)[1]})"
+        f"--cluster {smallest} has the fewest such hosts that would do ({smallest.describe().split(', ', 1)[1]})"
         if smallest is not None
         else "more hosts of this kind would not do, as far as was searched"
     )
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     if not asked.json:
         print("\n".join(to_text(facts, parse_cluster(asked.cluster).describe())))
     if asked.plot is not None:
-        draw(facts, asked.plot)
+        draw(facts, asked.plot, asked.run.recipe)
         if not asked.json:
             print(f"Drawn: {asked.plot}")
     if not facts["fits"]:

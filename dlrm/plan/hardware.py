@@ -22,7 +22,7 @@ ASSUMED_EFFICIENCY = 0.7
 """Share of peak numbers that is taken to be reached where nobody has measured it."""
 
 _MOST_DEVICES = {"cuda": 16, "cpu": 256}
-_SHAPE = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<hosts>\d{1,6})x(?P<devices>\d{1,6})")
+_SHAPE = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<hosts>\d{1,18})x(?P<devices>\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True)

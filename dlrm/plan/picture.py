@@ -16,7 +16,8 @@ _WIDTH = 860
 _COLORS_OF_MEMORY = ("#4c78a8", "#72b7b2", "#f58518", "#9d9da1", "#eeeeee")
 _PARTS_OF_STEP = ("lookup", "dense", "communication")
 _COLORS_OF_STEP = ("#4c78a8", "#54a24b", "#e45756")
-_LANES = ("compute", "communication")
+_ROW_HEIGHT = 22
+_MOST_RANKS_NAMED = 32
 
 
 def check_plot(path: str) -> None:
@@ -33,8 +34,11 @@ def check_plot(path: str) -> None:
             raise ConfigError(f"--plot: the package {package} is not installed. Install it, or leave the flag out.")
 
 
-def draw(facts: Mapping[str, Any], path: str) -> None:
+def draw(facts: Mapping[str, Any], path: str, recipe: str | None = None) -> None:
     """Writes the picture: a page that needs no network, or SVG.
+
+    Args:
+        recipe: that was planned, for the title.
 
     Raises:
         ConfigError: if the file can't be written; it is then as it was.
@@ -46,10 +50,11 @@ def draw(facts: Mapping[str, Any], path: str) -> None:
     memory, timeline = _memory_chart(facts), _timeline_chart(facts)
     step = facts["step"]
     title = altair.TitleParams(
-        f"{facts['tables_gib']:.2f} GiB of tables on {facts['cluster']['name']}",
+        f"{recipe + ': ' if recipe else ''}{facts['tables_gib']:.2f} GiB of tables on {facts['cluster']['name']}",
         subtitle=f"{step['step_time_ms']:.2f} ms a step, {step['samples_per_second']:,.0f} samples/s expected; "
         f"bound by {step['bound_by']}",
         anchor="start",
+        offset=24,
     )
     chart = altair.vconcat(memory, timeline, spacing=30).resolve_scale(color="independent").properties(title=title)
     drawn = io.StringIO()
@@ -74,7 +79,9 @@ def _memory_chart(facts: Mapping[str, Any]) -> Any:
         altair.Chart(altair.Data(values=rows), title="Memory of each rank")
         .mark_bar()
         .encode(
-            x=altair.X("rank:O", axis=altair.Axis(labelAngle=0, labelOverlap=True)),
+            x=altair.X(
+                "rank:O", axis=altair.Axis(labelAngle=0, values=_named_ranks(len(facts["memory_gib_per_rank"])))
+            ),
             y=altair.Y("sum(gib):Q", title="GiB"),
             color=altair.Color(
                 "part:N", sort=PARTS, title=None, scale=altair.Scale(domain=PARTS, range=_COLORS_OF_MEMORY)
@@ -86,33 +93,45 @@ def _memory_chart(facts: Mapping[str, Any]) -> Any:
     )
 
 
+def _named_ranks(num_ranks: int) -> list[int]:
+    """Round numbers, so many that they do not touch."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return list(range(0, num_ranks, next(step for step in steps if num_ranks <= step * _MOST_RANKS_NAMED)))
+
+
 def _timeline_chart(facts: Mapping[str, Any]) -> Any:
     import altair
 
     total = facts["step"]["step_time_ms"]
+    digits = 2 if total >= 1 else 3
     rows = [
         {
             **span,
-            "lane": "communication" if span["part"] == "communication" else "compute",
-            "middle_ms": (span["start_ms"] + span["end_ms"]) / 2,
             "time_ms": round(span["end_ms"] - span["start_ms"], 4),
-            # Words stand only where there is room for them: about 6 pixels a letter.
-            "label": span["name"]
-            if (span["end_ms"] - span["start_ms"]) / total * _WIDTH > 6 * len(span["name"])
-            else "",
+            "label": f"{span['name']}, {span['end_ms'] - span['start_ms']:.{digits}f} ms",
         }
         for span in facts["step"]["timeline"]
     ]
-    base = altair.Chart(altair.Data(values=rows), title="Timeline of a step")
-    lane = altair.Y("lane:N", sort=_LANES, title=None)
-    bars = base.mark_bar(stroke="white", strokeWidth=1).encode(
-        x=altair.X("start_ms:Q", title="ms"),
-        x2="end_ms:Q",
-        y=lane,
-        color=altair.Color(
-            "part:N", sort=_PARTS_OF_STEP, title=None, scale=altair.Scale(domain=_PARTS_OF_STEP, range=_COLORS_OF_STEP)
-        ),
-        tooltip=["name:N", "time_ms:Q", "start_ms:Q", "end_ms:Q", "bound_by:N"],
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    return (
+        altair.Chart(altair.Data(values=rows), title="Timeline of a step")
+        .mark_bar()
+        .encode(
+            x=altair.X(
+                "start_ms:Q",
+                title="ms",
+                scale=altair.Scale(domain=[0, total], nice=False),
+                axis=altair.Axis(tickCount=8),
+            ),
+            x2="end_ms:Q",
+            y=altair.Y("label:N", sort=labels, title=None, axis=altair.Axis(labelLimit=0, grid=True)),
+            color=altair.Color(
+                "part:N",
+                sort=_PARTS_OF_STEP,
+                title=None,
+                scale=altair.Scale(domain=_PARTS_OF_STEP, range=_COLORS_OF_STEP),
+            ),
+            tooltip=["name:N", "time_ms:Q", "start_ms:Q", "end_ms:Q", "bound_by:N"],
+        )
+        .properties(width=_WIDTH, height=_ROW_HEIGHT * len(labels))
     )
-    words = base.mark_text(fontSize=10, color="white").encode(x="middle_ms:Q", y=lane, text="label:N")
-    return altair.layer(bars, words).properties(width=_WIDTH, height=120)

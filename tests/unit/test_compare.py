@@ -181,6 +181,8 @@ def test_runs_that_have_hardly_begun(runs, tmp_path, capsys):
         ("metrics.jsonl", '{"kind": "train"}\n'),
         ("summary.json", '{"val_auroc": ["high"]}'),
         ("summary.json", '{"finished": "", "val_auroc": ["high"]}'),
+        ("summary.json", '{"finished": "", "train_seconds": 1' + "0" * 400 + "}"),
+        ("metrics.jsonl", '{"kind": "val", "auroc": "high"}\n'),
     ],
 )
 def test_a_damaged_file_is_one_line(file, content, runs, capsys):
@@ -190,7 +192,7 @@ def test_a_damaged_file_is_one_line(file, content, runs, capsys):
     assert main(["compare", *runs]) == USER_ERROR
     captured = capsys.readouterr()
     assert captured.err.startswith("dlrm compare: error: ")
-    assert runs[0] in captured.err
+    assert f"{runs[0]}/{file}: " in captured.err
     assert captured.err.count("\n") == 1
 
 

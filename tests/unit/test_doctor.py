@@ -85,12 +85,37 @@ def test_a_gpu_with_the_cpu_build(monkeypatch):
 
 def test_report(monkeypatch, capsys):
     findings = [Finding("python", True, "3.11"), Finding("devices", False, "gone")]
-    monkeypatch.setattr(doctor, "diagnose", lambda: findings)
+    monkeypatch.setattr(doctor, "diagnose", lambda **_: findings)
     assert main([]) == 1
     assert capsys.readouterr().out == "ok    python   3.11\nFAIL  devices  gone\n1 of 2 checks failed.\n"
 
 
-@pytest.mark.parametrize(("flag", "code"), [("-h", 0), ("--help", 0), ("--fix", 2)])
-def test_usage(flag, code, capsys):
-    assert main([flag]) == code
-    assert capsys.readouterr().out.startswith("usage: dlrm doctor\n")
+def test_no_gpu_beside_the_cuda_build(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", {**FITS, "fbgemm-gpu": "1.8.0", "fbgemm-gpu-cpu": None}.get)
+    monkeypatch.setattr(doctor, "_DRIVER_LIBRARY", "libno-such-driver.so.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "FAIL", "ok", "FAIL"]
+    assert "libno-such-driver.so.1 of NVIDIA's driver, which is not installed. Remedy: " in lines[2]
+    assert "fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device. Remedy: " in lines[4]
+    assert last == "2 of 5 checks failed."
+    assert main(["--no_device"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "-", "ok", "-"]
+    assert lines[4].endswith("left out: fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
+    assert last == "All else is well. Left out: 2 of 5 checks. Run `dlrm doctor` beside a GPU."
+
+
+def test_what_fails_is_told_without_a_device_too(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", {**FITS, "torchrec": "1.7.0"}.get)
+    assert main(["--no_device"]) == 1
+    assert capsys.readouterr().out.endswith("1 of 2 checks failed.\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"), [(["-h"], 0), (["--help"], 0), (["--fix"], 2), (["--no_device", "--fix"], 2)]
+)
+def test_usage(flags, code, capsys):
+    assert main(flags) == code
+    assert capsys.readouterr().out.startswith("usage: dlrm doctor [--no_device]\n")

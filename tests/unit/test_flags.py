@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlrm import config as config_module
-from dlrm.config import Config
+from dlrm.config import CONFIG_VERSION, Config
 from dlrm.errors import ConfigError
 from dlrm.flags import parse_args
 from dlrm.recipes import MLPERF_ROWS, RECIPES
@@ -136,6 +136,26 @@ def test_of_two_configs_the_last_counts_alone(tmp_path):
         Path(path).write_text(json.dumps(RECIPES[Path(path).stem]().to_json()))
     given = ["--config", paths[0], f"--config={paths[1]}"]
     assert parse_args(given) == dataclasses.replace(RECIPES["debug_cpu"](), config=paths[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", f"has no config_version, expected {CONFIG_VERSION}"),
+        ("{}", f"has no config_version, expected {CONFIG_VERSION}"),
+        ('{"config_version": 99}', f"config_version 99: this dlrm reads version {CONFIG_VERSION}"),
+        (f'{{"config_version": {CONFIG_VERSION}, "data": 3}}', "does not fit this dlrm: "),
+        ("{", "is no JSON"),
+        ("[" * 10**5, "is no JSON"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(content, words, tmp_path):
+    path = tmp_path / "arr.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        parse_args(["--config", str(path)])
+    assert str(refused.value).startswith(f"--config {path}: {words}")
+    assert str(refused.value).endswith(". Expected the config.json of a run.")
 
 
 @pytest.mark.parametrize("spelling", [["--num_embeddings", "77"], ["--num_embeddings=77"], ["--num-embeddings", "77"]])

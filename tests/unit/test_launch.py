@@ -14,8 +14,10 @@ from torchx.specs import AppDef
 
 from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig
 from dlrm.errors import LaunchError
+from dlrm.flags import parse_args
 from dlrm.launch.components import train
 from dlrm.launch.resources import Shape, estimate_host_gib, parse_shape
+from dlrm.recipes import RANKS, RECIPES
 from tests.docs.commands import blocks_of
 from tests.launching import ROOT
 
@@ -262,7 +264,26 @@ def test_the_guides_lines_need_no_look_at_the_data(scheduler, options, monkeypat
     )
     words = shlex.split(line)
     asked = words[words.index("dlrm/launch/components.py:train") + 1 :]
-    assert "--in_memory_binary_criteo_path /data/days" in request(scheduler, *asked, **options)
+    folded = request(scheduler, *asked, **options)  # YAML breaks long lines at spaces
+    assert "--in_memory_binary_criteo_path /data/days" in " ".join(folded.split())
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/guides/cluster.md", 3)])
+def test_the_guides_lines_keep_the_recipes_global_batch(page, count):
+    lines = [
+        line
+        for block in blocks_of(page, (ROOT / page).read_text())
+        for line in block.text.replace("\\\n", "").splitlines()
+        if "components.py:train" in line and "--recipe mlperf_v1" in line
+    ]
+    assert len(lines) == count
+    recipe = RECIPES["mlperf_v1"]().data.batch_size * RANKS["mlperf_v1"]
+    for line in lines:
+        words = shlex.split(line)
+        options, flags = words[: words.index("--")], words[words.index("--") + 1 :]
+        gpus = 8 if "aws_p4d.24xlarge" in options else 0
+        shape = parse_shape(options[options.index("-j") + 1], gpus)
+        assert parse_args(flags).data.batch_size * shape.hosts * shape.processes_per_host == recipe, line
 
 
 # 2026-11-23: torchx 0.7 warns that Volcano 1.4 restarts jobs in its own way (volcano-sh/volcano#1651).

@@ -43,6 +43,40 @@ def test_another_figure_makes_another_page(copy: Path) -> None:
     assert "val 0.8125" not in before
 
 
+def test_a_row_names_its_machine_and_arithmetic(copy: Path) -> None:
+    path = copy / RESULTS / "products.json"
+    result = json.loads(path.read_text())
+    result["precision"], result["machine"]["cpu"] = "int4", "Abacus"
+    path.write_text(json.dumps(result))
+    page = draw_pages(copy)["docs/results.md"].decode()
+    (row,) = (line for line in page.splitlines() if line.startswith("| the MLPs' products through int4, "))
+    assert " | Abacus | `dlrm bench products " in row
+
+
+def test_growth_is_held_to_its_threshold(copy: Path) -> None:
+    path = copy / RESULTS / "soak.json"
+    result = json.loads(path.read_text())
+    for trend in result["trends"]:
+        trend["warm"] = 600.0
+    path.write_text(json.dumps(result))
+    page = draw_pages(copy)["docs/results.md"].decode()
+    assert " MiB (up to 14 MiB, 1% + 8 MiB, counts as noise), handles +0, threads +0: no growth |" in page
+
+
+def test_the_guide_to_criteo_1tb_has_the_pages_commands() -> None:
+    page = (ROOT / TEMPLATE).read_text()
+    section = page[page.index("### AUROC on Criteo 1TB") : page.index("## What was run here")]
+    commands = section.split("```")[1].strip().splitlines()
+    assert [command.split()[0] for command in commands] == ["pip", "hf", "dlrm", "torchrun", "torchrun"]
+    guide = (ROOT / "docs/guides/criteo_1tb.md").read_text().splitlines()
+    assert [command for command in commands if command not in guide] == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(763, "12m43s"), (9123, "2h32m03s"), (59.6, "1m00s")])
+def test_times_are_written_as_the_spec_does(seconds: float, text: str) -> None:
+    assert pages._clock(seconds) == text
+
+
 def test_a_result_that_is_missing_is_named(copy: Path) -> None:
     (copy / RESULTS / "soak.json").unlink()
     with pytest.raises(DatasetError, match=r"benchmarks/results/soak\.json: not there"):

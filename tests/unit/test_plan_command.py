@@ -13,6 +13,7 @@ from dlrm.config import ModelConfig
 from dlrm.data.dense_statistics import DenseStatistics
 from dlrm.model.dlrm import DLRM
 from dlrm.plan.cost import dense_parameters
+from dlrm.plan.picture import _named_ranks
 from dlrm.plan.placing import fewest
 from dlrm.schema import NUM_INTEGER_FEATURES
 
@@ -223,9 +224,12 @@ def test_tf32_without_a_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No GPU in cpu:1x2: tf32 without effect." in capsys.readouterr().out
 
 
-def test_what_does_not_fit_names_the_smallest_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_names_the_fewest_hosts(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, *LARGE, "--cluster", "h100:1x2")
-    found = re.search(r"(\S+) GiB a rank more .* On all ranks (\S+) GiB are missing; --cluster h100:(\d)x2 is", error)
+    found = re.search(
+        r"(\S+) GiB a rank more .* On all ranks (\S+) GiB are missing; --cluster h100:(\d)x2 has the fewest such hosts",
+        error,
+    )
     assert found is not None
     assert float(found[2]) == pytest.approx(2 * float(found[1]), abs=0.011)
     hosts = int(found[3])
@@ -260,6 +264,9 @@ def test_the_search_finds_the_fewest(threshold: int) -> None:
     [
         ((), "missing: --cluster"),
         (("--cluster", "a100:1x8"), "no kind a100, expected one of a100_40gb, a100_80gb, h100, h200, b200, cpu"),
+        (("--cluster", "a100_40gb:\uff11x8"), "expected KIND:HOSTSxDEVICES"),
+        (("--cluster", "a100_40gb:1x" + "9" * 5000), "expected KIND:HOSTSxDEVICES"),
+        (("--cluster", "a100_40gb:99999999999x8"), "799,999,999,992 ranks, expected 4,096 or fewer"),
         (("--cluster", "a100_40gb:8"), "expected KIND:HOSTSxDEVICES, as in a100_40gb:2x8"),
         (("--cluster", "h100:1x8", "--recipe", "nothing"), "--recipe nothing: expected one of"),
         (("--cluster", "h100:1x8", "--batch_size", "0"), "--batch_size 0: expected more than 0"),
@@ -349,11 +356,28 @@ def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     for name in ("plan.svg", "pictures/plan.html"):
-        assert main(["plan", *SMALL, "--plot", str(tmp_path / name)]) == 0
+        assert main(["plan", "--recipe", "debug_cpu", *SMALL, "--plot", str(tmp_path / name)]) == 0
         drawn = (tmp_path / name).read_text()
         for words in ("Memory of each rank", "Timeline of a step", "weights", "communication"):
             assert words in drawn
+        assert "debug_cpu: " in drawn
     assert 'src="http' not in (tmp_path / "pictures/plan.html").read_text()  # it opens where there is no network
+
+
+def test_a_picture_names_every_span(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    path = tmp_path / "plan.svg"
+    assert main(["plan", *SMALL, "--json", "--plot", str(path)]) == 0
+    spans = json.loads(capsys.readouterr().out)["step"]["timeline"]
+    shown = re.findall(r">([^<>]+), [0-9.]+ ms</text>", path.read_text())
+    assert shown == [span["name"] for span in spans]
+    assert len(shown) > 10
+
+
+@pytest.mark.parametrize(("num_ranks", "step"), [(1, 1), (8, 1), (32, 1), (33, 2), (80, 5), (4096, 200)])
+def test_ranks_that_a_picture_names(num_ranks: int, step: int) -> None:
+    assert _named_ranks(num_ranks) == list(range(0, num_ranks, step))
 
 
 def test_a_picture_that_can_not_be_written_leaves_the_old_one(
