@@ -48,9 +48,10 @@ inline void store_dwords(__m512i first, __m512i second, Layout layout, int64_t d
   }
 }
 
+constexpr int kTogether = 4;  // vectors quantized together; few, since rows 4 KiB apart share L1's sets
+
 // One block of up to kTogether vectors, `count` entries each at `stride`, to rows of kDwords, filled up to the end of a
 // dword as if with zeros.
-constexpr int kTogether = 4;  // few, since rows 4 KiB apart share L1's sets
 template <class Format>
 void quantize_block(const typename Format::Source* source, int64_t stride, int64_t vectors, int64_t count,
                     Layout layout, int32_t* out, float* scales, float* offsets);
