@@ -7,7 +7,7 @@ a thread), `off` is --pipeline base with each batch built when it is asked for. 
 example's results table with fewer rows a table.
 
 Shares are measured in the trace that --profile writes. A phase's time is the union of its intervals: of an all-to-all
-from the launch of each of its collectives to completion on gloo's threads; of batch building, while a batch is built.
+from the launch of each of its collectives to completion on another thread; of batch building, while a batch is built.
 It is hidden while the training thread is inside forward, backward or optimizer, and there neither launches, awaits nor
 unpacks this very all-to-all. The rest of it is exposed. Both are summed over ranks.
 
@@ -49,6 +49,7 @@ from dlrm.train.profiling import StepProfiler
 WARM_UP_STEPS = 6
 """More than the batches ahead, so that those which waited through the other side's turn are used up."""
 
+_COLLECTIVES = ("shared_memory:all_to_all", "gloo:all_to_all")
 Interval = tuple[float, float]
 PHASES = ("batch_building", "input_all_to_all", "output_all_to_all")
 
@@ -120,7 +121,7 @@ def measure_trace(events: list[dict[str, Any]]) -> tuple[float, dict[str, PhaseT
     steps = union(interval for name, _, interval in spans if name.startswith("ProfilerStep#"))
     training_thread = next(thread for name, thread, _ in spans if name.startswith("ProfilerStep#"))
     own = [(name, interval) for name, thread, interval in spans if thread == training_thread]
-    collectives = [interval for name, _, interval in spans if name == "gloo:all_to_all"]
+    collectives = [interval for name, _, interval in spans if name in _COLLECTIVES]
 
     inside = union(interval for name, interval in own if _COMPUTE.match(name))
     built = union(interval for name, _, interval in spans if name == "## build_batch ##")

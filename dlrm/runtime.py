@@ -21,6 +21,7 @@ from dlrm.host import (
     is_bound_already,
     share_of_rank,
 )
+from dlrm.kernels.exchange import exchange_in_memory
 from dlrm.rendezvous import open_launch_store
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ _CONTROL_TIMEOUT = timedelta(hours=6)
 class Runtime:
     """Where this process stands in the job. `rank` is global, `local_rank` picks the device.
 
-    `host_memory_bytes` was free when the process joined, before any rank of the host took its part.
+    `host_memory_bytes` was free when the process joined, before any rank of the host took its part. `links` says what
+    tensors travel by.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class Runtime:
     device: torch.device
     host_memory_bytes: int = field(default_factory=available_memory_bytes)
     control_group: dist.ProcessGroup | None = None
+    links: str = "no other rank"
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class Runtime:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         counts = f"{count(self.world_size, 'rank')} on {count(hosts, 'host')}"
         threads = f"{count(torch.get_num_threads(), 'thread')} a rank on {count(available_cores(), 'core')}"
-        return f"{counts}, {where}, {dist.get_backend()}, {threads}, torch {torch.__version__}"
+        return f"{counts}, {where}, {self.links}, {threads}, torch {torch.__version__}"
 
 
 def count(number: int, noun: str) -> str:
@@ -79,6 +82,11 @@ def start_runtime() -> Iterator[Runtime]:
     host_memory_bytes = available_memory_bytes()
     if owns_group:
         _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
+    is_on_one_host = device.type == "cpu" and 1 < ranks.world_size == ranks.local_world_size
+    why_sockets = exchange_in_memory(cast(dist.ProcessGroup, dist.group.WORLD)) if is_on_one_host else None
+    links = dist.get_backend()
+    if is_on_one_host:
+        links += " and shared memory" if why_sockets is None else f" without shared memory ({why_sockets})"
     is_joint = ranks.world_size == 1
     try:
         yield Runtime(
@@ -89,6 +97,7 @@ def start_runtime() -> Iterator[Runtime]:
             device,
             host_memory_bytes,
             new_control_group(ranks.world_size),
+            links,
         )
         is_joint = True
     except DlrmError as error:

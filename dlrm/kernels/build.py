@@ -23,18 +23,20 @@ from dlrm.host import available_cores
 
 SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 _INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": (),
         "avx2": ("-mavx2", "-mfma"),
-        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "avx512": _AVX512,
+        "avx512_bf16": (*_AVX512, "-mavx512bf16"),
     }
 }
-_VNNI = {"x86_64": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprfchw")}
+_VNNI = {"x86_64": (*_AVX512, "-mavx512vnni", "-mprfchw")}
 _WITHOUT = (
     "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: python -m dlrm.kernels.build"
 )
-_OPERATORS = ("ops", "integer_ops")
+_OPERATORS = ("ops", "integer_ops", "exchange")
 _INTEGER_PRODUCTS = ("integer_product", "int16_quantize", "int8_quantize")
 
 
@@ -87,6 +89,7 @@ def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     includes = [f"-isystem{folder}" for folder in include_paths()]
     for name in _OPERATORS:
         yield f"{name}.cpp", ("-fopenmp", *includes)
+    yield "lanes.cpp", ()
     machine = platform.machine()
     for flags in _INSTRUCTION_SETS.get(machine, {"baseline": ()}).values():
         yield "kernels.cpp", flags

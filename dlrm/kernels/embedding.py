@@ -82,8 +82,15 @@ class HostTables:
             self.weights, self.weight_offsets_F, self.rows_F, self.dim_offsets_F1, ids_N, offsets, dtype
         )
 
-    def update(self, ids_N: torch.Tensor, offsets: torch.Tensor, grad_BT: torch.Tensor, learning_rate: float) -> None:
-        """One step of the optimizer on the rows that were looked up, each once with the sum of its gradients.
+    def update(
+        self,
+        ids_N: torch.Tensor,
+        offsets: torch.Tensor,
+        grad_BT: torch.Tensor,
+        learning_rate: float,
+        gradient_scale: float = 1.0,
+    ) -> None:
+        """One step of the optimizer on the rows that were looked up, each once with the scaled sum of its gradients.
 
         The same to the bit for any number of threads.
         """
@@ -100,6 +107,7 @@ class HostTables:
             self.optimizer,
             learning_rate,
             self.eps,
+            gradient_scale,
         )
 
 
@@ -115,16 +123,17 @@ class Lookup(torch.autograd.Function):
         offsets: torch.Tensor,
         learning_rate: torch.Tensor,
         dtype: torch.dtype,
+        gradient_scale: float,
     ) -> torch.Tensor:
-        ctx.tables, ctx.learning_rate = tables, learning_rate
+        ctx.tables, ctx.learning_rate, ctx.gradient_scale = tables, learning_rate, gradient_scale
         ctx.save_for_backward(ids_N, offsets)
         return tables.pool(ids_N, offsets, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, ...]:
         ids_N, offsets = ctx.saved_tensors
-        ctx.tables.update(ids_N, offsets, grad_outputs[0], ctx.learning_rate.item())
-        return (None,) * 6
+        ctx.tables.update(ids_N, offsets, grad_outputs[0], ctx.learning_rate.item(), ctx.gradient_scale)
+        return (None,) * 7
 
 
 class HostEmbeddingBag(BatchedFusedEmbeddingBag):
@@ -133,10 +142,12 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
     Attributes:
         host_tables: what the operators work on; None where FBGEMM does.
         pooled_type: of pooled rows; sums are in float32.
+        gradient_scale: what the gradients of pooled rows are multiplied by.
     """
 
     host_tables: HostTables | None
     pooled_type: torch.dtype
+    gradient_scale: float
 
     def forward(
         self,
@@ -147,7 +158,10 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         """Pooled rows, [B, T]."""
         tables = self.host_tables
         if tables is None or features.variable_stride_per_key() or features.weights_or_none() is not None:
-            return super().forward(features, vbe_output, vbe_output_offsets).to(self.pooled_type)
+            pooled = super().forward(features, vbe_output, vbe_output_offsets)
+            if pooled.requires_grad and self.gradient_scale != 1:
+                pooled.register_hook(lambda gradient: gradient * self.gradient_scale)
+            return pooled.to(self.pooled_type)
         return Lookup.apply(
             self.emb_module.placeholder_autograd_tensor,
             tables,
@@ -155,6 +169,7 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
             features.offsets(),
             self.emb_module.learning_rate_tensor,
             self.pooled_type,
+            self.gradient_scale,
         )
 
 
@@ -168,7 +183,8 @@ def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
         for bags in getattr(lookup, "_emb_modules", ()):
             if type(bags) is BatchedFusedEmbeddingBag:
                 bags.__class__ = HostEmbeddingBag
-                vars(bags).update(host_tables=HostTables.of(bags.emb_module), pooled_type=own_type)
+                tables = HostTables.of(bags.emb_module)
+                vars(bags).update(host_tables=tables, pooled_type=own_type, gradient_scale=1.0)
 
 
 def round_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from dlrm.errors import ConfigError
 from dlrm.kernels.build import library_path
 
-_CHOICES = ("none", "baseline", "AVX2", "AVX-512")
+_CHOICES = ("none", "baseline", "AVX2", "AVX-512", "AVX-512 BF16")
 
 
 @cache
@@ -45,7 +45,7 @@ def why_no_vnni() -> str | None:
     if torch.ops.dlrm.has_vnni():
         return None
     asked = os.environ.get("DLRM_KERNELS")
-    return "this CPU has no AVX-512 VNNI" if asked in (None, "", "AVX-512") else f"DLRM_KERNELS={asked}"
+    return "this CPU has no AVX-512 VNNI" if (asked or "AVX-512").startswith("AVX-512") else f"DLRM_KERNELS={asked}"
 
 
 def describe_kernels() -> str:

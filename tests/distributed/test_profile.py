@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dlrm.kernels.native import has_native
 from tests.launching import TINY, run_main
 
 PHASES = {
@@ -42,7 +43,8 @@ def test_every_phase_is_in_the_trace_of_every_rank(tmp_path: Path, pipeline: str
         assert set(spans["forward"] + spans["optimizer"]) == {training_thread}
         assert spans["build_batch"]
         assert training_thread not in spans["build_batch"]
-        for collective in ("gloo:all_to_all", "gloo:all_reduce"):  # which gloo's own threads carry out
+        link = "shared_memory" if has_native() else "gloo"
+        for collective in (f"{link}:all_to_all", f"{link}:all_reduce"):  # which threads of their own carry out
             assert spans[collective]
             assert training_thread not in spans[collective]
 

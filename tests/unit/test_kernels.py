@@ -192,21 +192,31 @@ def test_offsets_that_run_backwards_are_refused() -> None:
         tables.pool(torch.tensor([0, 1]), torch.tensor([0, 2, 1]), torch.float32)
 
 
-def interaction_case(batch: int, dim: int, counts: list[int], dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def interaction_case(
+    batch: int, dim: int, counts: list[int], dtype: torch.dtype, source_type: torch.dtype
+) -> tuple[Any, Any, Any]:
     dense = torch.randn(batch, dim).to(dtype).requires_grad_()
-    sources = [torch.randn(batch, count * dim).requires_grad_() for count in counts]
+    sources = [torch.randn(batch, count * dim).to(source_type).requires_grad_() for count in counts]
     columns = [(torch.randperm(count) * dim).tolist() for count in counts]
     return dense, sources, columns
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "source_type"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
 @pytest.mark.parametrize(
     ("batch", "dim", "counts"),
-    [(5, 128, [26]), (33, 64, [26, 13]), (1, 4, [1]), (70, 16, [3, 2, 1]), (2, 20, [6]), (3, 132, [27]), (0, 8, [2])],
+    [
+        *((5, 128, [26]), (33, 64, [26, 13]), (1, 4, [1]), (70, 16, [3, 2, 1]), (2, 20, [6]), (3, 132, [27])),
+        *((7, 32, [1]), (9, 160, [2, 3]), (0, 8, [2]), (0, 32, [2])),
+    ],
 )
-def test_interaction_is_that_of_float64(batch: int, dim: int, counts: list[int], dtype: torch.dtype) -> None:
+def test_interaction_is_that_of_float64(
+    batch: int, dim: int, counts: list[int], dtype: torch.dtype, source_type: torch.dtype
+) -> None:
     torch.manual_seed(5)
-    dense, sources, columns = interaction_case(batch, dim, counts, dtype)
+    dense, sources, columns = interaction_case(batch, dim, counts, dtype, source_type)
     output = dot_interaction(dense, sources, columns)
     exact_inputs = [dense.detach().double().requires_grad_(), *(s.detach().double().requires_grad_() for s in sources)]
     exact = plain_dot_interaction(exact_inputs[0], exact_inputs[1:], columns)
@@ -309,7 +319,7 @@ def test_random_weights_are_those_of_pytorch(size: int, seed: int) -> None:
 
 
 @pytest.mark.skipif("DLRM_KERNELS" in os.environ, reason="runs once, from the run that names no instruction set")
-@pytest.mark.parametrize("instruction_set", ["AVX2", "baseline"])
+@pytest.mark.parametrize("instruction_set", ["AVX-512", "AVX2", "baseline"])
 def test_other_instruction_sets_pass_these_tests(instruction_set: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(

@@ -46,5 +46,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLRM_KERNELS", "avx3")
-    with pytest.raises(ConfigError, match=r"^DLRM_KERNELS=avx3: expected none, baseline, AVX2, AVX-512, or nothing"):
+    with pytest.raises(
+        ConfigError, match=r"^DLRM_KERNELS=avx3: expected none, baseline, AVX2, AVX-512, AVX-512 BF16, or nothing"
+    ):
         native.load_native.__wrapped__()

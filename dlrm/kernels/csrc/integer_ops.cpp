@@ -22,7 +22,7 @@ namespace {
 bool has_vnni() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("DLRM_KERNELS");
-  if (asked != nullptr && *asked != 0 && std::string(asked) != "AVX-512") return false;
+  if (asked != nullptr && *asked != 0 && std::string(asked).rfind("AVX-512", 0) != 0) return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");

@@ -5,12 +5,15 @@
 #include <vector>
 
 #include "vectors.h"
+#if defined(__AVX512BF16__)
+#include "bf16_interaction.h"
+#endif
 
 namespace dlrm::DLRM_INSTRUCTION_SET {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kSamplesAhead = 1;
+constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kIdsAhead = 8;
 constexpr int kDigitBits = 11;
 
@@ -77,15 +80,18 @@ template <class Id, class Offset, class Out>
 BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, const float* weights, Out* pooled,
                    int64_t first, int64_t stop) {
   const int64_t batch = tables.batch_size;
+  int64_t fetched_b = first, fetched_f = std::min(kRowsAhead, tables.num_features);
   for (int64_t b = first; b < stop; ++b) {
     for (int64_t f = 0; f < tables.num_features; ++f) {
-      const int64_t ahead = b + kSamplesAhead;
-      if (ahead < stop && offsets[f * batch + ahead] < offsets[f * batch + ahead + 1]) {
-        const int64_t dim = tables.dim_offsets[f + 1] - tables.dim_offsets[f];
-        fetch(weights + tables.weight_offsets[f] + int64_t{ids[offsets[f * batch + ahead]]} * dim, dim * 4);
+      if (fetched_f == tables.num_features) {
+        fetched_f = 0;
+        ++fetched_b;
       }
-    }
-    for (int64_t f = 0; f < tables.num_features; ++f) {
+      if (fetched_b < stop && offsets[fetched_f * batch + fetched_b] < offsets[fetched_f * batch + fetched_b + 1]) {
+        const int64_t dim = tables.dim_offsets[fetched_f + 1] - tables.dim_offsets[fetched_f];
+        fetch(weights + tables.weight_offsets[fetched_f] + int64_t{ids[offsets[fetched_f * batch + fetched_b]]} * dim, dim * 4);
+      }
+      ++fetched_f;
       const int64_t dim = tables.dim_offsets[f + 1] - tables.dim_offsets[f];
       const int64_t begin = offsets[f * batch + b], end = offsets[f * batch + b + 1];
       for (int64_t i = begin; i < end; ++i) {
@@ -128,50 +134,53 @@ inline Floats root(Floats v) {
 }
 
 template <class Gradient>
-void step_adagrad(float* row, float* squares, const Gradient* gradient, int64_t dim, float rate, float eps) {
+void step_adagrad(float* row, float* squares, const Gradient* gradient, int64_t dim, float scale, float rate,
+                  float eps) {
   over(
       dim,
       [&](int64_t i) {
-        const Floats g = load(gradient + i), sum = load(squares + i) + g * g;
+        const Floats g = scale * load(gradient + i), sum = load(squares + i) + g * g;
         store(squares + i, sum);
         store(row + i, load(row + i) - rate * g / (root(sum) + eps));
       },
       [&](int64_t i) {
-        const float g = load_one(gradient + i);
+        const float g = scale * load_one(gradient + i);
         squares[i] += g * g;
         row[i] -= rate * g / (__builtin_sqrtf(squares[i]) + eps);
       });
 }
 
 template <class Gradient>
-void step_rowwise_adagrad(float* row, float* square, const Gradient* gradient, int64_t dim, float rate, float eps) {
+void step_rowwise_adagrad(float* row, float* square, const Gradient* gradient, int64_t dim, float scale, float rate,
+                          float eps) {
   Floats sums = {};
   float sum = 0;
   over(
       dim,
       [&](int64_t i) {
-        const Floats g = load(gradient + i);
+        const Floats g = scale * load(gradient + i);
         sums += g * g;
       },
       [&](int64_t i) {
-        const float g = load_one(gradient + i);
+        const float g = scale * load_one(gradient + i);
         sum += g * g;
       });
   for (int i = 0; i < kLanes; ++i) sum += sums[i];
   *square += sum / dim;
-  step_sgd(row, gradient, dim, rate / (__builtin_sqrtf(*square) + eps));
+  step_sgd(row, gradient, dim, scale * rate / (__builtin_sqrtf(*square) + eps));
 }
 
 template <class Gradient>
 void step_row(const Update& update, int64_t feature, int64_t row, float* weights, const Gradient* gradient, int64_t dim) {
   float* state = update.state == nullptr ? nullptr : update.state + update.state_offsets[feature];
+  const float scale = update.gradient_scale, rate = update.learning_rate;
   switch (update.optimizer) {
     case Optimizer::kSgd:
-      return step_sgd(weights + row * dim, gradient, dim, update.learning_rate);
+      return step_sgd(weights + row * dim, gradient, dim, scale * rate);
     case Optimizer::kAdagrad:
-      return step_adagrad(weights + row * dim, state + row * dim, gradient, dim, update.learning_rate, update.eps);
+      return step_adagrad(weights + row * dim, state + row * dim, gradient, dim, scale, rate, update.eps);
     case Optimizer::kRowwiseAdagrad:
-      return step_rowwise_adagrad(weights + row * dim, state + row, gradient, dim, update.learning_rate, update.eps);
+      return step_rowwise_adagrad(weights + row * dim, state + row, gradient, dim, scale, rate, update.eps);
   }
 }
 
@@ -331,6 +340,9 @@ void interact_samples(const Interaction& interaction, Out* output, int64_t first
 }
 
 void interact(const Interaction& interaction, void* output, Scalar type, int64_t first, int64_t stop) {
+#if defined(__AVX512BF16__)
+  if (bf16::fits(interaction, type)) return bf16::interact(interaction, static_cast<BFloat16*>(output), first, stop);
+#endif
   with_scalar(type, output, [&](auto* out) { interact_samples(interaction, out, first, stop); });
 }
 
@@ -391,6 +403,11 @@ void interact_backward_samples(const Interaction& interaction, const Source* gra
 
 void interact_backward(const Interaction& interaction, const Source* gradients, const void* gradient, Scalar type,
                        int64_t first, int64_t stop) {
+#if defined(__AVX512BF16__)
+  if (bf16::fits(interaction, type)) {
+    return bf16::interact_backward(interaction, gradients, static_cast<const BFloat16*>(gradient), first, stop);
+  }
+#endif
   with_scalar(type, gradient,
               [&](auto* own) { interact_backward_samples(interaction, gradients, own, first, stop); });
 }
@@ -486,7 +503,9 @@ void draw(float* values, int64_t size, uint32_t seed, float low, float high) {
 }  // namespace
 
 const Kernels kernels = {
-#if DLRM_LANES == 16
+#if defined(__AVX512BF16__)
+    "AVX-512 BF16",
+#elif DLRM_LANES == 16
     "AVX-512",
 #elif DLRM_LANES == 8
     "AVX2",

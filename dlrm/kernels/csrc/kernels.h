@@ -44,6 +44,7 @@ struct Update {
   const int64_t* state_offsets;  // F: where a table's begin
   const void* gradient;          // [B, total_dim]
   Scalar gradient_type;
+  float gradient_scale;  // gradients count so many times
 };
 
 // A vector of a sample: column `column` and on of row b of a matrix `stride` wide.
@@ -91,6 +92,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif

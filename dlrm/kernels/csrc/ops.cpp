@@ -25,12 +25,14 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
     const char* asked = std::getenv("DLRM_KERNELS");
-    const std::string most = asked == nullptr || *asked == 0 ? "AVX-512" : asked;
+    const std::string most = asked == nullptr || *asked == 0 ? "AVX-512 BF16" : asked;
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && most == "AVX-512") return avx512::kernels;
+    const bool is_lesser = most == "baseline" || most == "AVX2";
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16") && most == "AVX-512 BF16") return avx512_bf16::kernels;
+    if (has_avx512 && !is_lesser) return avx512::kernels;
     if (has_avx2 && most != "baseline") return avx2::kernels;
 #endif
     return baseline::kernels;
@@ -161,7 +163,7 @@ std::vector<Unit> units_of(const Lookups& lookups) {
 void update(at::Tensor weights, std::optional<at::Tensor> state, const std::optional<at::Tensor>& state_offsets,
             const at::Tensor& weight_offsets, const at::Tensor& rows, const at::Tensor& dim_offsets,
             const at::Tensor& ids, const at::Tensor& offsets, const at::Tensor& gradient, int64_t optimizer,
-            double learning_rate, double eps) {
+            double learning_rate, double eps, double gradient_scale) {
   const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
   const Tables& tables = lookups.tables;
   TORCH_CHECK_VALUE(optimizer >= 0 && optimizer <= static_cast<int64_t>(Optimizer::kRowwiseAdagrad), "optimizer: got ",
@@ -190,7 +192,8 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
                     state.has_value() ? state->mutable_data_ptr<float>() : nullptr,
                     state_offsets.has_value() ? state_offsets->const_data_ptr<int64_t>() : nullptr,
                     own.const_data_ptr(),
-                    scalar_of(own, "gradient")};
+                    scalar_of(own, "gradient"),
+                    static_cast<float>(gradient_scale)};
   const std::vector<Unit> units = units_of(lookups);
   share(units.size(), 1, [&](int64_t i, int64_t) {
     kernels().update(tables, lookups.all, step, units[i].feature, units[i].part, units[i].parts);
@@ -326,7 +329,8 @@ TORCH_LIBRARY(dlrm, m) {
       "ScalarType dtype) -> Tensor");
   m.def(
       "update(Tensor(a!) weights, Tensor(b!)? state, Tensor? state_offsets, Tensor weight_offsets, Tensor rows, "
-      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor gradient, int optimizer, float learning_rate, float eps) "
+      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor gradient, int optimizer, float learning_rate, float eps, "
+      "float gradient_scale=1.0) "
       "-> ()");
   m.def("interact(Tensor dense, Tensor[] others, int[] columns) -> Tensor");
   m.def("interact_backward(Tensor gradient, Tensor dense, Tensor[] others, int[] columns) -> Tensor[]");

@@ -6,7 +6,14 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__)
+#define DLRM_INSTRUCTION_SET avx512_bf16
+#define DLRM_LANES 16
+#elif defined(__AVX512F__)
 #define DLRM_INSTRUCTION_SET avx512
 #define DLRM_LANES 16
 #elif defined(__AVX2__)
@@ -49,11 +56,16 @@ inline float load_one(const BFloat16* from) {
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 inline void store(BFloat16* to, Floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);  // likewise, but for subnormals, which become 0
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Words is_nan = (Words)(v != v);
   const Halves halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
   std::memcpy(to, &halves, sizeof halves);
+#endif
 }
 inline void store_one(float* to, float value) { *to = value; }
 inline void store_one(BFloat16* to, float value) {

@@ -1,0 +1,169 @@
+"""What goes through shared memory arrives as through gloo, and a rank that is gone is not waited for."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+
+from dlrm.kernels.exchange import exchange_in_memory
+from dlrm.kernels.native import has_native
+from dlrm.kernels.pooled_exchange import HostPooledDist
+from tests.launching import launch
+
+pytestmark = pytest.mark.skipif(not has_native(), reason="the operators are not compiled")
+
+PATIENCE = 10.0
+"""Seconds that a rank may take to see that another is gone."""
+
+
+def join() -> tuple[Any, Any, int, int]:
+    """A group that exchanges in memory, one that goes through sockets, this rank, and how many there are."""
+    dist.init_process_group("gloo")
+    memory: Any = dist.group.WORLD
+    sockets: Any = dist.new_group(backend="gloo")
+    assert exchange_in_memory(memory) is None
+    assert exchange_in_memory(memory) is None, "a second call changes nothing"
+    assert torch.ops.dlrm.exchanges_in_memory(memory.boxed())
+    assert not torch.ops.dlrm.exchanges_in_memory(sockets.boxed())
+    return memory, sockets, dist.get_rank(), dist.get_world_size()
+
+
+def compare_collectives() -> None:
+    """Runs on every rank."""
+    memory, sockets, rank, world = join()
+    draws = torch.Generator().manual_seed(7)  # the same on all ranks
+    for dtype, most in ((torch.int64, 5), (torch.bfloat16, 400_000), (torch.float32, 3), (torch.uint8, 70_000)):
+        for _ in range(3):
+            sizes = torch.randint(0, most, (world, world), generator=draws)
+            sizes[0, -1] = 0
+            given = torch.randint(0, 200, (int(sizes[rank].sum()), 3)).to(dtype)
+            results = []
+            for group in (memory, sockets):
+                output = torch.empty(int(sizes[:, rank].sum()), 3, dtype=dtype)
+                dist.all_to_all_single(output, given, sizes[:, rank].tolist(), sizes[rank].tolist(), group=group)
+                results.append(output)
+            assert torch.equal(*results)
+    for count in (1, 2, 1000, 3_000_001):
+        own = torch.randn(count)
+        parts = [torch.empty(count) for _ in range(world)]
+        dist.all_gather(parts, own, group=memory)
+        total = own.clone()
+        dist.all_reduce(total, group=memory)
+        exact = torch.stack(parts).double().sum(0)
+        torch.testing.assert_close(total.double(), exact, rtol=0, atol=4e-6)
+        dist.all_gather(parts, total, group=sockets)
+        assert all(torch.equal(part, total) for part in parts)
+    whole = torch.arange(5) + rank
+    dist.all_reduce(whole, group=memory)  # no floats: gloo's
+    assert whole.tolist() == [world * i + sum(range(world)) for i in range(5)]
+    works = [dist.all_reduce(torch.ones(100_000), group=memory, async_op=True) for _ in range(20)]
+    for work in works:
+        cast(Any, work).wait()
+    with pytest.raises(ValueError, match=r"output: got parts of \[7\] rows, expected"):
+        dist.all_to_all_single(torch.empty(7), torch.empty(world), [7], group=memory)
+    pooled, shared = torch.empty(2 * world, 3), [2] * world
+    with pytest.raises(TypeError, match="expected one type"):
+        torch.ops.dlrm.rows_to_ranks(memory.boxed(), pooled, torch.empty(2, 3 * world).bfloat16(), shared, [3] * world)
+    with pytest.raises(ValueError, match=r"output: got parts of \[.*\] columns, expected"):
+        torch.ops.dlrm.rows_to_ranks(memory.boxed(), pooled, torch.empty(2, 3 * world), shared, [4] * world)
+    with pytest.raises(ValueError, match="expected one that exchanges in memory"):
+        torch.ops.dlrm.rows_to_ranks(sockets.boxed(), pooled, torch.empty(2, 3 * world), shared, [3] * world)
+    dist.destroy_process_group()
+
+
+def compare_pooled(dtype: torch.dtype) -> None:
+    """Runs on every rank."""
+    memory, sockets, rank, world = join()
+    columns = [12 * (1 + other) for other in range(world - 1)] + [0]
+    batches = [3 + other for other in range(world)]
+    torch.manual_seed(rank)
+    pooled = torch.randn(sum(batches), columns[rank]).to(dtype)
+    gradient = torch.randn(batches[rank], sum(columns)).to(dtype)
+    theirs = pooled.clone().requires_grad_()
+    expected = PooledEmbeddingsAllToAll(sockets, columns)(theirs, batch_size_per_rank=batches).wait()
+    expected.backward(gradient)
+    ours = pooled.clone().requires_grad_()
+    exchange: Any = TwPooledEmbeddingDist(memory, columns, [])
+    exchange.__class__ = HostPooledDist
+    exchange.boxed_group, exchange.divisor = memory.boxed(), world
+
+    class Context:
+        batch_size_per_rank = batches
+
+    result = exchange(ours, Context()).wait()
+    result.backward(gradient)
+    assert torch.equal(result, expected)
+    assert ours.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+    with torch.no_grad():
+        assert torch.equal(exchange(pooled, Context()).wait(), expected)
+    dist.destroy_process_group()
+
+
+def differ() -> str:
+    """Runs on every rank: rank 0 sends fewer rows than rank 1 expects."""
+    memory, _, rank, world = join()
+    sent = [1000 - (rank == 0)] * world
+    received = [1000] * world
+    received[rank] = sent[rank]
+    try:
+        dist.all_to_all_single(torch.empty(sum(received)), torch.empty(sum(sent)), received, sent, group=memory)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def lose_a_rank(rank: int, meeting: str, results: Any) -> None:
+    """Runs on two ranks: one is killed in mid-exchange."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    assert exchange_in_memory(cast(Any, dist.group.WORLD)) is None
+    values = torch.ones(3_000_000)  # more than waits in memory
+    dist.all_reduce(values)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    for _ in range(2):
+        try:
+            dist.all_reduce(values)
+        except RuntimeError as error:
+            results.put((str(error), time.monotonic() - started))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_collectives_are_those_of_gloo(tmp_path: Path, ranks: int) -> None:
+    launch(compare_collectives, ranks, folder=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_pooled_rows_and_gradients_are_those_of_torchrec(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
+    launch(compare_pooled, ranks, dtype, folder=tmp_path)
+
+
+def test_parts_that_do_not_match_are_named(tmp_path: Path) -> None:
+    errors = launch(differ, 2, folder=tmp_path)
+    expected = "rank 0 sent 3996 bytes, expected 4000. Ranks must exchange the same things in the same order."
+    assert expected in errors[1]
+
+
+def test_a_rank_that_is_killed_is_named_at_once(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    ranks = [spawn.Process(target=lose_a_rank, args=(rank, str(tmp_path / "meeting"), results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for _ in range(2):  # what is asked for after it fails for the same reason
+        error, seconds = results.get(timeout=120)
+        assert "rank 1 has ended" in error
+        assert seconds < PATIENCE
+    for process in ranks:
+        process.join(30)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
