@@ -18,7 +18,7 @@ constexpr int64_t kIdsAhead = 8;
 constexpr int kDigitBits = 11;
 
 inline void fetch(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
 }
 
 // Calls body with pointers of the ids' and offsets' own types.
