@@ -98,7 +98,7 @@ def open_kernel(config: Config, bench: EmbeddingBench) -> Iterator[Turns]:
     def update(number: int) -> None:
         ids, offsets = batches[number % len(batches)]
         pooled_BT = Lookup.apply(
-            module.placeholder_autograd_tensor, tables, ids, offsets, module.learning_rate_tensor, dtype
+            module.placeholder_autograd_tensor, tables, ids, offsets, module.learning_rate_tensor, dtype, 1.0
         )
         pooled_BT.backward(grad_BT)
 

@@ -95,14 +95,20 @@ inline __m512i interleave(const BFloat16* even, const BFloat16* odd) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// sums[r] = the sum over j of factors[r][j] * vector j, for 16 * N columns; of factors two are in each of `stride` words.
+inline __m512bh fill_with_pair(const BFloat16* two) {
+  int32_t word;
+  std::memcpy(&word, two, sizeof word);
+  return (__m512bh)_mm512_set1_epi32(word);
+}
+
+// sums[r] = the sum over j of factors[r][j] * vector j, for 16 * N columns.
 template <int N>
-void combine(const int32_t* panel, int64_t dim, const int32_t* factors, int64_t stride, float* sums) {
+void combine(const int32_t* panel, int64_t dim, const BFloat16* factors, int64_t pairs, float* sums) {
   Floats parts[kRows][N] = {};
-  for (int64_t pair = 0; pair < stride; ++pair) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
     const int32_t* vectors = panel + pair * dim;
     __m512bh own[kRows];
-    for (int r = 0; r < kRows; ++r) own[r] = (__m512bh)_mm512_set1_epi32(factors[r * stride + pair]);
+    for (int r = 0; r < kRows; ++r) own[r] = fill_with_pair(factors + 2 * (r * pairs + pair));
     for (int k = 0; k < N; ++k) {
       const __m512bh columns = (__m512bh)_mm512_loadu_si512(vectors + k * kLanes);
       for (int r = 0; r < kRows; ++r) parts[r][k] = (Floats)_mm512_dpbf16_ps((__m512)parts[r][k], own[r], columns);
@@ -118,8 +124,8 @@ inline void interact_backward(const Interaction& interaction, const Source* grad
   const int64_t size = interaction.num_vectors, dim = interaction.dim, width = dim + size * (size - 1) / 2;
   Sample sample(interaction);
   const int64_t pairs = (size + 1) / 2, stride = 2 * pairs, rows = (size + kRows - 1) / kRows * kRows;
-  std::vector<int32_t> panel(pairs * dim);            // [two vectors][column]
-  std::vector<BFloat16> factors(rows * stride);       // symmetric, zeros on the diagonal
+  std::vector<int32_t> panel(pairs * dim);        // [two vectors][column]
+  std::vector<BFloat16> factors(rows * stride);   // symmetric, zeros on the diagonal
   std::vector<float> sums(kRows * dim);
   for (int64_t b = first; b < stop; ++b) {
     sample.find(b);
@@ -133,12 +139,12 @@ inline void interact_backward(const Interaction& interaction, const Source* grad
       for (int64_t j = i + 1; j < size; ++j) factors[i * stride + j] = factors[j * stride + i] = *next++;
     }
     for (int64_t i = 0; i < size; i += kRows) {
-      const auto* words = reinterpret_cast<const int32_t*>(factors.data() + i * stride);
+      const BFloat16* rows_of_factors = factors.data() + i * stride;
       int64_t d = 0;
       for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
-        combine<kColumns>(panel.data() + d, dim, words, pairs, sums.data() + d);
+        combine<kColumns>(panel.data() + d, dim, rows_of_factors, pairs, sums.data() + d);
       }
-      for (; d < dim; d += kLanes) combine<1>(panel.data() + d, dim, words, pairs, sums.data() + d);
+      for (; d < dim; d += kLanes) combine<1>(panel.data() + d, dim, rows_of_factors, pairs, sums.data() + d);
       for (int64_t v = i; v < std::min(i + kRows, size); ++v) {
         const Source& target = gradients[interaction.vectors[v].source];
         BFloat16* to = static_cast<BFloat16*>(target.data) + b * target.stride + interaction.vectors[v].column;

@@ -181,6 +181,7 @@ class SharedMemoryBackend : public c10d::Backend {
       queue_.pop_front();
       lock.unlock();
       failure = exchange->run(failure);
+      if (failure != nullptr) lanes_->leave();
       exchange.reset();
       lock.lock();
     }
@@ -191,7 +192,7 @@ class SharedMemoryBackend : public c10d::Backend {
       const std::lock_guard lock(mutex_);
       is_stopped_ = true;
     }
-    lanes_->stop();
+    lanes_->leave();
     has_work_.notify_one();
     if (thread_.joinable()) thread_.join();
   }
@@ -240,10 +241,10 @@ std::vector<Rows> parts_of(const at::Tensor& tensor, const std::vector<int64_t>&
                                       std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == rows),
                     name, ": got parts of [", sizes, "] rows, expected ", world, " parts, ", rows, " rows together");
   std::vector<Rows> parts;
-  char* at = bytes_of(tensor);
+  char* start = bytes_of(tensor);
   for (int r = 0; r < world; ++r) {
-    parts.push_back({at, (sizes.empty() ? rows / world : sizes[r]) * row});
-    at += parts.back().bytes;
+    parts.push_back({start, (sizes.empty() ? rows / world : sizes[r]) * row});
+    start += parts.back().bytes;
   }
   return parts;
 }
@@ -256,10 +257,10 @@ std::vector<Rows> columns_of(const at::Tensor& tensor, const std::vector<int64_t
                     name, ": got parts of [", sizes, "] columns, expected ", world, " parts of a matrix of ", tensor.sizes());
   std::vector<Rows> parts;
   const int64_t item = tensor.itemsize();
-  char* at = bytes_of(tensor);
+  char* start = bytes_of(tensor);
   for (int r = 0; r < world; ++r) {
-    parts.push_back({at, sizes[r] * item, tensor.size(0), tensor.size(1) * item});
-    at += parts.back().bytes;
+    parts.push_back({start, sizes[r] * item, tensor.size(0), tensor.size(1) * item});
+    start += parts.back().bytes;
   }
   return parts;
 }
@@ -352,14 +353,15 @@ std::string exchange_in_memory(const intrusive_ptr<c10d::ProcessGroup>& group) {
     plain->allgather(outputs, inputs)->wait();
     return outputs[0];
   };
-  std::vector<int64_t> processes, files;
-  for (const at::Tensor& one : gather({lanes ? lanes->process() : -1, lanes ? lanes->file() : -1})) {
-    processes.push_back(one[0].item<int64_t>());
-    files.push_back(one[1].item<int64_t>());
+  const Lanes::Address own = lanes ? lanes->address() : Lanes::Address{};
+  std::vector<Lanes::Address> addresses;
+  for (const at::Tensor& one : gather({own.process, own.file, own.token})) {
+    const int64_t* numbers = one.const_data_ptr<int64_t>();
+    addresses.push_back({numbers[0], numbers[1], numbers[2]});
   }
   if (lanes) {
     try {
-      lanes->open(processes, files);
+      lanes->open(addresses);
     } catch (const std::runtime_error& error) {
       failure = error.what();
     }

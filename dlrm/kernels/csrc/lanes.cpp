@@ -3,8 +3,8 @@
 
 #include <fcntl.h>
 #include <linux/futex.h>
-#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -21,9 +21,16 @@ constexpr int64_t kOutboxBytes = 8 << 20;
 constexpr int64_t kMostSlotBytes = 512 << 10;
 constexpr uint32_t kSlots = 4;
 constexpr int64_t kLine = 64;        // bytes of a cache line
-constexpr long kLookSeconds = 1e8;  // nanoseconds of sleep until a rank looks whether the others are there
+constexpr long kLookNanoseconds = 100'000'000;  // of sleep, until a rank looks whether the others are there
 
 std::runtime_error system_error(const std::string& what) { return std::runtime_error(what + ": " + std::strerror(errno)); }
+
+struct flock whole_file() {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return lock;
+}
 
 long futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* timeout) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, timeout, nullptr, 0);
@@ -52,17 +59,24 @@ void copy(const Rows& from, const Rows& to) {
   });
 }
 
-// A writer's and a reader's number of slots so far, which may overflow; and of each slot the bytes of the whole part.
+// What a slot belongs to: bytes of the whole part, and how many transfers were before.
+struct Label {
+  int64_t size;
+  uint32_t transfer;
+};
+
+// A writer's and a reader's number of slots so far, which may overflow.
 struct Lanes::Lane {
   alignas(kLine) std::atomic<uint32_t> written;
   alignas(kLine) std::atomic<uint32_t> read;
-  alignas(kLine) int64_t sizes[kSlots];
+  alignas(kLine) Label labels[kSlots];
 };
 
 // What a rank's file begins with. Lanes and slots follow.
 struct Lanes::Outbox {
   alignas(kLine) std::atomic<uint32_t> bell;  // rung whenever another rank has written or read for this one
-  std::atomic<uint32_t> is_asleep;
+  std::atomic<uint32_t> is_asleep, has_left;
+  int64_t token;
 };
 
 Lanes::Lanes(int rank, int world)
@@ -75,15 +89,19 @@ Lanes::Lanes(int rank, int world)
   const int file = memfd_create("dlrm", MFD_CLOEXEC);
   if (file < 0) throw system_error("memfd_create");
   files_[rank] = file;
-  // Allocated now: later there would be a SIGBUS in place of an error. The lock is this rank's sign of life.
-  if (ftruncate(file, outbox_bytes_) != 0 || fallocate(file, 0, 0, outbox_bytes_) != 0 || flock(file, LOCK_EX) != 0) {
+  // Allocated now: later there would be a SIGBUS in place of an error. The lock, which forked processes do not have, is this
+  // rank's sign of life.
+  struct flock lock = whole_file();
+  if (ftruncate(file, outbox_bytes_) != 0 || fallocate(file, 0, 0, outbox_bytes_) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
     const auto error = system_error("an outbox of " + std::to_string(outbox_bytes_) + " bytes");
     close(file);
     throw error;
   }
   try {
     outboxes_[rank] = map(file);
+    if (getrandom(&outboxes_[rank]->token, sizeof(int64_t), 0) != sizeof(int64_t)) throw system_error("getrandom");
   } catch (...) {
+    if (outboxes_[rank] != nullptr) munmap(outboxes_[rank], outbox_bytes_);
     close(file);
     throw;
   }
@@ -98,7 +116,7 @@ Lanes::~Lanes() {
   }
 }
 
-int64_t Lanes::process() const { return getpid(); }
+Lanes::Address Lanes::address() const { return {getpid(), files_[rank_], outboxes_[rank_]->token}; }
 
 Lanes::Outbox* Lanes::map(int file) {
   void* memory = mmap(nullptr, outbox_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -106,14 +124,18 @@ Lanes::Outbox* Lanes::map(int file) {
   return static_cast<Outbox*>(memory);
 }
 
-void Lanes::open(const std::vector<int64_t>& processes, const std::vector<int64_t>& files) {
+void Lanes::open(const std::vector<Address>& addresses) {
   for (int rank = 0; rank < world_; ++rank) {
     if (rank == rank_) continue;
-    const std::string path = "/proc/" + std::to_string(processes[rank]) + "/fd/" + std::to_string(files[rank]);
+    const auto& [process, file, token] = addresses[rank];
+    if (file < 0) throw std::runtime_error("another rank can't");
+    const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
     files_[rank] = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (files_[rank] < 0) throw system_error(path);
-    if (lseek(files_[rank], 0, SEEK_END) != outbox_bytes_) throw std::runtime_error(path + " is no outbox of this group");
-    outboxes_[rank] = map(files_[rank]);
+    if (lseek(files_[rank], 0, SEEK_END) == outbox_bytes_) outboxes_[rank] = map(files_[rank]);
+    if (outboxes_[rank] == nullptr || outboxes_[rank]->token != token) {
+      throw std::runtime_error(path + " is another process's: ranks have process numbers of their own");
+    }
   }
 }
 
@@ -127,21 +149,35 @@ char* Lanes::slot(int from, int to, uint32_t number) const {
 }
 
 void Lanes::transfer(std::vector<Part> outgoing, std::vector<Part> incoming) {
-  const auto is_done = [](const Part& part) { return part.done == part.rows.size(); };
+  const auto is_done = [](const Part& part) { return part.is_done; };
   for (;;) {
     const uint32_t bell = outboxes_[rank_]->bell.load();
     bool has_moved = false;
-    for (Part& part : outgoing) has_moved |= !is_done(part) && send(part);
+    for (Part& part : outgoing) has_moved |= !part.is_done && send(part);
     bool adds = true;  // no sum that comes later before one that comes earlier
     for (Part& part : incoming) {
-      if (is_done(part) || (part.adds && !adds)) continue;
+      if (part.is_done || (part.adds && !adds)) continue;
       has_moved |= receive(part);
-      adds &= !part.adds || is_done(part);
+      adds &= !part.adds || part.is_done;
     }
     if (std::all_of(outgoing.begin(), outgoing.end(), is_done) && std::all_of(incoming.begin(), incoming.end(), is_done)) {
+      ++transfers_;
       return;
     }
-    if (!has_moved) sleep(bell);
+    if (has_moved || sleep(bell)) continue;
+    for (const auto* parts : {&outgoing, &incoming}) {
+      for (const Part& part : *parts) {
+        // What a rank wrote before its end is there by now, so that the bell would have rung.
+        if (!part.is_done && outboxes_[rank_]->bell.load() == bell) check_present(part.rank);
+      }
+    }
+  }
+}
+
+void Lanes::leave() {
+  outboxes_[rank_]->has_left = 1;
+  for (int rank = 0; rank < world_; ++rank) {
+    if (outboxes_[rank] != nullptr) wake(rank);
   }
 }
 
@@ -152,10 +188,11 @@ bool Lanes::send(Part& part) {
   if (number - to.read.load(std::memory_order_acquire) == kSlots) return false;
   const int64_t size = part.rows.size(), bytes = std::min(slot_bytes_, size - part.done);
   char* target = slot(rank_, part.rank, number);
-  to.sizes[number % kSlots] = size;
+  to.labels[number % kSlots] = {size, transfers_};
   over_rows(part.rows, part.done, bytes,
             [&](const char* source, int64_t at, int64_t some) { std::memcpy(target + at, source, some); });
   part.done += bytes;
+  part.is_done = part.done == size;
   to.written.store(number + 1, std::memory_order_release);
   wake(part.rank);
   return true;
@@ -167,8 +204,8 @@ bool Lanes::receive(Part& part) {
   const uint32_t number = from.read.load(std::memory_order_relaxed);
   if (number == from.written.load(std::memory_order_acquire)) return false;
   const int64_t size = part.rows.size(), bytes = std::min(slot_bytes_, size - part.done);
-  if (const int64_t sent = from.sizes[number % kSlots]; sent != size) {
-    throw std::runtime_error("rank " + std::to_string(part.rank) + " sent " + std::to_string(sent) + " bytes, expected " +
+  if (const Label sent = from.labels[number % kSlots]; sent.size != size || sent.transfer != transfers_) {
+    throw std::runtime_error("rank " + std::to_string(part.rank) + " sent " + std::to_string(sent.size) + " bytes, expected " +
                              std::to_string(size) + ". Ranks must exchange the same things in the same order.");
   }
   const char* source = slot(part.rank, rank_, number);
@@ -180,6 +217,7 @@ bool Lanes::receive(Part& part) {
     }
   });
   part.done += bytes;
+  part.is_done = part.done == size;
   from.read.store(number + 1, std::memory_order_release);
   wake(part.rank);
   return true;
@@ -191,29 +229,23 @@ void Lanes::wake(int rank) {
   if (outbox.is_asleep.exchange(0) != 0) futex(&outbox.bell, FUTEX_WAKE, 1, nullptr);
 }
 
-// Until the bell is another one than it was, or it is time to look for the others.
-void Lanes::sleep(uint32_t bell) {
+// Until the bell is another one than it was: true, or it is time to look for the others: false.
+bool Lanes::sleep(uint32_t bell) {
   Outbox& own = *outboxes_[rank_];
+  if (own.has_left) throw std::runtime_error("the group was shut down");
   own.is_asleep = 1;
-  const timespec timeout{0, kLookSeconds};
-  const long result = futex(&own.bell, FUTEX_WAIT, bell, &timeout);
-  const bool in_vain = result != 0 && errno == ETIMEDOUT;
+  const timespec timeout{0, kLookNanoseconds};
+  const bool has_rung = futex(&own.bell, FUTEX_WAIT, bell, &timeout) == 0 || errno != ETIMEDOUT;
   own.is_asleep = 0;
-  if (is_stopped_) throw std::runtime_error("the group was shut down");
-  if (!in_vain) return;
-  for (int rank = 0; rank < world_; ++rank) {
-    // What it wrote before its end is there by now, so that the bell would have rung.
-    if (rank != rank_ && has_ended(rank) && own.bell.load() == bell) {
-      throw std::runtime_error("rank " + std::to_string(rank) + " has ended");
-    }
-  }
+  return has_rung;
 }
 
-// Its lock is free then. Whoever gets a part of the lock lets it go at once.
-bool Lanes::has_ended(int rank) const {
-  if (flock(files_[rank], LOCK_SH | LOCK_NB) != 0) return false;
-  flock(files_[rank], LOCK_UN);
-  return true;
+// Its lock is free if it has ended.
+void Lanes::check_present(int rank) const {
+  struct flock lock = whole_file();
+  const bool has_ended = fcntl(files_[rank], F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
+  if (!has_ended && outboxes_[rank]->has_left == 0) return;
+  throw std::runtime_error("rank " + std::to_string(rank) + (has_ended ? " has ended" : " has left the group"));
 }
 
 }  // namespace dlrm

@@ -30,6 +30,7 @@ struct Part {
   Rows rows;
   bool adds = false;  // what comes: a row of floats, to what is there. Such parts are added in their order
   int64_t done = 0;
+  bool is_done = false;  // an empty part takes a slot, too
 };
 
 class Lanes {
@@ -41,23 +42,25 @@ class Lanes {
   Lanes(const Lanes&) = delete;
   ~Lanes();
 
-  // This process, and its outbox's file: what other ranks need for `open`.
-  int64_t process() const;
-  int64_t file() const { return files_[rank_]; }
+  // This process, its outbox's file, and a number that no other outbox has: what other ranks need for `open`.
+  struct Address {
+    int64_t process = -1, file = -1, token = 0;
+  };
+  Address address() const;
 
   // Maps the other ranks' outboxes.
   //
-  // Throws std::runtime_error where the system refuses that.
-  void open(const std::vector<int64_t>& processes, const std::vector<int64_t>& files);
+  // Throws std::runtime_error where the system refuses that, or a process's number means another one here.
+  void open(const std::vector<Address>& addresses);
 
   // Sends and receives all parts. Every rank calls this with parts that match, in the same order.
   //
-  // Throws std::runtime_error if a rank sent another number of bytes, or has ended, and after `stop`. No other call may
-  // follow then.
+  // Throws std::runtime_error if a rank sent another number of bytes, or one that is waited for has ended or left, and after
+  // `leave`. No other call may follow then.
   void transfer(std::vector<Part> outgoing, std::vector<Part> incoming);
 
-  // Ends a `transfer` of another thread soon.
-  void stop() { is_stopped_ = true; }
+  // Nothing is sent any more. Ends a `transfer` of another thread soon, and of ranks that wait for this one.
+  void leave();
 
  private:
   struct Lane;
@@ -69,14 +72,14 @@ class Lanes {
   bool send(Part& part);
   bool receive(Part& part);
   void wake(int rank);
-  void sleep(uint32_t bell);
-  bool has_ended(int rank) const;
+  bool sleep(uint32_t bell);
+  void check_present(int rank) const;
 
   const int rank_, world_;
   const int64_t slot_bytes_, outbox_bytes_;
   std::vector<int> files_;
   std::vector<Outbox*> outboxes_;
-  std::atomic<bool> is_stopped_{false};
+  uint32_t transfers_ = 0;
 };
 
 }  // namespace dlrm
