@@ -137,13 +137,12 @@ def lose_a_rank(rank: int, meeting: str, results: Any) -> None:
             results.put((str(error), time.monotonic() - started))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_collectives_are_those_of_gloo(tmp_path: Path, ranks: int) -> None:
     launch(compare_collectives, ranks, folder=tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
 def test_pooled_rows_and_gradients_are_those_of_torchrec(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
     launch(compare_pooled, ranks, dtype, folder=tmp_path)
 
