@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -120,10 +121,10 @@ def _leave_alone(text: str, code: int) -> NoReturn:
 
 def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
-    text = str(error)
-    return any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    signs = (
+        "Connection closed by peer|Connection reset by peer|remote process exited|rank \\d+ has (ended|left the group)"
     )
+    return re.search(signs, str(error)) is not None
 
 
 def quieten_libraries() -> None:
