@@ -82,11 +82,7 @@ def start_runtime() -> Iterator[Runtime]:
     host_memory_bytes = available_memory_bytes()
     if owns_group:
         _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
-    is_on_one_host = device.type == "cpu" and 1 < ranks.world_size == ranks.local_world_size
-    why_sockets = exchange_in_memory(cast(dist.ProcessGroup, dist.group.WORLD)) if is_on_one_host else None
-    links = dist.get_backend()
-    if is_on_one_host:
-        links += " and shared memory" if why_sockets is None else f" without shared memory ({why_sockets})"
+    links = _link_ranks(ranks, device)
     is_joint = ranks.world_size == 1
     try:
         yield Runtime(
@@ -202,6 +198,15 @@ def _init_process_group(ranks: _Ranks, backend: str) -> None:
         raise LaunchError(f"no process group at {address}: {str(error).splitlines()[0]}") from None
     except ValueError as error:
         raise LaunchError(f"no process group: {error}. Start with torchrun, which sets what is missing.") from None
+
+
+def _link_ranks(ranks: _Ranks, device: torch.device) -> str:
+    """Has CPU ranks that are all on this host exchange in memory; what tensors travel by now. Collective."""
+    backend = dist.get_backend()
+    if device.type != "cpu" or ranks.world_size == 1 or ranks.world_size != ranks.local_world_size:
+        return backend
+    why = exchange_in_memory(cast(dist.ProcessGroup, dist.group.WORLD))
+    return f"{backend} and shared memory" if why is None else f"{backend} without shared memory ({why})"
 
 
 def on_main_rank(runtime: Runtime, action: Callable[[], T]) -> T:

@@ -15,8 +15,6 @@ def exchange_in_memory(group: dist.ProcessGroup) -> str | None:
     Returns:
         None, or in words why the group stays as it was; the ranks agree.
     """
-    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
-        return "TORCH_DISTRIBUTED_DEBUG=DETAIL looks at gloo's"
     if (why := load_native()) is not None:
         return why
     return torch.ops.dlrm.exchange_in_memory(group.boxed()) or None

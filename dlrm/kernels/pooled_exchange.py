@@ -100,6 +100,7 @@ class HostPooledDist(TwPooledEmbeddingDist):
         self, local_embs: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
     ) -> PooledEmbeddingsAwaitable:
         """Pooled rows [G, T] to their samples' ranks; waited for, [B, U]."""
+        assert sharding_ctx is None or not sharding_ctx.variable_batch_per_feature, "one batch size for all features"
         ranks = self._pg.size()
         batch_sizes = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
         pooled = _Pooled(self, local_embs, batch_sizes or [local_embs.size(0) // ranks] * ranks)

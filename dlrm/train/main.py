@@ -121,10 +121,9 @@ def _leave_alone(text: str, code: int) -> NoReturn:
 
 def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
-    signs = (
-        "Connection closed by peer|Connection reset by peer|remote process exited|rank \\d+ has (ended|left the group)"
-    )
-    return re.search(signs, str(error)) is not None
+    gloo = "Connection closed by peer|Connection reset by peer|remote process exited"
+    shared_memory = r"rank \d+ has (ended|left the group)"
+    return re.search(f"{gloo}|{shared_memory}", str(error)) is not None
 
 
 def quieten_libraries() -> None:

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 
 from dlrm.kernels.exchange import exchange_in_memory
 from dlrm.kernels.native import has_native
 from dlrm.kernels.pooled_exchange import HostPooledDist
-from tests.launching import launch
+from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
 
 pytestmark = pytest.mark.skipif(not has_native(), reason="the operators are not compiled")
 
@@ -95,16 +99,14 @@ def compare_pooled(dtype: torch.dtype) -> None:
     exchange.__class__ = HostPooledDist
     exchange.boxed_group, exchange.divisor = memory.boxed(), world
 
-    class Context:
-        batch_size_per_rank = batches
-
-    result = exchange(ours, Context()).wait()
+    context = EmbeddingShardingContext(batch_size_per_rank=batches)
+    result = exchange(ours, context).wait()
     result.backward(gradient)
     assert torch.equal(result, expected)
     assert ours.grad is not None
     assert torch.equal(ours.grad, theirs.grad)
     with torch.no_grad():
-        assert torch.equal(exchange(pooled, Context()).wait(), expected)
+        assert torch.equal(exchange(pooled, context).wait(), expected)
     dist.destroy_process_group()
 
 
@@ -166,3 +168,37 @@ def test_a_rank_that_is_killed_is_named_at_once(tmp_path: Path) -> None:
     for process in ranks:
         process.join(30)
     assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+
+
+def test_a_start_says_why_there_is_no_shared_memory(tmp_path: Path) -> None:
+    flags = ["--limit_train_batches", "3", "--run_dir", str(tmp_path / "run")]
+    done = run_main(*TINY, *flags, ranks=2, DLRM_KERNELS="none")
+    assert done.returncode == 0, done.stderr
+    assert "cpu, gloo without shared memory (DLRM_KERNELS=none), " in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="only root may make namespaces")
+def test_ranks_in_containers_of_their_own_stay_with_gloo(tmp_path: Path) -> None:
+    """Both have the process number 1, so that the path to the other's memory leads to their own files."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, MAIN, *TINY]
+    command += ["--limit_train_batches", "3", "--run_dir", str(tmp_path / "run")]
+    with take_port() as taken:
+        port = str(taken.getsockname()[1])
+    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        output, _ = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "cpu, gloo without shared memory (/proc/1/fd/" in output

@@ -26,6 +26,7 @@ from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction, tak
 from dlrm.kernels.mlp import mlp, plain_mlp
 
 RATE, EPS = 0.1, 1e-8
+SCALE = 1 / 3  # of gradients
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -114,8 +115,8 @@ def test_tables_are_those_of_float64(
             pooled = tables.pool(ids, offsets, torch.float32)
             assert_close(pooled, torch.cat([m @ w for m, w in zip(matrices, expected, strict=True)], 1).float())
             grad = torch.randn(batch, sum(dims)).to(grad_type)
-            tables.update(ids, offsets, grad, RATE)
-            for f, part in enumerate(grad.double().split(dims, dim=1)):
+            tables.update(ids, offsets, grad, RATE, SCALE)
+            for f, part in enumerate((SCALE * grad.double()).split(dims, dim=1)):
                 expected[f], states[f] = step_float64(optimizer, expected[f], states[f], matrices[f].t() @ part)
     finally:
         torch.set_num_threads(before)

@@ -124,8 +124,8 @@ inline void interact_backward(const Interaction& interaction, const Source* grad
   const int64_t size = interaction.num_vectors, dim = interaction.dim, width = dim + size * (size - 1) / 2;
   Sample sample(interaction);
   const int64_t pairs = (size + 1) / 2, stride = 2 * pairs, rows = (size + kRows - 1) / kRows * kRows;
-  std::vector<int32_t> panel(pairs * dim);        // [two vectors][column]
-  std::vector<BFloat16> factors(rows * stride);   // symmetric, zeros on the diagonal
+  std::vector<int32_t> panel(pairs * dim);       // [two vectors][column]
+  std::vector<BFloat16> factors(rows * stride);  // symmetric, zeros on the diagonal
   std::vector<float> sums(kRows * dim);
   for (int64_t b = first; b < stop; ++b) {
     sample.find(b);
