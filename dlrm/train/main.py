@@ -58,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
             except Ended as ended:
                 sys.stdout.flush()
                 os._exit(exit_code(ended.number))  # other ranks may be gone: no teardown
+            except RuntimeError as error:
+                if signals.received is None or not _has_peers() or not _is_lost_peer(error):
+                    raise
+                os._exit(exit_code(signals.received))  # the launcher ends this process for the rank that is lost
 
 
 def end_with_launcher() -> None:

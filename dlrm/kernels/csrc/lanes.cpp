@@ -21,7 +21,7 @@ constexpr int64_t kOutboxBytes = 8 << 20;
 constexpr int64_t kMostSlotBytes = 512 << 10;
 constexpr uint32_t kSlots = 4;
 constexpr int64_t kLine = 64;                   // bytes of a cache line
-constexpr long kLookNanoseconds = 100'000'000;  // of sleep, until a rank looks whether the others are there
+constexpr long kLookNanoseconds = 10'000'000;  // of sleep, until a rank looks whether the others are there
 
 std::runtime_error system_error(const std::string& what) { return std::runtime_error(what + ": " + std::strerror(errno)); }
 
