@@ -28,12 +28,11 @@ def make_config(shape: Shape, steps: int, dim: int = DEFAULT_EMBEDDING_DIM) -> C
     Raises:
         ConfigError: if the tables can't be made so small.
     """
-    cached = NUM_CACHED_BATCHES if shape.exponent else None
     return Config(
         data=DataConfig(
             batch_size=shape.batch_size // shape.ranks,
             limit_train_batches=steps,
-            num_generated_batches=cached,
+            num_generated_batches=NUM_CACHED_BATCHES,
             zipf_exponent=shape.exponent,
         ),
         model=make_model(table_rows(shape, dim), dim),

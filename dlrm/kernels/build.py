@@ -37,7 +37,9 @@ _WITHOUT = (
     "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: python -m dlrm.kernels.build"
 )
 _OPERATORS = ("ops", "integer_ops", "exchange")
+_HOST_EXCHANGE = ("host_memory", "lanes")
 _INTEGER_PRODUCTS = ("integer_product", "int16_quantize", "int8_quantize")
+_ROUNDED_PRODUCTS = "integer_product"  # once more, with instructions that round to bfloat16
 
 
 def library_path() -> Path:
@@ -89,13 +91,15 @@ def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     includes = [f"-isystem{folder}" for folder in include_paths()]
     for name in _OPERATORS:
         yield f"{name}.cpp", ("-fopenmp", *includes)
-    yield "lanes.cpp", ()
+    for name in _HOST_EXCHANGE:
+        yield f"{name}.cpp", ()
     machine = platform.machine()
     for flags in _INSTRUCTION_SETS.get(machine, {"baseline": ()}).values():
         yield "kernels.cpp", flags
     if machine in _VNNI:
         for name in _INTEGER_PRODUCTS:
             yield f"{name}.cpp", _VNNI[machine]
+        yield f"{_ROUNDED_PRODUCTS}.cpp", (*_VNNI[machine], "-mavx512bf16")
 
 
 def _run(command: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ forward and what its backward does.
 Shapes: B samples, F features, N ids, T columns of all features' pooled rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ class HostTables:
     state_offsets_F: torch.Tensor | None
     optimizer: int
     eps: float
+    columns: int
 
     @staticmethod
     def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
@@ -70,29 +71,40 @@ class HostTables:
             buffers.momentum1_offsets if has_state else None,
             _OPTIMIZERS[module.optimizer],
             module.optimizer_args.eps,
+            int(buffers.D_offsets[-1]),
         )
 
-    def pool(self, ids_N: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The sums of each bag's rows, [B, T]. `offsets` [F * B + 1] delimit the bags, feature by feature.
+    def batch_size(self, offsets: torch.Tensor) -> int:
+        """B of a batch whose bags `offsets` delimit."""
+        return (offsets.numel() - 1) // self.rows_F.numel()
+
+    def pool(self, ids_N: torch.Tensor, offsets: torch.Tensor, pooled: Sequence[torch.Tensor]) -> None:
+        """Fills `pooled` with the sums of each bag's rows. `offsets` [F * B + 1] delimit the bags, feature by feature.
+
+        Args:
+            pooled: [B, T] in float32 or bfloat16, cut into blocks of rows where a batch goes to several ranks.
 
         Raises:
             IndexError: at an id outside its table.
         """
-        return torch.ops.dlrm.pool(
-            self.weights, self.weight_offsets_F, self.rows_F, self.dim_offsets_F1, ids_N, offsets, dtype
+        torch.ops.dlrm.pool(
+            self.weights, self.weight_offsets_F, self.rows_F, self.dim_offsets_F1, ids_N, offsets, pooled
         )
 
     def update(
         self,
         ids_N: torch.Tensor,
         offsets: torch.Tensor,
-        grad_BT: torch.Tensor,
+        gradients: Sequence[torch.Tensor],
         learning_rate: float,
         gradient_scale: float = 1.0,
     ) -> None:
         """One step of the optimizer on the rows that were looked up, each once with the scaled sum of its gradients.
 
         The same to the bit for any number of threads.
+
+        Args:
+            gradients: of pooled rows, in such blocks.
         """
         torch.ops.dlrm.update(
             self.weights,
@@ -103,7 +115,7 @@ class HostTables:
             self.dim_offsets_F1,
             ids_N,
             offsets,
-            grad_BT,
+            gradients,
             self.optimizer,
             learning_rate,
             self.eps,
@@ -127,12 +139,14 @@ class Lookup(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.tables, ctx.learning_rate, ctx.gradient_scale = tables, learning_rate, gradient_scale
         ctx.save_for_backward(ids_N, offsets)
-        return tables.pool(ids_N, offsets, dtype)
+        pooled_BT = torch.empty(tables.batch_size(offsets), tables.columns, dtype=dtype)
+        tables.pool(ids_N, offsets, [pooled_BT])
+        return pooled_BT
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, ...]:
         ids_N, offsets = ctx.saved_tensors
-        ctx.tables.update(ids_N, offsets, grad_outputs[0], ctx.learning_rate.item(), ctx.gradient_scale)
+        ctx.tables.update(ids_N, offsets, grad_outputs, ctx.learning_rate.item(), ctx.gradient_scale)
         return (None,) * 7
 
 
@@ -143,11 +157,14 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         host_tables: what the operators work on; None where FBGEMM does.
         pooled_type: of pooled rows; sums are in float32.
         gradient_scale: what the gradients of pooled rows are multiplied by.
+        leaves_lookup: whether what comes after it looks up, with `take_features`.
     """
 
     host_tables: HostTables | None
     pooled_type: torch.dtype
     gradient_scale: float
+    leaves_lookup: bool
+    _left: KeyedJaggedTensor | None
 
     def forward(
         self,
@@ -155,13 +172,16 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         vbe_output: torch.Tensor | None = None,
         vbe_output_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Pooled rows, [B, T]."""
+        """Pooled rows, [B, T]; or no columns, where the lookup is left to another."""
         tables = self.host_tables
         if tables is None or features.variable_stride_per_key() or features.weights_or_none() is not None:
             pooled = super().forward(features, vbe_output, vbe_output_offsets)
             if pooled.requires_grad and self.gradient_scale != 1:
                 pooled.register_hook(lambda gradient: gradient * self.gradient_scale)
             return pooled.to(self.pooled_type)
+        if self.leaves_lookup:
+            self._left = features
+            return torch.empty(features.stride(), 0, dtype=self.pooled_type)
         return Lookup.apply(
             self.emb_module.placeholder_autograd_tensor,
             tables,
@@ -171,6 +191,11 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
             self.pooled_type,
             self.gradient_scale,
         )
+
+    def take_features(self) -> KeyedJaggedTensor | None:
+        """Once, what the last call has left to be looked up."""
+        features, self._left = self._left, None
+        return features
 
 
 def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
@@ -184,7 +209,9 @@ def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
             if type(bags) is BatchedFusedEmbeddingBag:
                 bags.__class__ = HostEmbeddingBag
                 tables = HostTables.of(bags.emb_module)
-                vars(bags).update(host_tables=tables, pooled_type=own_type, gradient_scale=1.0)
+                vars(bags).update(
+                    host_tables=tables, pooled_type=own_type, gradient_scale=1.0, leaves_lookup=False, _left=None
+                )
 
 
 def round_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:

@@ -18,3 +18,8 @@ def exchange_in_memory(group: dist.ProcessGroup) -> str | None:
     if (why := load_native()) is not None:
         return why
     return torch.ops.dlrm.exchange_in_memory(group.boxed()) or None
+
+
+def exchanges_in_memory(group: dist.ProcessGroup) -> bool:
+    """Whether it does. The operators are loaded."""
+    return torch.ops.dlrm.exchanges_in_memory(group.boxed())

@@ -18,7 +18,11 @@ MOST_TRITON_VECTORS = 64
 
 
 def dot_interaction(
-    dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
+    dense_BD: torch.Tensor,
+    sources: Sequence[torch.Tensor],
+    columns: Sequence[Sequence[int]],
+    *,
+    may_overwrite: bool = False,
 ) -> torch.Tensor:
     """The dense vector beside the dot product of each pair of vectors (arXiv:1906.00091, section 2.1.3).
 
@@ -26,13 +30,19 @@ def dot_interaction(
         dense_BD: float32 or bfloat16; the result's type, too.
         sources: matrices of B rows, each float32 or bfloat16.
         columns: for each source the first column of each vector in it. Vectors don't overlap.
+        may_overwrite: whether backward may write gradients over the sources, which nobody else reads after that. It
+            does so where they are nothing but vectors, and saves memory of their size.
 
     Returns:
         [B, D + P]; pairs (0, 1), (0, 2), ..., (1, 2), .... Sums are in float32.
     """
     if dense_BD.is_cpu and dense_BD.dtype in (torch.float32, torch.bfloat16) and has_native():
         flat = [number for starts in columns for number in (len(starts), *starts)]
-        return _NativeInteraction.apply(flat, dense_BD, *sources)
+        overwrites = may_overwrite and all(
+            source.is_contiguous() and not source.is_leaf and source.size(1) == len(starts) * dense_BD.size(1)
+            for source, starts in zip(sources, columns, strict=True)
+        )
+        return _NativeInteraction.apply(flat, overwrites, dense_BD, *sources)
     if dense_BD.is_cuda and _is_for_triton(dense_BD, sources, columns):
         from dlrm.kernels.triton_interaction import triton_dot_interaction  # which needs Triton
 
@@ -55,15 +65,22 @@ class _NativeInteraction(torch.autograd.Function):
     """Neither the V x V products nor the vectors end to end are ever in memory."""
 
     @staticmethod
-    def forward(ctx: Any, columns: list[int], dense_BD: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, columns: list[int], overwrites: bool, dense_BD: torch.Tensor, *sources: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(dense_BD, *sources)
-        ctx.columns = columns
+        ctx.columns, ctx.overwrites = columns, overwrites
         return torch.ops.dlrm.interact(dense_BD, sources, columns)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dense_BD, *sources = ctx.saved_tensors
-        return None, *torch.ops.dlrm.interact_backward(grad_outputs[0], dense_BD, sources, ctx.columns)
+        if not ctx.overwrites:
+            return None, None, *torch.ops.dlrm.interact_backward(grad_outputs[0], dense_BD, sources, ctx.columns)
+        gradient_BD = torch.ops.dlrm.interact_backward_(grad_outputs[0], dense_BD, sources, ctx.columns)
+        # Whoever else has saved them is told that they are not what they were.
+        torch.autograd.graph.increment_version(sources)
+        return None, None, gradient_BD, *(source.detach() for source in sources)
 
 
 def plain_dot_interaction(

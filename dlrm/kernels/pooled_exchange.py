@@ -1,8 +1,12 @@
 """Pooled rows from rank to rank, through the shared memory of a host.
 
+Each rank has memory for the pooled rows of its samples, which all ranks write into as they look them up, and for their
+gradients, which all ranks read as they update their tables. So nothing is copied: ranks only wait for each other.
+
 Shapes: B samples of this rank, G samples of all ranks, T columns of this rank's pooled rows, U columns of all ranks'.
 """
 
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -14,75 +18,163 @@ from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 
-from dlrm.kernels.embedding import HostEmbeddingBag
+from dlrm.kernels.embedding import HostEmbeddingBag, HostTables
+from dlrm.kernels.exchange import exchanges_in_memory
 from dlrm.kernels.native import has_native
 
 
-class _Pooled(Awaitable[torch.Tensor]):
-    """Pooled rows on their way: rows that this rank looked up for others [G, T], to columns of its own samples [B, U].
+class _Windows:
+    """Memory for what is exchanged, two of it, taken in turn.
 
-    TorchRec copies them once more on each side, and their gradients twice more.
+    A rank may be one exchange ahead of another, which still reads the last one's gradients, and no more than one: each
+    begins with all ranks waiting for each other.
     """
 
-    def __init__(self, host_dist: "HostPooledDist", pooled_GT: torch.Tensor, batch_sizes: list[int]) -> None:
-        super().__init__()
-        self.group, self.columns, self.divisor = host_dist.boxed_group, host_dist._dim_sum_per_rank, host_dist.divisor
-        self.rows = batch_sizes
-        self.own_rows = batch_sizes[dist.get_rank(host_dist._pg)]
-        self.shape = pooled_GT.shape
-        self.work: Any = None
-        self.target: torch.Tensor | None = None
-        self.token: torch.Tensor | None = _Send.apply(pooled_GT, self)
+    def __init__(self, boxed_group: Any, rank: int, columns: int) -> None:
+        self._group, self._rank, self._columns = boxed_group, rank, columns
+        self._memories: tuple[list[torch.Tensor], ...] = ()
+        self._turn = 0
 
-    def _wait_impl(self) -> torch.Tensor:
-        token, self.token = self.token, None  # whose graph knows this object: no circle is left
-        return _Receive.apply(token, self)
+    def take(self, rows: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each rank [its rows, U]. All ranks ask for the same, since the first call is collective, and larger ones.
 
-    def start(self, operator: Any, span: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """Begins to fill a new tensor of that shape. `span` is what a profile shows: TorchRec's names."""
-        self.target = source.new_empty(shape)
+        Raises:
+            RuntimeError: if this rank still holds what it got the last time but one.
+        """
+        needed = max(1, max(rows) * self._columns)
+        if not self._memories or self._memories[0][0].numel() < needed or self._memories[0][0].dtype != dtype:
+            self._memories = tuple(self._share(needed, dtype) for _ in range(2))
+        self._turn = 1 - self._turn
+        memories = self._memories[self._turn]
+        if torch.ops.dlrm.count_holders(memories[self._rank]) > 1:
+            raise RuntimeError(
+                "pooled rows: those of the last step but one are still held, expected none. Clone what is to be kept"
+            )
+        return [
+            torch.empty(0, dtype=dtype).set_(cast(Any, memory), 0, (own_rows, self._columns), (self._columns, 1))
+            for memory, own_rows in zip(memories, rows, strict=True)
+        ]
+
+    def _share(self, numbers: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        memories = torch.ops.dlrm.share_memory(self._group, numbers * dtype.itemsize)
+        return [memory.view(dtype) for memory in memories]
+
+
+class _Exchange:
+    """Pooled rows that all ranks write, and the way back of their gradients."""
+
+    def __init__(self, host_dist: "HostPooledDist", rows: list[int], dtype: torch.dtype) -> None:
+        self._group, self._rank = host_dist.boxed_group, dist.get_rank(host_dist._pg)
+        self._rows = rows
+        stops = list(accumulate(host_dist._dim_sum_per_rank))
+        self._columns = slice(stops[self._rank] - host_dist._dim_sum_per_rank[self._rank], stops[self._rank])
+        self._windows = host_dist.windows.take(rows, dtype)
+        self._work: Any = None
+
+    @property
+    def own(self) -> torch.Tensor:
+        """Pooled rows of this rank's samples, or their gradients, [B, U]."""
+        return self._windows[self._rank]
+
+    def blocks(self) -> list[torch.Tensor]:
+        """This rank's columns of all samples [G, T], in a block for each rank."""
+        return [window[:, self._columns] for window in self._windows]
+
+    def copy_in(self, pooled_GT: torch.Tensor) -> None:
+        """Fills the blocks."""
+        for block, rows in zip(self.blocks(), pooled_GT.split(self._rows), strict=True):
+            block.copy_(rows)
+
+    def meet(self, span: str) -> None:
+        """This rank has written. `span` is what a profile shows: TorchRec's names."""
         with record_function(span):
-            self.work = operator(self.group, source.contiguous(), self.target, self.rows, self.columns)
+            self._work = torch.ops.dlrm.meet(self._group)
 
-    def finish(self) -> torch.Tensor:
-        """The tensor, filled."""
-        self.work.wait()
-        target, self.work, self.target = self.target, None, None
-        assert target is not None
-        return target
+    def wait(self) -> None:
+        """Until all ranks have written."""
+        self._work.wait()
+        self._work = None
+
+
+class _LookUp(torch.autograd.Function):
+    """Writes pooled rows for all ranks; backward updates the tables with the gradients that all ranks have written."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        placeholder: torch.Tensor,
+        exchange: _Exchange,
+        tables: HostTables,
+        ids_N: torch.Tensor,
+        offsets: torch.Tensor,
+        learning_rate: torch.Tensor,
+        gradient_scale: float,
+    ) -> torch.Tensor:
+        ctx.exchange, ctx.tables, ctx.learning_rate, ctx.scale = exchange, tables, learning_rate, gradient_scale
+        ctx.save_for_backward(ids_N, offsets)
+        tables.pool(ids_N, offsets, exchange.blocks())
+        exchange.meet("## All2All_Pooled_fwd ##")
+        return placeholder.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, ...]:
+        ctx.exchange.wait()
+        ctx.tables.update(*ctx.saved_tensors, ctx.exchange.blocks(), ctx.learning_rate.item(), ctx.scale)
+        ctx.exchange = None
+        return (None,) * 7
 
 
 class _Send(torch.autograd.Function):
-    """Begins the exchange; backward ends that of the gradients. Between the two, others may compute."""
+    """The same for pooled rows that another operator has looked up, and updates."""
 
     @staticmethod
-    def forward(ctx: Any, pooled_GT: torch.Tensor, pooled: _Pooled) -> torch.Tensor:
-        ctx.pooled = pooled
-        shape = (pooled.own_rows, sum(pooled.columns))
-        pooled.start(torch.ops.dlrm.rows_to_ranks, "## All2All_Pooled_fwd ##", pooled_GT, shape)
+    def forward(ctx: Any, pooled_GT: torch.Tensor, exchange: _Exchange, divisor: int) -> torch.Tensor:
+        ctx.exchange, ctx.divisor = exchange, divisor
+        exchange.copy_in(pooled_GT)
+        exchange.meet("## All2All_Pooled_fwd ##")
         return pooled_GT.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient_GT = ctx.pooled.finish()
-        if ctx.pooled.divisor != 1:
-            gradient_GT.div_(ctx.pooled.divisor)
-        return gradient_GT, None
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.exchange.wait()
+        gradient_GT = torch.cat(ctx.exchange.blocks())
+        ctx.exchange = None
+        return gradient_GT.div_(ctx.divisor) if ctx.divisor != 1 else gradient_GT, None, None
 
 
 class _Receive(torch.autograd.Function):
-    """Ends what `_Send` began; backward begins what its backward ends."""
+    """Waits for what all ranks write; backward begins what the others' backward waits for."""
 
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, pooled: _Pooled) -> torch.Tensor:
-        ctx.pooled, ctx.token = pooled, token.detach()
-        return pooled.finish()
+    def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        ctx.exchange, ctx.token = exchange, token.detach()
+        exchange.wait()
+        # Not the exchange's own tensor: this one's graph knows the exchange.
+        return torch.empty(0, dtype=exchange.own.dtype).set_(cast(Any, exchange.own))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        shape = ctx.pooled.shape
-        ctx.pooled.start(torch.ops.dlrm.columns_to_ranks, "## All2All_Pooled_bwd ##", grad_outputs[0], shape)
+        own, gradient_BU = ctx.exchange.own, grad_outputs[0]
+        # An interaction may have written it over the pooled rows.
+        if gradient_BU.data_ptr() != own.data_ptr() or gradient_BU.stride() != own.stride():
+            own.copy_(gradient_BU)
+        ctx.exchange.meet("## All2All_Pooled_bwd ##")
+        ctx.exchange = None
         return ctx.token, None
+
+
+class _Pooled(Awaitable[torch.Tensor]):
+    """[B, U] on its way. Between the call and the wait others may compute."""
+
+    def __init__(self, token: torch.Tensor, exchange: _Exchange) -> None:
+        super().__init__()
+        self._left: tuple[torch.Tensor, _Exchange] | None = (token, exchange)
+
+    def _wait_impl(self) -> torch.Tensor:
+        assert self._left is not None, "waited for once"
+        token, exchange = self._left
+        self._left = None  # TorchRec holds this object until long after
+        return _Receive.apply(token, exchange)
 
 
 class HostPooledDist(TwPooledEmbeddingDist):
@@ -90,11 +182,28 @@ class HostPooledDist(TwPooledEmbeddingDist):
 
     Attributes:
         boxed_group: its process group.
+        windows: what is shared.
+        bags: whose lookups are left to this; None where others look up.
         divisor: of gradients: the number of ranks, as TorchRec has it, or 1 where the tables' update sees to that.
     """
 
     boxed_group: Any
+    windows: _Windows
+    bags: HostEmbeddingBag | None
     divisor: int
+
+    @staticmethod
+    def make_of(
+        output_dist: TwPooledEmbeddingDist, bags: HostEmbeddingBag | None = None, divisor: int | None = None
+    ) -> "HostPooledDist":
+        """Turns TorchRec's into one of these; by default gradients are divided as there."""
+        group = cast(Any, output_dist._pg)
+        output_dist.__class__ = HostPooledDist
+        ours = cast(HostPooledDist, output_dist)
+        ours.boxed_group, ours.bags = group.boxed(), bags
+        ours.windows = _Windows(ours.boxed_group, dist.get_rank(group), sum(ours._dim_sum_per_rank))
+        ours.divisor = group.size() if divisor is None else divisor
+        return ours
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
@@ -103,8 +212,22 @@ class HostPooledDist(TwPooledEmbeddingDist):
         assert sharding_ctx is None or not sharding_ctx.variable_batch_per_feature, "one batch size for all features"
         ranks = self._pg.size()
         batch_sizes = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
-        pooled = _Pooled(self, local_embs, batch_sizes or [local_embs.size(0) // ranks] * ranks)
-        awaitable = PooledEmbeddingsAwaitable(tensor_awaitable=pooled)
+        exchange = _Exchange(self, batch_sizes or [local_embs.size(0) // ranks] * ranks, local_embs.dtype)
+        features = self.bags.take_features() if self.bags is not None else None
+        if self.bags is None or features is None:
+            token = _Send.apply(local_embs, exchange, self.divisor)
+        else:
+            module = self.bags.emb_module
+            token = _LookUp.apply(
+                module.placeholder_autograd_tensor,
+                exchange,
+                self.bags.host_tables,
+                features.values(),
+                features.offsets(),
+                module.learning_rate_tensor,
+                self.bags.gradient_scale,
+            )
+        awaitable = PooledEmbeddingsAwaitable(tensor_awaitable=_Pooled(token, exchange))
         awaitable.callbacks.extend(self._callbacks or [])
         return awaitable
 
@@ -122,16 +245,12 @@ def replace_exchanges(model: nn.Module) -> None:
             if type(output_dist) is not TwPooledEmbeddingDist or output_dist._codecs is not None:
                 continue
             group = cast(Any, output_dist._pg)
-            if torch.ops.dlrm.exchanges_in_memory(group.boxed()):
-                scales = _scale_gradients(lookup, 1 / group.size())
-                output_dist.__class__ = HostPooledDist
-                vars(output_dist).update(boxed_group=group.boxed(), divisor=1 if scales else group.size())
-
-
-def _scale_gradients(lookup: nn.Module, scale: float) -> bool:
-    """Has the tables' updates scale their gradients, if all of a lookup's can; whether they do."""
-    bags = list(getattr(lookup, "_emb_modules", ()))
-    scales = all(isinstance(part, HostEmbeddingBag) for part in bags)
-    for part in bags if scales else ():
-        part.gradient_scale = scale
-    return scales
+            if exchanges_in_memory(group):
+                bags = list(getattr(lookup, "_emb_modules", ()))
+                scales = all(isinstance(part, HostEmbeddingBag) for part in bags)
+                for part in bags if scales else ():
+                    part.gradient_scale = 1 / group.size()
+                only = bags[0] if scales and len(bags) == 1 and bags[0].host_tables is not None else None
+                if only is not None:
+                    only.leaves_lookup = True
+                HostPooledDist.make_of(output_dist, only, divisor=1 if scales else None)

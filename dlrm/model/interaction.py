@@ -29,7 +29,7 @@ class DotInteraction(nn.Module):
         self, dense_BD: torch.Tensor, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Returns [B, D + P]."""
-        return dot_interaction(dense_BD, sources, columns)
+        return dot_interaction(dense_BD, sources, columns, may_overwrite=True)
 
 
 class DCNInteraction(nn.Module):

@@ -17,6 +17,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from dlrm.kernels.draw import draw_uniform
 from dlrm.kernels.embedding import replace_lookups, round_lookups
+from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.pooled_exchange import replace_exchanges
 from dlrm.runtime import derive_seed
 from dlrm.schema import TABLE_NAMES
@@ -50,6 +51,7 @@ def shard_model(
     if device.type == "cpu":
         replace_lookups(sharded, sharder.pooled_type)
         replace_exchanges(sharded)
+        replace_averages(sharded)
     else:
         round_lookups(sharded, sharder.pooled_type)
     return sharded

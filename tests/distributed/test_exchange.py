@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 
 from dlrm.kernels.exchange import exchange_in_memory
+from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.native import has_native
 from dlrm.kernels.pooled_exchange import HostPooledDist
 from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
@@ -73,13 +76,41 @@ def compare_collectives() -> None:
         cast(Any, work).wait()
     with pytest.raises(ValueError, match=r"output: got parts of \[7\] rows, expected"):
         dist.all_to_all_single(torch.empty(7), torch.empty(world), [7], group=memory)
-    pooled, shared = torch.empty(2 * world, 3), [2] * world
-    with pytest.raises(TypeError, match="expected one type"):
-        torch.ops.dlrm.rows_to_ranks(memory.boxed(), pooled, torch.empty(2, 3 * world).bfloat16(), shared, [3] * world)
-    with pytest.raises(ValueError, match=r"output: got parts of \[.*\] columns, expected"):
-        torch.ops.dlrm.rows_to_ranks(memory.boxed(), pooled, torch.empty(2, 3 * world), shared, [4] * world)
+    own, *_ = memories = [part.view(torch.float32) for part in torch.ops.dlrm.share_memory(memory.boxed(), 400)]
+    for part in memories:
+        part[rank::world] = rank
+    torch.ops.dlrm.meet(memory.boxed()).wait()
+    assert torch.equal(own, torch.arange(100.0) % world)
     with pytest.raises(ValueError, match="expected one that exchanges in memory"):
-        torch.ops.dlrm.rows_to_ranks(sockets.boxed(), pooled, torch.empty(2, 3 * world), shared, [3] * world)
+        torch.ops.dlrm.share_memory(sockets.boxed(), 400)
+    dist.destroy_process_group()
+
+
+def compare_means() -> None:
+    """Runs on every rank: what DistributedDataParallel leaves, with and without shared memory."""
+    memory, sockets, rank, world = join()
+    torch.manual_seed(3)
+    layers = torch.nn.Sequential(torch.nn.Linear(300, 700), torch.nn.ReLU(), torch.nn.Linear(700, 3))
+    ours, theirs = (DistributedDataParallel(deepcopy(layers), process_group=group) for group in (memory, sockets))
+    replace_averages(torch.nn.ModuleList([ours, theirs]))
+    torch.manual_seed(rank)
+    for _ in range(4):  # buckets are made anew after the first
+        given = torch.randn(9, 300)
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(given).square().sum().backward()
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad)
+    values = torch.arange(7.0) * (1 + rank)
+    view = values.view(7)
+    torch.ops.dlrm.share_storage_(memory.boxed(), values)
+    torch.ops.dlrm.share_storage_(memory.boxed(), values)
+    dist.all_reduce(values[2:], group=memory)
+    assert view.tolist() == [0, 1 + rank, *(i * sum(range(1, world + 1)) for i in range(2, 7))]
+    with pytest.raises(ValueError, match="a mean is for tensors in shared memory"):
+        dist.all_reduce(torch.ones(3), dist.ReduceOp.AVG, group=memory)
+    with pytest.raises(ValueError, match="got 12 of 28 bytes of a storage, expected all"):
+        torch.ops.dlrm.share_storage_(memory.boxed(), torch.ones(7)[:3])
     dist.destroy_process_group()
 
 
@@ -96,17 +127,26 @@ def compare_pooled(dtype: torch.dtype) -> None:
     expected.backward(gradient)
     ours = pooled.clone().requires_grad_()
     exchange: Any = TwPooledEmbeddingDist(memory, columns, [])
-    exchange.__class__ = HostPooledDist
-    exchange.boxed_group, exchange.divisor = memory.boxed(), world
+    HostPooledDist.make_of(exchange)
 
     context = EmbeddingShardingContext(batch_size_per_rank=batches)
-    result = exchange(ours, context).wait()
-    result.backward(gradient)
-    assert torch.equal(result, expected)
-    assert ours.grad is not None
-    assert torch.equal(ours.grad, theirs.grad)
+    for is_in_place in (False, True):
+        ours.grad = None
+        result = exchange(ours, context).wait()
+        assert torch.equal(result, expected)
+        result.backward(result.detach().copy_(gradient) if is_in_place else gradient)
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+        del result
     with torch.no_grad():
         assert torch.equal(exchange(pooled, context).wait(), expected)
+        doubled = EmbeddingShardingContext(batch_size_per_rank=[2 * size for size in batches])
+        twice = torch.cat([rows.repeat(2, 1) for rows in pooled.split(batches)])
+        assert torch.equal(exchange(twice, doubled).wait(), expected.detach().repeat(2, 1))
+        held = exchange(pooled, context).wait()
+        assert torch.equal(exchange(pooled, context).wait(), held)
+        with pytest.raises(RuntimeError, match="those of the last step but one are still held, expected none"):
+            exchange(pooled, context)
     dist.destroy_process_group()
 
 
@@ -147,6 +187,11 @@ def test_collectives_are_those_of_gloo(tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
 def test_pooled_rows_and_gradients_are_those_of_torchrec(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
     launch(compare_pooled, ranks, dtype, folder=tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_means_of_gradients_are_those_over_sockets(tmp_path: Path, ranks: int) -> None:
+    launch(compare_means, ranks, folder=tmp_path)
 
 
 def test_parts_that_do_not_match_are_named(tmp_path: Path) -> None:

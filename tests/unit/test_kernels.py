@@ -112,10 +112,10 @@ def test_tables_are_those_of_float64(
         for _ in range(3):
             ids, offsets = draw_ids(rows, batch, most, ids_type)
             matrices = bag_matrices(rows, batch, ids, offsets)
-            pooled = tables.pool(ids, offsets, torch.float32)
+            pooled = pool(tables, ids, offsets, torch.float32)
             assert_close(pooled, torch.cat([m @ w for m, w in zip(matrices, expected, strict=True)], 1).float())
             grad = torch.randn(batch, sum(dims)).to(grad_type)
-            tables.update(ids, offsets, grad, RATE, SCALE)
+            tables.update(ids, offsets, [grad], RATE, SCALE)
             for f, part in enumerate((SCALE * grad.double()).split(dims, dim=1)):
                 expected[f], states[f] = step_float64(optimizer, expected[f], states[f], matrices[f].t() @ part)
     finally:
@@ -137,9 +137,9 @@ def test_tables_are_those_of_fbgemm(optimizer: str) -> None:
         ids, offsets = draw_ids(rows, batch, 3, torch.int64)
         grad = torch.randn(batch, sum(dims))
         pooled = theirs(ids, offsets)
-        assert_close(tables.pool(ids, offsets, torch.float32), pooled.detach())
+        assert_close(pool(tables, ids, offsets, torch.float32), pooled.detach())
         pooled.backward(grad)
-        tables.update(ids, offsets, grad, RATE)
+        tables.update(ids, offsets, [grad], RATE)
     for own, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
         assert_close(own, other, rtol=1e-4, atol=1e-5)
 
@@ -157,11 +157,64 @@ def test_an_update_does_not_depend_on_the_number_of_threads(optimizer: str) -> N
         grad = torch.randn(400, 64)
         torch.set_num_threads(threads)
         try:
-            tables.update(ids, offsets, grad, RATE)
+            tables.update(ids, offsets, [grad], RATE)
         finally:
             torch.set_num_threads(before)
         results.append(module.weights_host.detach().clone())
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_in_blocks_is_like_one_in_one_piece(optimizer: str, dtype: torch.dtype) -> None:
+    """As where samples belong to several ranks, and their rows have other ranks' columns, too."""
+    rows, dims, sizes = [30, 500], [32, 20], [130, 0, 7, 263]
+    whole, cut = (make_tables(rows, dims, optimizer) for _ in range(2))
+    cut.weights_host.data.copy_(whole.weights_host.data)
+    ids, offsets = draw_ids(rows, sum(sizes), 3, torch.int32)
+    ours, theirs = HostTables.of(whole), HostTables.of(cut)
+    assert ours is not None
+    assert theirs is not None
+    expected = pool(ours, ids, offsets, dtype)
+    wide = [torch.full((size, 90), 7.0, dtype=dtype) for size in sizes]
+    theirs.pool(ids, offsets, [block[:, 5:57] for block in wide])
+    assert torch.equal(torch.cat([block[:, 5:57] for block in wide]), expected)
+    assert all((block[:, :5] == 7).all() and (block[:, 57:] == 7).all() for block in wide)
+    gradient = torch.randn(sum(sizes), 52).to(dtype)
+    for block, part in zip(wide, gradient.split(sizes), strict=True):
+        block[:, 5:57] = part
+    ours.update(ids, offsets, [gradient], RATE)
+    theirs.update(ids, offsets, [block[:, 5:57] for block in wide], RATE)
+    assert torch.equal(cut.weights_host, whole.weights_host)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    tables = HostTables.of(make_tables([5], [16], "sgd"))
+    assert tables is not None
+    ids, offsets = torch.tensor([0, 1]), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="pooled: got 3 rows, expected 2"):
+        tables.pool(ids, offsets, [torch.empty(1, 16), torch.empty(2, 16)])
+    with pytest.raises(ValueError, match=r"pooled: got \[2, 15\], expected rows of 16 numbers"):
+        tables.pool(ids, offsets, [torch.empty(2, 15)])
+    with pytest.raises(ValueError, match="gradients: expected one matrix or more"):
+        tables.update(ids, offsets, [], RATE)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad"])
+def test_rows_that_come_often_take_one_step(optimizer: str) -> None:
+    """More lookups than rows, and ids whose hashes meet."""
+    torch.manual_seed(5)
+    rows, dim, batch = 2**20, 16, 3000
+    module = make_tables([rows], [dim], optimizer)
+    tables = HostTables.of(module)
+    assert tables is not None
+    ids = torch.cat((torch.randint(0, 40, (1500,)) * 16384, torch.randint(0, rows, (1500,))))[torch.randperm(batch)]
+    expected, state = module.split_embedding_weights()[0].double(), 0.0
+    gradient = torch.randn(batch, dim)
+    sums = torch.zeros(rows, dim, dtype=torch.float64).index_add_(0, ids, gradient.double())
+    tables.update(ids, torch.arange(batch + 1), [gradient], RATE)
+    expected, _ = step_float64(optimizer, expected, state, sums)
+    assert_close(module.split_embedding_weights()[0], expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_near_overflow_and_rounded_ones() -> None:
@@ -171,10 +224,10 @@ def test_rows_near_overflow_and_rounded_ones() -> None:
     module.split_embedding_weights()[0][0] = 3e38
     module.split_embedding_weights()[0][1] = torch.linspace(-2.0, 2.0, 16)
     ids, offsets = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2, 3, 4])
-    pooled = tables.pool(ids, offsets, torch.float32)
+    pooled = pool(tables, ids, offsets, torch.float32)
     assert pooled[0].isinf().all()
     assert (pooled[1] == 3e38).all()
-    assert torch.equal(tables.pool(ids, offsets, torch.bfloat16), pooled.bfloat16())
+    assert torch.equal(pool(tables, ids, offsets, torch.bfloat16), pooled.bfloat16())
 
 
 @pytest.mark.parametrize("bad", [-1, 2, 2**31 - 1])
@@ -183,14 +236,20 @@ def test_an_id_outside_its_table_is_refused(bad: int) -> None:
     tables = HostTables.of(module)
     assert tables is not None
     with pytest.raises(IndexError, match=f"id {bad} of feature 1 is outside its table of 2 rows"):
-        tables.pool(torch.tensor([0, bad]), torch.tensor([0, 1, 2]), torch.float32)
+        pool(tables, torch.tensor([0, bad]), torch.tensor([0, 1, 2]), torch.float32)
 
 
 def test_offsets_that_run_backwards_are_refused() -> None:
     tables = HostTables.of(make_tables([5], [16], "sgd"))
     assert tables is not None
     with pytest.raises(ValueError, match="offsets: expected ascending"):
-        tables.pool(torch.tensor([0, 1]), torch.tensor([0, 2, 1]), torch.float32)
+        pool(tables, torch.tensor([0, 1]), torch.tensor([0, 2, 1]), torch.float32)
+
+
+def pool(tables: HostTables, ids: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    pooled = torch.empty(tables.batch_size(offsets), tables.columns, dtype=dtype)
+    tables.pool(ids, offsets, [pooled])
+    return pooled
 
 
 def interaction_case(
@@ -228,6 +287,29 @@ def test_interaction_is_that_of_float64(
     gradients = torch.autograd.grad(output, [dense, *sources], grad)
     for own, other in zip(gradients, torch.autograd.grad(exact, exact_inputs, grad.double()), strict=True):
         assert_close(own.double() / 10, other / 10, **TOLERANCE[own.dtype])
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(32, torch.bfloat16), (20, torch.bfloat16), (128, torch.float32)])
+def test_gradients_may_take_the_place_of_their_sources(dim: int, dtype: torch.dtype) -> None:
+    dense, leaves, columns = interaction_case(70, dim, [5, 2], dtype, dtype)
+    gradient = torch.randn(70, dim + 28).to(dtype)
+    expected = torch.autograd.grad(dot_interaction(dense, leaves, columns), [dense, *leaves], gradient)
+    sources = [leaf.clone() for leaf in leaves]
+    output = dot_interaction(dense, sources, columns, may_overwrite=True)
+    got = torch.autograd.grad(output, [dense, *sources], gradient, retain_graph=True)
+    assert all(torch.equal(own, other) for own, other in zip(got, expected, strict=True))
+    assert [own.data_ptr() for own in got[1:]] == [source.data_ptr() for source in sources]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output, dense, gradient)
+
+
+def test_what_others_may_read_is_not_overwritten() -> None:
+    dense, (leaf,), columns = interaction_case(3, 8, [2], torch.float32, torch.float32)
+    wide = torch.cat((leaf, torch.zeros(3, 1)), 1)  # a column that is in no vector
+    for source in (leaf, wide):
+        before = source.detach().clone()
+        dot_interaction(dense, [source], columns, may_overwrite=True).sum().backward()
+        assert torch.equal(source, before)
 
 
 def test_columns_that_no_vector_uses_have_no_gradient() -> None:

@@ -6,6 +6,8 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -25,6 +27,8 @@ namespace {
 
 using c10::intrusive_ptr;
 using c10d::Work;
+
+constexpr int64_t kReducedChunk = 2048;  // floats, which stay in L1
 
 class Exchange : public Work {
  public:
@@ -85,8 +89,13 @@ class SharedMemoryBackend : public c10d::Backend {
                                     std::vector<int64_t>& input_sizes, const c10d::AllToAllOptions& options) override;
   intrusive_ptr<Work> allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override;
 
-  // Rows from[r] of an input to rank r, whose rows come to to[r] of an output.
-  intrusive_ptr<Work> exchange(const at::Tensor& input, const at::Tensor& output, std::vector<Rows> from, std::vector<Rows> to);
+  // Done when all ranks have come to it: what they wrote before into shared memory is there then.
+  intrusive_ptr<Work> meet();
+  // Collective. A new tensor of so many bytes for each rank, in memory that all ranks share.
+  std::vector<at::Tensor> share_memory(int64_t bytes);
+  // Collective. Moves all that is in a tensor's storage to memory that all ranks share, unless it is there: all-reduces of it
+  // copy nothing from then on.
+  void share_storage(const at::Tensor& tensor);
 
   intrusive_ptr<Options> getBackendOptions() override { return plain_->getBackendOptions(); }
   void setTimeout(std::chrono::milliseconds timeout) override { plain_->setTimeout(timeout); }
@@ -161,6 +170,14 @@ class SharedMemoryBackend : public c10d::Backend {
   void shutdown() override { stop(); }
 
  private:
+  // Collective.
+  std::shared_ptr<HostMemory> make_memory(int64_t bytes);
+  // from[r] to rank r, whose bytes come to to[r].
+  void exchange(const std::vector<Bytes>& from, const std::vector<Bytes>& to);
+  void wait_for_all();
+  void reduce_in_place(const HostMemory& memory, int64_t offset, int64_t count, float factor);
+  void reduce_by_lanes(char* values, int64_t count);
+
   intrusive_ptr<Work> start(intrusive_ptr<Exchange> exchange) {
     {
       const std::lock_guard lock(mutex_);
@@ -206,22 +223,15 @@ class SharedMemoryBackend : public c10d::Backend {
   std::thread thread_;  // last: what it uses is there when it begins
 };
 
-intrusive_ptr<Work> SharedMemoryBackend::exchange(const at::Tensor& input, const at::Tensor& output, std::vector<Rows> from,
-                                                  std::vector<Rows> to) {
-  TORCH_CHECK_VALUE(from[rank_].size() == to[rank_].size(), "all-to-all: got ", from[rank_].size(), " and ", to[rank_].size(),
-                    " bytes as this rank's part for itself, expected as many");
-  auto run = [this, from = std::move(from), to = std::move(to)] {
-    std::vector<Part> outgoing, incoming;
-    for (int away = 1; away < size_; ++away) {
-      const int next = (rank_ + away) % size_, last = (rank_ + size_ - away) % size_;
-      outgoing.push_back({next, from[next]});
-      incoming.push_back({last, to[last]});
-    }
-    copy(from[rank_], to[rank_]);
-    lanes_->transfer(std::move(outgoing), std::move(incoming));
-  };
-  return start(c10::make_intrusive<Exchange>(c10d::OpType::ALLTOALL_BASE, "shared_memory:all_to_all",
-                                             std::vector<at::Tensor>{input}, std::vector<at::Tensor>{output}, std::move(run)));
+void SharedMemoryBackend::exchange(const std::vector<Bytes>& from, const std::vector<Bytes>& to) {
+  std::vector<Part> outgoing, incoming;
+  for (int away = 1; away < size_; ++away) {
+    const int next = (rank_ + away) % size_, last = (rank_ + size_ - away) % size_;
+    outgoing.push_back({next, from[next]});
+    incoming.push_back({last, to[last]});
+  }
+  if (from[rank_].size > 0) std::memcpy(to[rank_].at, from[rank_].at, from[rank_].size);
+  lanes_->transfer(std::move(outgoing), std::move(incoming));
 }
 
 char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
@@ -232,7 +242,7 @@ void check_contiguous(const at::Tensor& tensor, const char* name) {
 }
 
 // Each rank's part of a tensor: so many of its rows, or an equal share.
-std::vector<Rows> parts_of(const at::Tensor& tensor, const std::vector<int64_t>& sizes, int world, const char* name) {
+std::vector<Bytes> parts_of(const at::Tensor& tensor, const std::vector<int64_t>& sizes, int world, const char* name) {
   check_contiguous(tensor, name);
   const int64_t rows = tensor.size(0), row = tensor.nbytes() / std::max<int64_t>(1, rows);
   TORCH_CHECK_VALUE(!sizes.empty() || rows % world == 0, name, ": got ", rows, " rows, expected as many for each of ", world,
@@ -240,41 +250,37 @@ std::vector<Rows> parts_of(const at::Tensor& tensor, const std::vector<int64_t>&
   TORCH_CHECK_VALUE(sizes.empty() || (static_cast<int>(sizes.size()) == world &&
                                       std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == rows),
                     name, ": got parts of [", sizes, "] rows, expected ", world, " parts, ", rows, " rows together");
-  std::vector<Rows> parts;
+  std::vector<Bytes> parts;
   char* start = bytes_of(tensor);
   for (int r = 0; r < world; ++r) {
     parts.push_back({start, (sizes.empty() ? rows / world : sizes[r]) * row});
-    start += parts.back().bytes;
+    start += parts.back().size;
   }
   return parts;
-}
-
-// Each rank's part of a matrix: so many of its columns.
-std::vector<Rows> columns_of(const at::Tensor& tensor, const std::vector<int64_t>& sizes, int world, const char* name) {
-  check_contiguous(tensor, name);
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && static_cast<int>(sizes.size()) == world &&
-                        std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == tensor.size(1),
-                    name, ": got parts of [", sizes, "] columns, expected ", world, " parts of a matrix of ", tensor.sizes());
-  std::vector<Rows> parts;
-  const int64_t item = tensor.itemsize();
-  char* start = bytes_of(tensor);
-  for (int r = 0; r < world; ++r) {
-    parts.push_back({start, sizes[r] * item, tensor.size(0), tensor.size(1) * item});
-    start += parts.back().bytes;
-  }
-  return parts;
-}
-
-void check_types(const at::Tensor& input, const at::Tensor& output) {
-  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), "all-to-all: got ", input.scalar_type(), " and an output of ",
-                   output.scalar_type(), ", expected one type");
 }
 
 intrusive_ptr<Work> SharedMemoryBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
                                                        std::vector<int64_t>& output_sizes,
                                                        std::vector<int64_t>& input_sizes, const c10d::AllToAllOptions&) {
-  check_types(input, output);
-  return exchange(input, output, parts_of(input, input_sizes, size_, "input"), parts_of(output, output_sizes, size_, "output"));
+  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), "all-to-all: got ", input.scalar_type(), " and an output of ",
+                   output.scalar_type(), ", expected one type");
+  std::vector<Bytes> from = parts_of(input, input_sizes, size_, "input"), to = parts_of(output, output_sizes, size_, "output");
+  TORCH_CHECK_VALUE(from[rank_].size == to[rank_].size, "all-to-all: got ", from[rank_].size, " and ", to[rank_].size,
+                    " bytes as this rank's part for itself, expected as many");
+  auto run = [this, from = std::move(from), to = std::move(to)] { exchange(from, to); };
+  return start(c10::make_intrusive<Exchange>(c10d::OpType::ALLTOALL_BASE, "shared_memory:all_to_all",
+                                             std::vector<at::Tensor>{input}, std::vector<at::Tensor>{output}, std::move(run)));
+}
+
+void SharedMemoryBackend::wait_for_all() {
+  const std::vector<Bytes> nothing(size_, Bytes{nullptr, 0});
+  exchange(nothing, nothing);
+}
+
+intrusive_ptr<Work> SharedMemoryBackend::meet() {
+  auto run = [this] { wait_for_all(); };
+  return start(c10::make_intrusive<Exchange>(c10d::OpType::BARRIER, "shared_memory:meet", std::vector<at::Tensor>{},
+                                             std::vector<at::Tensor>{}, std::move(run)));
 }
 
 SharedMemoryBackend* backend_of(const intrusive_ptr<c10d::ProcessGroup>& group) {
@@ -289,79 +295,89 @@ SharedMemoryBackend& require_backend(const intrusive_ptr<c10d::ProcessGroup>& gr
   return *backend;
 }
 
-// rows[r] rows of input [sum of rows, own columns] go to rank r; from rank r come columns[r] columns of output
-// [own rows, sum of columns].
-intrusive_ptr<Work> rows_to_ranks(const intrusive_ptr<c10d::ProcessGroup>& group, const at::Tensor& input, at::Tensor output,
-                                  std::vector<int64_t> rows, std::vector<int64_t> columns) {
-  check_types(input, output);
-  SharedMemoryBackend& backend = require_backend(group);
-  return backend.exchange(input, output, parts_of(input, rows, backend.getSize(), "input"),
-                          columns_of(output, columns, backend.getSize(), "output"));
-}
+void drop_memory(void* memory) { delete static_cast<std::shared_ptr<HostMemory>*>(memory); }
 
-// The way back: columns[r] columns of input [own rows, sum of columns] go to rank r; from rank r come rows[r] rows of
-// output [sum of rows, own columns].
-intrusive_ptr<Work> columns_to_ranks(const intrusive_ptr<c10d::ProcessGroup>& group, const at::Tensor& input,
-                                     at::Tensor output, std::vector<int64_t> rows, std::vector<int64_t> columns) {
-  check_types(input, output);
-  SharedMemoryBackend& backend = require_backend(group);
-  return backend.exchange(input, output, columns_of(input, columns, backend.getSize(), "input"),
-                          parts_of(output, rows, backend.getSize(), "output"));
+// Where a tensor's storage lies in memory that all ranks share; or null.
+std::shared_ptr<HostMemory> memory_of(const at::Tensor& tensor) {
+  const auto* memory = tensor.storage().data_ptr().cast_context<std::shared_ptr<HostMemory>>(drop_memory);
+  return memory == nullptr ? nullptr : *memory;
 }
 
 // Each rank adds up a part for all, in a fixed order.
 intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) {
+  const auto kind = options.reduceOp.op_;
   const bool is_ours = tensors.size() == 1 && tensors[0].scalar_type() == at::kFloat && tensors[0].is_cpu() &&
                        tensors[0].layout() == at::kStrided && tensors[0].is_non_overlapping_and_dense() &&
-                       options.reduceOp.op_ == c10d::ReduceOp::SUM;
+                       (kind == c10d::ReduceOp::SUM || kind == c10d::ReduceOp::AVG);
   if (!is_ours) return plain_->allreduce(tensors, options);
   const at::Tensor& values = tensors[0];
-  auto run = [this, at = bytes_of(values), count = values.numel()] {
-    const auto start = [&](int rank) { return count * rank / size_ * static_cast<int64_t>(sizeof(float)); };
-    const auto share = [&](int rank) { return Rows{at + start(rank), start(rank + 1) - start(rank)}; };
-    std::vector<Part> parts, addends, sums, results;
-    for (int away = 1; away < size_; ++away) {
-      const int next = (rank_ + away) % size_, last = (rank_ + size_ - away) % size_;
-      parts.push_back({next, share(next)});
-      addends.push_back({last, share(rank_), true});
-      sums.push_back({next, share(rank_)});
-      results.push_back({last, share(last)});
-    }
-    lanes_->transfer(std::move(parts), std::move(addends));
-    lanes_->transfer(std::move(sums), std::move(results));
-  };
+  const int64_t count = values.numel();
+  std::function<void()> run;
+  if (const auto memory = memory_of(values)) {
+    const float factor = kind == c10d::ReduceOp::AVG ? 1.0f / static_cast<float>(size_) : 1.0f;
+    const int64_t offset = values.storage_offset();
+    run = [this, memory, offset, count, factor] { reduce_in_place(*memory, offset, count, factor); };
+  } else {
+    TORCH_CHECK_VALUE(kind == c10d::ReduceOp::SUM, "all-reduce: a mean is for tensors in shared memory");
+    run = [this, at = bytes_of(values), count] { reduce_by_lanes(at, count); };
+  }
   return start(c10::make_intrusive<Exchange>(c10d::OpType::ALLREDUCE, "shared_memory:all_reduce", tensors, tensors,
                                              std::move(run)));
 }
 
-// Collective. Empty where the group exchanges through shared memory from now on, or why not: the same on all ranks.
-std::string exchange_in_memory(const intrusive_ptr<c10d::ProcessGroup>& group) {
-  const intrusive_ptr<c10d::Backend> plain = group->getBackend(c10::DeviceType::CPU);
-  if (exchanges_in_memory(group)) return "";
-  const int rank = plain->getRank(), world = plain->getSize();
-  std::string failure;
-  std::unique_ptr<Lanes> lanes;
-  try {
-    lanes = std::make_unique<Lanes>(rank, world);
-  } catch (const std::runtime_error& error) {
-    failure = error.what();
+void SharedMemoryBackend::reduce_in_place(const HostMemory& memory, int64_t offset, int64_t count, float factor) {
+  std::vector<float*> ranks;
+  for (int r = 0; r < size_; ++r) ranks.push_back(reinterpret_cast<float*>(memory.of(r)) + offset);
+  wait_for_all();
+  const int64_t stop = count * (rank_ + 1) / size_;
+  for (int64_t first = count * rank_ / size_; first < stop; first += kReducedChunk) {
+    const int64_t some = std::min(kReducedChunk, stop - first);
+    std::array<float, kReducedChunk> sums;
+    std::copy_n(ranks[0] + first, some, sums.data());
+    for (int r = 1; r < size_; ++r) {
+      for (int64_t i = 0; i < some; ++i) sums[i] += ranks[r][first + i];
+    }
+    for (int64_t i = 0; i < some; ++i) sums[i] *= factor;
+    for (float* rank : ranks) std::copy_n(sums.data(), some, rank + first);
   }
+  wait_for_all();
+}
+
+void SharedMemoryBackend::reduce_by_lanes(char* values, int64_t count) {
+  const auto start = [&](int rank) { return count * rank / size_ * static_cast<int64_t>(sizeof(float)); };
+  const auto share = [&](int rank) { return Bytes{values + start(rank), start(rank + 1) - start(rank)}; };
+  std::vector<Part> parts, addends, sums, results;
+  for (int away = 1; away < size_; ++away) {
+    const int next = (rank_ + away) % size_, last = (rank_ + size_ - away) % size_;
+    parts.push_back({next, share(next)});
+    addends.push_back({last, share(rank_), true});
+    sums.push_back({next, share(rank_)});
+    results.push_back({last, share(last)});
+  }
+  lanes_->transfer(std::move(parts), std::move(addends));
+  lanes_->transfer(std::move(sums), std::move(results));
+}
+
+// Collective. Makes a rank's memory known to all. Empty, or why that can't be: `failure`, or the system's or another
+// rank's reason. `memory` is null where there is a failure.
+std::string open_on_all(c10d::Backend& plain, HostMemory* memory, std::string failure) {
+  const int world = plain.getSize();
   const auto gather = [&](std::vector<int64_t> own) {
     std::vector<at::Tensor> inputs{at::tensor(own, at::kLong)};
     std::vector<std::vector<at::Tensor>> outputs(1);
     for (int r = 0; r < world; ++r) outputs[0].push_back(at::empty_like(inputs[0]));
-    plain->allgather(outputs, inputs)->wait();
+    plain.allgather(outputs, inputs)->wait();
     return outputs[0];
   };
-  const Lanes::Address own = lanes ? lanes->address() : Lanes::Address{};
-  std::vector<Lanes::Address> addresses;
+  const HostMemory::Address own = memory != nullptr ? memory->address() : HostMemory::Address{};
+  std::vector<HostMemory::Address> addresses;
   for (const at::Tensor& one : gather({own.process, own.file, own.token})) {
     const int64_t* numbers = one.const_data_ptr<int64_t>();
     addresses.push_back({numbers[0], numbers[1], numbers[2]});
   }
-  if (lanes) {
+  if (memory != nullptr) {
     try {
-      lanes->open(addresses);
+      memory->open(addresses);
     } catch (const std::runtime_error& error) {
       failure = error.what();
     }
@@ -370,22 +386,82 @@ std::string exchange_in_memory(const intrusive_ptr<c10d::ProcessGroup>& group) {
   for (const at::Tensor& one : gather({failure.empty()})) {
     if (one[0].item<int64_t>() == 0) return failure.empty() ? "another rank can't" : failure;
   }
+  return "";
+}
+
+// Collective. Empty where the group exchanges through shared memory from now on, or why not: the same on all ranks.
+std::string exchange_in_memory(const intrusive_ptr<c10d::ProcessGroup>& group) {
+  const intrusive_ptr<c10d::Backend> plain = group->getBackend(c10::DeviceType::CPU);
+  if (exchanges_in_memory(group)) return "";
+  std::string failure;
+  std::unique_ptr<Lanes> lanes;
+  try {
+    lanes = std::make_unique<Lanes>(plain->getRank(), plain->getSize());
+  } catch (const std::runtime_error& error) {
+    failure = error.what();
+  }
+  failure = open_on_all(*plain, lanes ? &lanes->memory() : nullptr, failure);
+  if (!failure.empty()) return failure;
   group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::CUSTOM,
                     intrusive_ptr<c10d::Backend>(c10::make_intrusive<SharedMemoryBackend>(plain, std::move(lanes))));
   return "";
 }
 
+std::shared_ptr<HostMemory> SharedMemoryBackend::make_memory(int64_t bytes) {
+  std::string failure;
+  std::shared_ptr<HostMemory> memory;
+  try {
+    memory = std::make_shared<HostMemory>(rank_, size_, bytes);
+  } catch (const std::runtime_error& error) {
+    failure = error.what();
+  }
+  failure = open_on_all(*plain_, memory.get(), failure);
+  TORCH_CHECK(failure.empty(), "memory shared by ranks: ", failure);
+  return memory;
+}
+
+std::vector<at::Tensor> SharedMemoryBackend::share_memory(int64_t bytes) {
+  const std::shared_ptr<HostMemory> memory = make_memory(bytes);
+  std::vector<at::Tensor> tensors;
+  for (int r = 0; r < size_; ++r) {
+    tensors.push_back(at::from_blob(memory->of(r), {bytes}, [memory](void*) {}, at::kByte));
+  }
+  return tensors;
+}
+
+void SharedMemoryBackend::share_storage(const at::Tensor& tensor) {
+  check_contiguous(tensor, "tensor");
+  const c10::Storage& storage = tensor.storage();
+  TORCH_CHECK_VALUE(tensor.nbytes() > 0 && storage.nbytes() == tensor.nbytes(), "tensor: got ", tensor.nbytes(), " of ",
+                    storage.nbytes(), " bytes of a storage, expected all");
+  if (memory_of(tensor) != nullptr) return;
+  auto memory = std::make_unique<std::shared_ptr<HostMemory>>(make_memory(storage.nbytes()));
+  char* own = (*memory)->of(rank_);
+  std::memcpy(own, tensor.const_data_ptr(), storage.nbytes());
+  storage.set_data_ptr_noswap(at::DataPtr(own, memory.release(), drop_memory, at::kCPU));
+}
+
+intrusive_ptr<Work> meet(const intrusive_ptr<c10d::ProcessGroup>& group) { return require_backend(group).meet(); }
+
+std::vector<at::Tensor> share_memory(const intrusive_ptr<c10d::ProcessGroup>& group, int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes > 0, "bytes: got ", bytes);
+  return require_backend(group).share_memory(bytes);
+}
+
+void share_storage(const intrusive_ptr<c10d::ProcessGroup>& group, const at::Tensor& tensor) {
+  require_backend(group).share_storage(tensor);
+}
+
+// Tensors that lie in a tensor's memory, itself included.
+int64_t count_holders(const at::Tensor& tensor) { return tensor.storage().use_count(); }
+
 TORCH_LIBRARY_FRAGMENT(dlrm, m) {
   m.def("exchange_in_memory(__torch__.torch.classes.c10d.ProcessGroup group) -> str", exchange_in_memory);
   m.def("exchanges_in_memory(__torch__.torch.classes.c10d.ProcessGroup group) -> bool", exchanges_in_memory);
-  m.def(
-      "rows_to_ranks(__torch__.torch.classes.c10d.ProcessGroup group, Tensor input, Tensor(a!) output, int[] rows, "
-      "int[] columns) -> __torch__.torch.classes.c10d.Work",
-      rows_to_ranks);
-  m.def(
-      "columns_to_ranks(__torch__.torch.classes.c10d.ProcessGroup group, Tensor input, Tensor(a!) output, int[] rows, "
-      "int[] columns) -> __torch__.torch.classes.c10d.Work",
-      columns_to_ranks);
+  m.def("meet(__torch__.torch.classes.c10d.ProcessGroup group) -> __torch__.torch.classes.c10d.Work", meet);
+  m.def("share_memory(__torch__.torch.classes.c10d.ProcessGroup group, int bytes) -> Tensor[]", share_memory);
+  m.def("share_storage_(__torch__.torch.classes.c10d.ProcessGroup group, Tensor(a!) tensor) -> ()", share_storage);
+  m.def("count_holders(Tensor tensor) -> int", count_holders);
 }
 
 }  // namespace

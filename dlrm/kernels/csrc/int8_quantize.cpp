@@ -12,6 +12,7 @@ namespace dlrm::integer {
 namespace {
 
 constexpr int kHalves = 2 * kLanes;     // bfloat16 in a register
+constexpr int64_t kRowsOfRange = 8;     // looked at together
 constexpr float kUnsigned = 254.4f;     // what stands for 0 is rounded up, so that entries come to 255 at most
 constexpr float kSigned = 127.0f;
 constexpr float kMaxFactor = 1e37f;     // what it is undone by is no subnormal
@@ -85,39 +86,46 @@ float quantize_row(const BFloat16* source, int64_t count, __m512 factor, __m512 
   return static_cast<float>(_mm512_reduce_add_epi32(sum));
 }
 
-// Rows `at`, ..., three more, 16 columns: 4 entries in each lane. Rows that are not there count as zeros.
-__m512i quantize_fours(const BFloat16* at, int64_t stride, int64_t rows, __mmask16 live, const Quantization& q,
-                       bool is_signed) {
-  __m512i four[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256i bits = _mm256_maskz_loadu_epi16(i < rows ? live : 0, at + i * stride);
-    four[i] = to_int(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16), q.factor, q.offset);
-  }
-  const __m512i a = _mm512_packs_epi32(four[0], four[1]), b = _mm512_packs_epi32(four[2], four[3]);
-  const __m512i bytes = is_signed ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b);
-  const __m512i by_column = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
-  return _mm512_shuffle_epi8(bytes, by_column);
-}
-
-// Gives the sums of the columns' entries, as signed bytes.
-__m512i quantize_panel(const BFloat16* source, int64_t stride, int64_t rows, __mmask16 live, const Quantization& q,
-                       Layout layout, int32_t* panel) {
-  const bool is_signed = layout == Layout::kWide;
-  __m512i sum = _mm512_setzero_si512();
-  for (int64_t r = 0; r < rows; r += 8) {
-    const BFloat16* at = source + r * stride;
-    for (int64_t ahead = 16; ahead < 24; ++ahead) __builtin_prefetch(at + ahead * stride);
-    const __m512i first = quantize_fours(at, stride, rows - r, live, q, is_signed);
-    const __m512i second = quantize_fours(at + 4 * stride, stride, rows - r - 4, live, q, is_signed);
-    store_dwords(first, second, layout, r / 4, panel);
-    sum = add_bytes(add_bytes(sum, first), second);
-  }
-  return sum;
-}
-
 // 16 lanes of 16 bits to 32 bits.
 __m512i widen(const __m512i& halves, int which) {
   return _mm512_cvtepu16_epi32(which == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
+}
+
+// Rows `at`, ..., three more, of kPanels times 16 columns: 4 entries in each lane of a panel. Rows that are not there count
+// as zeros.
+template <int kPanels>
+[[gnu::always_inline]] inline void quantize_fours(const BFloat16* at, int64_t stride, int64_t rows, __mmask32 live,
+                                                  const Quantization* q, bool is_signed, __m512i* fours) {
+  __m512i four[kPanels][4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512i bits = _mm512_maskz_loadu_epi16(i < rows ? live : 0, at + i * stride);
+    for (int p = 0; p < kPanels; ++p) four[p][i] = to_int(_mm512_slli_epi32(widen(bits, p), 16), q[p].factor, q[p].offset);
+  }
+  const __m512i by_column = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  for (int p = 0; p < kPanels; ++p) {
+    const __m512i a = _mm512_packs_epi32(four[p][0], four[p][1]), b = _mm512_packs_epi32(four[p][2], four[p][3]);
+    fours[p] = _mm512_shuffle_epi8(is_signed ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b), by_column);
+  }
+}
+
+// Panels of 16 columns, a cache line of each row together. Gives the sums of the columns' entries, as signed bytes.
+template <int kPanels>
+void quantize_panels(const BFloat16* source, int64_t stride, int64_t rows, __mmask32 live, const Quantization* q,
+                     Layout layout, int32_t* panels, __m512i* sums) {
+  constexpr int64_t kAhead = 8;  // rows; few, since those 2 KiB apart share two of L1's sets
+  const bool is_signed = layout == Layout::kWide;
+  for (int p = 0; p < kPanels; ++p) sums[p] = _mm512_setzero_si512();
+  for (int64_t r = 0; r < rows; r += 8) {
+    const BFloat16* at = source + r * stride;
+    for (int64_t i = 0; i < 8; ++i) __builtin_prefetch(at + (kAhead + i) * stride);
+    __m512i first[kPanels], second[kPanels];
+    quantize_fours<kPanels>(at, stride, rows - r, live, q, is_signed, first);
+    quantize_fours<kPanels>(at + 4 * stride, stride, rows - r - 4, live, q, is_signed, second);
+    for (int p = 0; p < kPanels; ++p) {
+      store_dwords(first[p], second[p], layout, r / 4, panels + p * kLanes * kDwords);
+      sums[p] = add_bytes(add_bytes(sums[p], first[p]), second[p]);
+    }
+  }
 }
 
 }  // namespace
@@ -156,18 +164,30 @@ void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>&
   const bool is_signed = out.layout == Layout::kWide;
   source += block * out.block_length() * stride + first;
   Range ranges[kColumnGroup / kHalves];
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; r += kRowsOfRange) {
+    const int64_t stop = std::min(rows, r + kRowsOfRange);
     for (int64_t v = 0; v * kHalves < columns; ++v) {
-      ranges[v].include(_mm512_maskz_loadu_epi16(live_halves(columns - v * kHalves), source + r * stride + v * kHalves));
+      Range range = ranges[v];
+      for (int64_t i = r; i < stop; ++i) {
+        const BFloat16* here = source + i * stride + v * kHalves;
+        __builtin_prefetch(here + kRowsOfRange * stride);
+        range.include(_mm512_maskz_loadu_epi16(live_halves(columns - v * kHalves), here));
+      }
+      ranges[v] = range;
     }
   }
-  for (int64_t v = 0; v * kLanes < columns; ++v) {
-    const Range& range = ranges[v / 2];
-    const Quantization q = quantization_of(widen(range.top, v % 2), widen(range.high, v % 2), is_signed);
-    const __m512i sums = quantize_panel(source + v * kLanes, stride, rows, live_lanes(columns - v * kLanes), q, out.layout,
-                                        out.dwords + (at + v * kLanes) * kDwords);
-    _mm512_storeu_ps(out.scales + at + v * kLanes, q.scale);
-    _mm512_storeu_ps(out.offsets + at + v * kLanes, is_signed ? _mm512_cvtepi32_ps(sums) : q.offset);
+  for (int64_t v = 0; v * kHalves < columns; ++v) {
+    const int64_t rest = columns - v * kHalves, first_of_v = at + v * kHalves;
+    const int panels = rest > kLanes ? 2 : 1;
+    Quantization q[2];
+    for (int p = 0; p < panels; ++p) q[p] = quantization_of(widen(ranges[v].top, p), widen(ranges[v].high, p), is_signed);
+    __m512i sums[2];
+    const auto run = panels == 2 ? quantize_panels<2> : quantize_panels<1>;
+    run(source + v * kHalves, stride, rows, live_halves(rest), q, out.layout, out.dwords + first_of_v * kDwords, sums);
+    for (int p = 0; p < panels; ++p) {
+      _mm512_storeu_ps(out.scales + first_of_v + p * kLanes, q[p].scale);
+      _mm512_storeu_ps(out.offsets + first_of_v + p * kLanes, is_signed ? _mm512_cvtepi32_ps(sums[p]) : q[p].offset);
+    }
   }
 }
 

@@ -9,7 +9,7 @@
 
 namespace dlrm::integer {
 
-#define DLRM_BLOCK_DWORDS 96
+#define DLRM_BLOCK_DWORDS 128
 constexpr int kDwords = DLRM_BLOCK_DWORDS;  // of a block: a tile of both operands stays in L1
 constexpr int kLanes = 16;
 constexpr int kRowTile = 8;
@@ -30,7 +30,7 @@ struct Int16 {
 };
 
 // bfloat16 through vpdpbusd. Left operands are unsigned, with a number of their own that stands for 0 in each block; right
-// ones are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
+// ones are signed. A sum is at most 512 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
 // may hold anything: right ones hold 0 there.
 struct Int8 {
   using Source = BFloat16;
@@ -101,8 +101,18 @@ struct Output {
 // out = left right^T, of rows [first, stop), at most kRowChunk, of left, and columns [column, column_stop), at most
 // kColumnChunk, of right, which is kWide. `first` is a multiple of kRowTile, `column` of kLanes. `partial` is
 // kPartialFloats of the caller's, 64-byte aligned.
-template <class Format, class Value>
-void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t first, int64_t stop, int64_t column,
-              int64_t column_stop, const Output<Value>& output, float* partial);
+//
+// Compiled twice: with instructions that round to bfloat16, and without.
+#define DLRM_MULTIPLY                                                                                             \
+  template <class Format, class Value>                                                                            \
+  void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t first, int64_t stop,           \
+                int64_t column, int64_t column_stop, const Output<Value>& output, float* partial);
+namespace with_bf16 {
+DLRM_MULTIPLY
+}
+namespace without_bf16 {
+DLRM_MULTIPLY
+}
+#undef DLRM_MULTIPLY
 
 }  // namespace dlrm::integer

@@ -18,11 +18,15 @@
 namespace dlrm {
 namespace {
 
-// Not where DLRM_KERNELS names lesser instructions.
+// Whether DLRM_KERNELS names instructions that begin so, or none.
+bool may_use(const char* instructions) {
+  const char* asked = std::getenv("DLRM_KERNELS");
+  return asked == nullptr || *asked == 0 || std::string(asked).rfind(instructions, 0) == 0;
+}
+
 bool has_vnni() {
 #if defined(__x86_64__)
-  const char* asked = std::getenv("DLRM_KERNELS");
-  if (asked != nullptr && *asked != 0 && std::string(asked).rfind("AVX-512", 0) != 0) return false;
+  if (!may_use("AVX-512")) return false;
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -89,6 +93,22 @@ const Value* values(const at::Tensor& tensor) {
   return static_cast<const Value*>(tensor.const_data_ptr());
 }
 
+bool has_bf16() {
+  static const bool has = may_use("AVX-512 BF16") && __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
+template <class Format, class Value>
+void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t first, int64_t stop, int64_t column,
+              int64_t column_stop, const Output<Value>& output, float* partial) {
+  if constexpr (std::is_same_v<Value, BFloat16>) {
+    if (has_bf16()) {
+      return integer::with_bf16::multiply(left, right, first, stop, column, column_stop, output, partial);
+    }
+  }
+  integer::without_bf16::multiply(left, right, first, stop, column, column_stop, output, partial);
+}
+
 // An operand with the memory that it lies in.
 template <class Format>
 struct Stored : Operand<Format> {
@@ -122,7 +142,7 @@ void multiply_rows(const at::Tensor& left, const Operand<Format>& right, int64_t
     Output<Value> here = output;
     here.out += task * own * output.stride;
     for (int64_t column = 0; column < columns; column += integer::kColumnChunk) {
-      integer::multiply(part, right, 0, part.vectors, column,
+      multiply(part, right, 0, part.vectors, column,
                         std::min<int64_t>(columns, column + integer::kColumnChunk), here,
                         memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
     }
@@ -162,7 +182,7 @@ void add_grad_weight(float* out, const typename Format::Source* gradient, int64_
   };
   share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
     const int64_t row = task / across * own, column = task % across * integer::kColumnChunk;
-    integer::multiply(left, right, row, std::min(outputs, row + own), column,
+    multiply(left, right, row, std::min(outputs, row + own), column,
                       std::min<int64_t>(inputs, column + integer::kColumnChunk),
                       Output<float>{out, inputs, nullptr, false, adds},
                       memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);

@@ -30,11 +30,15 @@ inline __m512 load(__mmask16 live, const BFloat16* from) {
 
 inline void store(float* to, __mmask16 live, __m512 y) { _mm512_mask_storeu_ps(to, live, y); }
 inline void store(BFloat16* to, __mmask16 live, __m512 y) {
+#if defined(__AVX512BF16__)
+  _mm256_mask_storeu_epi16(to, live, (__m256i)_mm512_cvtneps_pbh(y));  // subnormals become 0
+#else
   const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);  // ties to even
   const __mmask16 is_nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
   const __m512i sound = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
   _mm256_mask_storeu_epi16(to, live, _mm512_cvtepi32_epi16(sound));
+#endif
 }
 
 // A row of what the first block is added to.
@@ -230,6 +234,12 @@ void multiply_part(const Operand<Format>& left, const Operand<Format>& right, in
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+namespace with_bf16 {
+#else
+namespace without_bf16 {
+#endif
+
 template <class Format, class Value>
 void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t first, int64_t stop, int64_t column,
               int64_t column_stop, const Output<Value>& output, float* partial) {
@@ -241,9 +251,13 @@ void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t
 #define DLRM_MULTIPLY(Format, Value)                                                                             \
   template void multiply(const Operand<Format>&, const Operand<Format>&, int64_t, int64_t, int64_t, int64_t,     \
                          const Output<Value>&, float*)
+#if !defined(__AVX512BF16__)
 DLRM_MULTIPLY(Int16, float);
 DLRM_MULTIPLY(Int8, float);
+#endif
 DLRM_MULTIPLY(Int8, BFloat16);
 #undef DLRM_MULTIPLY
+
+}  // namespace with_bf16, or without_bf16
 
 }  // namespace dlrm::integer

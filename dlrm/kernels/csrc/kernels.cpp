@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -15,7 +16,6 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kRowsAhead = 12;
 constexpr int64_t kIdsAhead = 8;
-constexpr int kDigitBits = 11;
 
 inline void fetch(const void* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
@@ -78,7 +78,7 @@ void pool_rows(Out* out, const float* table, const Id* ids, int64_t count, int64
 
 template <class Id, class Offset, class Out>
 BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, const float* weights, Out* pooled,
-                   int64_t first, int64_t stop) {
+                   int64_t stride, int64_t first, int64_t stop) {
   const int64_t batch = tables.batch_size;
   int64_t fetched_b = first, fetched_f = std::min(kRowsAhead, tables.num_features);
   for (int64_t b = first; b < stop; ++b) {
@@ -98,7 +98,7 @@ BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, c
         if (static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(tables.rows[f])) return {f, ids[i]};
       }
       const float* table = weights + tables.weight_offsets[f];
-      Out* out = pooled + b * tables.total_dim + tables.dim_offsets[f];
+      Out* out = pooled + (b - first) * stride + tables.dim_offsets[f];
       if (end - begin == 1) {
         copy_row(out, table + ids[begin] * dim, dim);
       } else {
@@ -109,11 +109,11 @@ BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, c
   return {};
 }
 
-BadId pool(const Tables& tables, const Ids& ids, const float* weights, void* pooled, Scalar type, int64_t first,
-           int64_t stop) {
+BadId pool(const Tables& tables, const Ids& ids, const float* weights, void* pooled, Scalar type, int64_t stride,
+           int64_t first, int64_t stop) {
   return with_ids(ids, [&](auto* values, auto* offsets) {
     return with_scalar(
-        type, pooled, [&](auto* out) { return pool_samples(tables, values, offsets, weights, out, first, stop); });
+        type, pooled, [&](auto* out) { return pool_samples(tables, values, offsets, weights, out, stride, first, stop); });
   });
 }
 
@@ -165,8 +165,7 @@ void step_rowwise_adagrad(float* row, float* square, const Gradient* gradient, i
         const float g = scale * load_one(gradient + i);
         sum += g * g;
       });
-  for (int i = 0; i < kLanes; ++i) sum += sums[i];
-  *square += sum / dim;
+  *square += (sum + sum_lanes(sums)) / dim;
   step_sgd(row, gradient, dim, scale * rate / (__builtin_sqrtf(*square) + eps));
 }
 
@@ -184,23 +183,55 @@ void step_row(const Update& update, int64_t feature, int64_t row, float* weights
   }
 }
 
+inline void fetch_state(const Update& update, int64_t feature, int64_t row, int64_t dim) {
+  if (update.optimizer == Optimizer::kSgd) return;
+  const int64_t width = update.optimizer == Optimizer::kAdagrad ? dim : 1;
+  fetch(update.state + update.state_offsets[feature] + row * width, width * 4);
+}
+
 struct Lookup {
   uint32_t row;
   uint32_t bag;
 };
 
-// By row, in the order of the bags where rows are equal.
-void sort_by_row(std::vector<Lookup>& lookups, std::vector<Lookup>& scratch, int64_t rows) {
-  scratch.resize(lookups.size());
-  for (int shift = 0; shift < 32 && (rows - 1) >> shift > 0; shift += kDigitBits) {
-    uint32_t starts[(1 << kDigitBits) + 1] = {};
-    constexpr uint32_t mask = (1 << kDigitBits) - 1;
-    for (const Lookup& lookup : lookups) ++starts[((lookup.row >> shift) & mask) + 1];
-    for (uint32_t digit = 0; digit < mask; ++digit) starts[digit + 1] += starts[digit];
-    for (const Lookup& lookup : lookups) scratch[starts[(lookup.row >> shift) & mask]++] = lookup;
-    lookups.swap(scratch);
+// Puts lookups of one row side by side, in the order of their bags; rows stay in the order in which they first come, which
+// is that of their gradients in memory.
+class Grouping {
+ public:
+  void group(std::vector<Lookup>& lookups) {
+    int bits = 4;
+    while (lookups.size() >> (bits - 1) > 0) ++bits;  // at most half of the slots are taken
+    slots_.assign(size_t{1} << bits, kFree);
+    rows_.clear();
+    group_of_.resize(lookups.size());
+    for (size_t i = 0; i < lookups.size(); ++i) {
+      const uint32_t row = lookups[i].row;
+      size_t slot = (row * 0x9e3779b97f4a7c15u) >> (64 - bits);
+      while (slots_[slot] != kFree && rows_[slots_[slot]].row != row) slot = (slot + 1) & (slots_.size() - 1);
+      if (slots_[slot] == kFree) {
+        slots_[slot] = rows_.size();
+        rows_.push_back({row, 0});
+      }
+      group_of_[i] = slots_[slot];
+      ++rows_[slots_[slot]].next;
+    }
+    if (rows_.size() == lookups.size()) return;
+    uint32_t first = 0;
+    for (Row& row : rows_) first += std::exchange(row.next, first);
+    grouped_.resize(lookups.size());
+    for (size_t i = 0; i < lookups.size(); ++i) grouped_[rows_[group_of_[i]].next++] = lookups[i];
+    lookups.swap(grouped_);
   }
-}
+
+ private:
+  static constexpr uint32_t kFree = ~uint32_t{0};
+  struct Row {
+    uint32_t row, next;  // how many lookups, then where the next one goes
+  };
+  std::vector<uint32_t> slots_, group_of_;  // both of places in rows_
+  std::vector<Row> rows_;
+  std::vector<Lookup> grouped_;
+};
 
 template <class Id, class Offset>
 void collect(std::vector<Lookup>& lookups, const Id* ids, const Offset* offsets, int64_t batch, int64_t rows,
@@ -219,22 +250,23 @@ void collect(std::vector<Lookup>& lookups, const Id* ids, const Offset* offsets,
 
 // One step a row, with the sum of its gradients.
 template <class Gradient>
-void step_rows(const Tables& tables, const Update& update, const Gradient* gradient, int64_t feature,
-               std::vector<Lookup>& lookups) {
-  thread_local std::vector<Lookup> scratch;
+void step_rows(const Tables& tables, const Update& update, int64_t feature, std::vector<Lookup>& lookups) {
+  thread_local Grouping grouping;
   thread_local std::vector<float> sum;
   const int64_t dim = tables.dim_offsets[feature + 1] - tables.dim_offsets[feature];
   float* weights = update.weights + tables.weight_offsets[feature];
-  const Gradient* own = gradient + tables.dim_offsets[feature];
   const bool is_linear = update.optimizer == Optimizer::kSgd;
-  if (!is_linear) sort_by_row(lookups, scratch, tables.rows[feature]);
+  if (!is_linear) grouping.group(lookups);
   sum.resize(dim);
-  const auto gradient_of = [&](int64_t i) { return own + int64_t{lookups[i].bag} * tables.total_dim; };
+  const auto gradient_of = [&](int64_t i) {
+    return static_cast<const Gradient*>(update.gradients[lookups[i].bag]) + tables.dim_offsets[feature];
+  };
   const int64_t count = lookups.size();
   for (int64_t i = 0, next; i < count; i = next) {
     if (i + kIdsAhead < count) {
       fetch(weights + int64_t{lookups[i + kIdsAhead].row} * dim, dim * 4);
       fetch(gradient_of(i + kIdsAhead), dim * sizeof(Gradient));
+      fetch_state(update, feature, lookups[i + kIdsAhead].row, dim);
     }
     const int64_t row = lookups[i].row;
     next = i + 1;
@@ -253,8 +285,8 @@ void update(const Tables& tables, const Ids& ids, const Update& update, int64_t 
   with_ids(ids, [&](auto* values, auto* offsets) {
     collect(lookups, values, offsets + feature * tables.batch_size, tables.batch_size, tables.rows[feature], part, parts);
   });
-  with_scalar(update.gradient_type, update.gradient,
-              [&](auto* gradient) { step_rows(tables, update, gradient, feature, lookups); });
+  const auto run = update.gradient_type == Scalar::kFloat ? step_rows<float> : step_rows<BFloat16>;
+  run(tables, update, feature, lookups);
 }
 
 // ---- Interaction ----

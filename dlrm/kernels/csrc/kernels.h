@@ -19,7 +19,7 @@ struct Ids {
   Integer offset_type;
 };
 
-// Tables end to end in one array of weights, one feature each. Pooled rows are [B, total_dim].
+// Tables end to end in one array of weights, one feature each. Pooled rows have total_dim columns.
 struct Tables {
   int64_t num_features;
   int64_t batch_size;
@@ -42,7 +42,7 @@ struct Update {
   float* weights;
   float* state;                  // squares: one for each weight (Adagrad), or for each row; null for SGD
   const int64_t* state_offsets;  // F: where a table's begin
-  const void* gradient;          // [B, total_dim]
+  const void* const* gradients;  // B: each sample's row of total_dim
   Scalar gradient_type;
   float gradient_scale;  // gradients count so many times
 };
@@ -67,8 +67,9 @@ struct Interaction {
 
 struct Kernels {
   const char* name;
-  // Pooled rows of samples [first, stop).
-  BadId (*pool)(const Tables&, const Ids&, const float* weights, void* pooled, Scalar, int64_t first, int64_t stop);
+  // Pooled rows of samples [first, stop), to rows at `stride`.
+  BadId (*pool)(const Tables&, const Ids&, const float* weights, void* pooled, Scalar, int64_t stride, int64_t first,
+                int64_t stop);
   // Updates those rows of a feature's table whose number is `part` modulo `parts`, in the order of the bags.
   void (*update)(const Tables&, const Ids&, const Update&, int64_t feature, int64_t part, int64_t parts);
   // Rows [first, stop) of the output [B, D + P]: the dense vector, then each pair's dot product.

@@ -6,29 +6,22 @@
 
 #include <atomic>
 #include <cstdint>
-#include <string>
 #include <vector>
+
+#include "host_memory.h"
 
 namespace dlrm {
 
-// `count` rows of `bytes` each, `pitch` apart.
-struct Rows {
+struct Bytes {
   char* at;
-  int64_t bytes;
-  int64_t count = 1;
-  int64_t pitch = 0;
-
-  int64_t size() const { return bytes * count; }
+  int64_t size;
 };
-
-// Of equal size.
-void copy(const Rows& from, const Rows& to);
 
 // What goes to a rank, or comes from one; at most one of each in a transfer.
 struct Part {
   int rank;
-  Rows rows;
-  bool adds = false;  // what comes: a row of floats, to what is there. Such parts are added in their order
+  Bytes bytes;
+  bool adds = false;  // what comes: floats, to what is there. Such parts are added in their order
   int64_t done = 0;
   bool is_done = false;  // an empty part takes a slot, too
 };
@@ -40,18 +33,9 @@ class Lanes {
   // Throws std::runtime_error where there is no memory.
   Lanes(int rank, int world);
   Lanes(const Lanes&) = delete;
-  ~Lanes();
 
-  // This process, its outbox's file, and a number that no other outbox has: what other ranks need for `open`.
-  struct Address {
-    int64_t process = -1, file = -1, token = 0;
-  };
-  Address address() const;
-
-  // Maps the other ranks' outboxes.
-  //
-  // Throws std::runtime_error where the system refuses that, or a process's number means another one here.
-  void open(const std::vector<Address>& addresses);
+  // Of which `open` must be called first.
+  HostMemory& memory() { return memory_; }
 
   // Sends and receives all parts. Every rank calls this with parts that match, in the same order.
   //
@@ -66,7 +50,7 @@ class Lanes {
   struct Lane;
   struct Outbox;
 
-  Outbox* map(int file);
+  Outbox& outbox(int rank) const;
   Lane& lane(int from, int to) const;
   char* slot(int from, int to, uint32_t number) const;
   bool send(Part& part);
@@ -76,9 +60,8 @@ class Lanes {
   void check_present(int rank) const;
 
   const int rank_, world_;
-  const int64_t slot_bytes_, outbox_bytes_;
-  std::vector<int> files_;
-  std::vector<Outbox*> outboxes_;
+  const int64_t slot_bytes_;
+  HostMemory memory_;
   uint32_t transfers_ = 0;
 };
 

@@ -123,24 +123,52 @@ struct Lookups {
   }
 };
 
-at::Tensor pool(const at::Tensor& weights, const at::Tensor& weight_offsets, const at::Tensor& rows,
-                const at::Tensor& dim_offsets, const at::Tensor& ids, const at::Tensor& offsets, at::ScalarType dtype) {
+// Rows of all samples in blocks that follow one another, each a matrix of its own whose rows need not be side by side.
+struct Blocks {
+  Scalar type;
+  std::vector<at::Tensor> matrices;
+  std::vector<int64_t> firsts;  // each block's first sample, then the number of samples
+
+  Blocks(at::TensorList given, const Tables& tables, const char* name) : matrices(given.vec()), firsts{0} {
+    TORCH_CHECK_VALUE(!matrices.empty(), name, ": expected one matrix or more");
+    type = scalar_of(matrices[0], name);
+    for (const at::Tensor& matrix : matrices) {
+      TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(1) == tables.total_dim &&
+                            matrix.scalar_type() == matrices[0].scalar_type() && (tables.total_dim < 2 || matrix.stride(1) == 1),
+                        name, ": got ", matrix.sizes(), ", expected rows of ", tables.total_dim, " numbers of one type");
+      firsts.push_back(firsts.back() + matrix.size(0));
+    }
+    TORCH_CHECK_VALUE(firsts.back() == tables.batch_size, name, ": got ", firsts.back(), " rows, expected ",
+                      tables.batch_size);
+  }
+
+  char* row(size_t block, int64_t sample) const {
+    const at::Tensor& matrix = matrices[block];
+    return static_cast<char*>(matrix.data_ptr()) + (sample - firsts[block]) * matrix.stride(0) * matrix.itemsize();
+  }
+};
+
+// Into `pooled`, rows of one block after the other's.
+void pool(const at::Tensor& weights, const at::Tensor& weight_offsets, const at::Tensor& rows,
+          const at::Tensor& dim_offsets, const at::Tensor& ids, const at::Tensor& offsets, at::TensorList pooled) {
   const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
   const Tables& tables = lookups.tables;
-  at::Tensor pooled = at::empty({tables.batch_size, tables.total_dim}, weights.options().dtype(dtype));
-  const Scalar type = scalar_of(pooled, "dtype");
-  void* out = pooled.mutable_data_ptr();
+  const Blocks blocks(pooled, tables, "pooled");
   std::atomic<int64_t> bad_feature{-1}, bad_id{0};
   share(tables.batch_size, samples_per_task(tables.batch_size), [&](int64_t first, int64_t stop) {
-    const BadId bad = kernels().pool(tables, lookups.all, weights.const_data_ptr<float>(), out, type, first, stop);
-    if (bad.feature >= 0) {
-      bad_id = bad.id;
-      bad_feature = bad.feature;
+    for (size_t block = 0; block < blocks.matrices.size(); ++block) {
+      const int64_t from = std::max(first, blocks.firsts[block]), to = std::min(stop, blocks.firsts[block + 1]);
+      if (from >= to) continue;
+      const BadId bad = kernels().pool(tables, lookups.all, weights.const_data_ptr<float>(), blocks.row(block, from),
+                                       blocks.type, blocks.matrices[block].stride(0), from, to);
+      if (bad.feature >= 0) {
+        bad_id = bad.id;
+        bad_feature = bad.feature;
+      }
     }
   });
   TORCH_CHECK_INDEX(bad_feature < 0, "id ", bad_id.load(), " of feature ", bad_feature.load(),
                     " is outside its table of ", bad_feature < 0 ? 0 : tables.rows[bad_feature], " rows");
-  return pooled;
 }
 
 struct Unit {
@@ -162,16 +190,18 @@ std::vector<Unit> units_of(const Lookups& lookups) {
 
 void update(at::Tensor weights, std::optional<at::Tensor> state, const std::optional<at::Tensor>& state_offsets,
             const at::Tensor& weight_offsets, const at::Tensor& rows, const at::Tensor& dim_offsets,
-            const at::Tensor& ids, const at::Tensor& offsets, const at::Tensor& gradient, int64_t optimizer,
+            const at::Tensor& ids, const at::Tensor& offsets, at::TensorList gradients, int64_t optimizer,
             double learning_rate, double eps, double gradient_scale) {
   const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
   const Tables& tables = lookups.tables;
   TORCH_CHECK_VALUE(optimizer >= 0 && optimizer <= static_cast<int64_t>(Optimizer::kRowwiseAdagrad), "optimizer: got ",
                     optimizer);
   const auto kind = static_cast<Optimizer>(optimizer);
-  const at::Tensor own = gradient.contiguous();
-  TORCH_CHECK_VALUE(own.dim() == 2 && own.size(0) == tables.batch_size && own.size(1) == tables.total_dim,
-                    "gradient: got ", own.sizes(), ", expected ", tables.batch_size, " x ", tables.total_dim);
+  const Blocks blocks(gradients, tables, "gradients");
+  std::vector<const void*> rows_of_gradients(tables.batch_size);
+  for (size_t block = 0; block < blocks.matrices.size(); ++block) {
+    for (int64_t b = blocks.firsts[block]; b < blocks.firsts[block + 1]; ++b) rows_of_gradients[b] = blocks.row(block, b);
+  }
   TORCH_CHECK_VALUE((kind == Optimizer::kSgd) == !state.has_value() && state.has_value() == state_offsets.has_value(),
                     "state: expected one, with its offsets, for all optimizers but SGD");
   if (state.has_value()) {
@@ -191,8 +221,8 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
                     weights.mutable_data_ptr<float>(),
                     state.has_value() ? state->mutable_data_ptr<float>() : nullptr,
                     state_offsets.has_value() ? state_offsets->const_data_ptr<int64_t>() : nullptr,
-                    own.const_data_ptr(),
-                    scalar_of(own, "gradient"),
+                    rows_of_gradients.data(),
+                    blocks.type,
                     static_cast<float>(gradient_scale)};
   const std::vector<Unit> units = units_of(lookups);
   share(units.size(), 1, [&](int64_t i, int64_t) {
@@ -238,6 +268,11 @@ struct Vectors {
   Vectors(const Vectors&) = delete;
 
   int64_t batch() const { return matrices[0].size(0); }
+  // Whether a matrix is nothing but vectors, which do not overlap.
+  bool is_covered(size_t m) const {
+    const auto of_matrix = [m](const Vector& vector) { return vector.source == static_cast<int32_t>(m); };
+    return std::count_if(vectors.begin(), vectors.end(), of_matrix) * interaction.dim == matrices[m].size(1);
+  }
   int64_t out_features() const {
     return interaction.dim + interaction.num_vectors * (interaction.num_vectors - 1) / 2;
   }
@@ -261,27 +296,46 @@ at::Tensor interact(const at::Tensor& dense, at::TensorList others, at::IntArray
   return output;
 }
 
-std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
-                                          at::IntArrayRef columns) {
-  const Vectors vectors(all_of(dense, others), columns);
+void run_interact_backward(const Vectors& vectors, const std::vector<Source>& targets, const at::Tensor& gradient) {
   const at::Tensor own = gradient.contiguous();
   TORCH_CHECK_VALUE(own.dim() == 2 && own.size(0) == vectors.batch() && own.size(1) == vectors.out_features(),
                     "gradient: got ", own.sizes(), ", expected ", vectors.batch(), " x ", vectors.out_features());
-  std::vector<at::Tensor> gradients;
-  std::vector<Source> targets;
-  size_t at = 0;
-  for (size_t m = 0; m < vectors.matrices.size(); ++m) {
-    const at::Tensor& matrix = vectors.matrices[m];
-    const bool covered = m == 0 || columns[at] * vectors.interaction.dim == matrix.size(1);
-    if (m > 0) at += 1 + columns[at];
-    gradients.push_back(covered ? at::empty_like(matrix) : at::zeros_like(matrix));
-    targets.push_back({gradients.back().mutable_data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
-  }
   const Scalar type = scalar_of(own, "gradient");
   share(vectors.batch(), samples_per_task(vectors.batch()), [&](int64_t first, int64_t stop) {
     kernels().interact_backward(vectors.interaction, targets.data(), own.const_data_ptr(), type, first, stop);
   });
+}
+
+// Where gradients of a matrix in the layout of `source` go.
+Source target_of(at::Tensor& memory, const Source& source) { return {memory.mutable_data_ptr(), source.type, source.stride}; }
+
+std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
+                                          at::IntArrayRef columns) {
+  const Vectors vectors(all_of(dense, others), columns);
+  std::vector<at::Tensor> gradients;
+  std::vector<Source> targets;
+  for (size_t m = 0; m < vectors.matrices.size(); ++m) {
+    const at::Tensor& matrix = vectors.matrices[m];
+    gradients.push_back(vectors.is_covered(m) ? at::empty_like(matrix) : at::zeros_like(matrix));
+    targets.push_back(target_of(gradients.back(), vectors.sources[m]));
+  }
+  run_interact_backward(vectors, targets, gradient);
   return gradients;
+}
+
+// Gives the dense vectors' gradient; those of the others take their place.
+at::Tensor interact_backward_in_place(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
+                                      at::IntArrayRef columns) {
+  for (const at::Tensor& matrix : others) check_contiguous(matrix, "others");
+  const Vectors vectors(all_of(dense, others), columns);
+  at::Tensor dense_gradient = at::empty_like(vectors.matrices[0]);
+  std::vector<Source> targets = vectors.sources;
+  targets[0] = target_of(dense_gradient, vectors.sources[0]);
+  for (size_t m = 1; m < vectors.matrices.size(); ++m) {
+    TORCH_CHECK_VALUE(vectors.is_covered(m), "columns: matrix ", m - 1, " has columns outside all vectors");
+  }
+  run_interact_backward(vectors, targets, gradient);
+  return dense_gradient;
 }
 
 void add_bias(at::Tensor values, const at::Tensor& bias, bool rectified) {
@@ -326,14 +380,15 @@ TORCH_LIBRARY(dlrm, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def(
       "pool(Tensor weights, Tensor weight_offsets, Tensor rows, Tensor dim_offsets, Tensor ids, Tensor offsets, "
-      "ScalarType dtype) -> Tensor");
+      "Tensor(a!)[] pooled) -> ()");
   m.def(
       "update(Tensor(a!) weights, Tensor(b!)? state, Tensor? state_offsets, Tensor weight_offsets, Tensor rows, "
-      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor gradient, int optimizer, float learning_rate, float eps, "
+      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor[] gradients, int optimizer, float learning_rate, float eps, "
       "float gradient_scale=1.0) "
       "-> ()");
   m.def("interact(Tensor dense, Tensor[] others, int[] columns) -> Tensor");
   m.def("interact_backward(Tensor gradient, Tensor dense, Tensor[] others, int[] columns) -> Tensor[]");
+  m.def("interact_backward_(Tensor gradient, Tensor dense, Tensor(a!)[] others, int[] columns) -> Tensor");
   m.def("add_bias_(Tensor(a!) values, Tensor bias, bool rectified) -> ()");
   m.def("mask_(Tensor(a!) gradient, Tensor? output) -> Tensor");
   m.def("draw_(Tensor(a!) values, int seed, float low, float high) -> ()");
@@ -344,6 +399,7 @@ TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
   m.impl("update", update);
   m.impl("interact", interact);
   m.impl("interact_backward", interact_backward);
+  m.impl("interact_backward_", interact_backward_in_place);
   m.impl("add_bias_", add_bias);
   m.impl("mask_", mask);
   m.impl("draw_", draw);

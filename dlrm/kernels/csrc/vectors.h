@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -44,6 +44,10 @@ inline V load_bits(const void* from) {
 
 inline Floats load(const float* from) { return load_bits<Floats>(from); }
 inline Floats load(const BFloat16* from) {
+#if defined(__AVX512F__)  // which GCC makes four instructions of
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Floats)_mm512_slli_epi32(bits, 16);
+#endif
   return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
 }
 inline float load_one(const float* from) { return *from; }
@@ -106,9 +110,20 @@ inline Floats sum_lanes(const Floats* v) {
                     std::make_integer_sequence<int, kLanes>{});
   }
 }
+
+template <int S>
+inline float sum_of(Floats v) {
+  if constexpr (S == 1) {
+    return v[0];
+  } else {
+    return sum_of<S / 2>(halve<S>(v, v, std::make_integer_sequence<int, kLanes>{}));
+  }
+}
 }  // namespace detail
 
 // Lane i of the result is the sum of the lanes of v[i].
 inline Floats sum_lanes(const Floats (&v)[kLanes]) { return detail::sum_lanes<kLanes, 2>(v); }
+// The sum of v's lanes.
+inline float sum_lanes(Floats v) { return detail::sum_of<kLanes>(v); }
 
 }  // namespace dlrm::DLRM_INSTRUCTION_SET

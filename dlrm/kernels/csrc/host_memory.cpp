@@ -1,0 +1,92 @@
+// See host_memory.h.
+#include "host_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace dlrm {
+namespace {
+
+std::runtime_error system_error(const std::string& what) { return std::runtime_error(what + ": " + std::strerror(errno)); }
+
+struct flock whole_file() {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return lock;
+}
+
+int64_t& token_of(char* map) { return *reinterpret_cast<int64_t*>(map); }  // which a file begins with
+
+}  // namespace
+
+HostMemory::HostMemory(int rank, int world, int64_t bytes)
+    : rank_(rank), file_bytes_(kLine + bytes), files_(world, -1), maps_(world, nullptr) {
+  const int file = memfd_create("dlrm", MFD_CLOEXEC);
+  if (file < 0) throw system_error("memfd_create");
+  files_[rank] = file;
+  // Allocated now: later there would be a SIGBUS in place of an error. The lock, which forked processes do not have, is this
+  // rank's sign of life.
+  struct flock lock = whole_file();
+  if (ftruncate(file, file_bytes_) != 0 || fallocate(file, 0, 0, file_bytes_) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
+    const auto error = system_error("a file in memory of " + std::to_string(file_bytes_) + " bytes");
+    close(file);
+    throw error;
+  }
+  try {
+    maps_[rank] = map(file);
+    if (getrandom(&token_of(maps_[rank]), sizeof(int64_t), 0) != sizeof(int64_t)) throw system_error("getrandom");
+  } catch (...) {
+    if (maps_[rank] != nullptr) munmap(maps_[rank], file_bytes_);
+    close(file);
+    throw;
+  }
+}
+
+HostMemory::~HostMemory() {
+  for (char* map : maps_) {
+    if (map != nullptr) munmap(map, file_bytes_);
+  }
+  for (int file : files_) {
+    if (file >= 0) close(file);
+  }
+}
+
+HostMemory::Address HostMemory::address() const { return {getpid(), files_[rank_], token_of(maps_[rank_])}; }
+
+char* HostMemory::map(int file) const {
+  void* memory = mmap(nullptr, file_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (memory == MAP_FAILED) throw system_error("mmap");
+  return static_cast<char*>(memory);
+}
+
+void HostMemory::open(const std::vector<Address>& addresses) {
+  for (int rank = 0; rank < static_cast<int>(files_.size()); ++rank) {
+    if (rank == rank_) continue;
+    const auto& [process, file, token] = addresses[rank];
+    if (file < 0) throw std::runtime_error("another rank can't");
+    const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
+    files_[rank] = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (files_[rank] < 0) throw system_error(path);
+    if (lseek(files_[rank], 0, SEEK_END) == file_bytes_) maps_[rank] = map(files_[rank]);
+    if (maps_[rank] == nullptr || token_of(maps_[rank]) != token) {
+      throw std::runtime_error(path + " is another process's: ranks have process numbers of their own");
+    }
+  }
+}
+
+char* HostMemory::of(int rank) const { return maps_[rank] == nullptr ? nullptr : maps_[rank] + kLine; }
+
+bool HostMemory::has_ended(int rank) const {
+  struct flock lock = whole_file();
+  return fcntl(files_[rank], F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
+}
+
+}  // namespace dlrm
