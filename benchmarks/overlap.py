@@ -49,7 +49,7 @@ from dlrm.train.profiling import StepProfiler
 WARM_UP_STEPS = 6
 """More than the batches ahead, so that those which waited through the other side's turn are used up."""
 
-_COLLECTIVES = ("shared_memory:all_to_all", "gloo:all_to_all")
+_COLLECTIVES = ("shared_memory:all_to_all", "shared_memory:meet", "gloo:all_to_all")
 Interval = tuple[float, float]
 PHASES = ("batch_building", "input_all_to_all", "output_all_to_all")
 

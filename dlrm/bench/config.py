@@ -91,9 +91,8 @@ class Workload:
     """mlperf only: GiB of tables with optimizer state, over all ranks."""
 
     zipf_exponent: Annotated[float | None, Ge(0.0), Lt(10.0), optional("0; 1.1 with mlperf", "FLOAT")] = None
-    """Id k of a table is drawn with probability falling as (k + 1)^-exponent. At 0, uniform, our side draws fresh
-    batches every step, and the reference cycles ten of torchrec's random data set, as the public example does.
-    Otherwise both sides cycle ten batches of ours."""
+    """Id k of a table is drawn with probability falling as (k + 1)^-exponent. Each side cycles ten batches; at 0,
+    uniform, the reference's are of torchrec's random data set, as in the public example, otherwise they are ours."""
 
     @property
     def exponent(self) -> float:

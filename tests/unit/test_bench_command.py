@@ -91,7 +91,7 @@ def test_run_of_our_side():
     config = make_config(Shape(batch_size=64, ranks=2, optimizer="rowwise_adagrad", precision="fp32"), 10)
     check_config(config)
     assert config.data.batch_size == 32
-    assert config.data.num_generated_batches is None
+    assert config.data.num_generated_batches == 10
     assert config.model.over_arch_layer_sizes == (1024, 1024, 512, 256, 1)
     assert table_rows(Workload()) == (100_000,) * 26
     power_law = make_config(Shape(rows="mlperf", tables_gib=0.1), 10)

@@ -23,15 +23,15 @@ from dlrm.train.dense_execution import check_arithmetic
 
 FORMATS: tuple[IntegerFormat, ...] = ("int16", "int8")
 DTYPES = {"int16": torch.float32, "int8": torch.bfloat16}
-ERRORS = {"int16": 5e-4, "int8": 1.4e-2}
+ERRORS = {"int16": 5e-4, "int8": 1.2e-2}
 """Of a product of operands that are as a Gaussian's, in the Euclidean norm."""
 
 HEAVY_ERRORS = {"int16": 5e-4, "int8": 0.12}
 """The same where entries of a block differ by orders of magnitude."""
 
 SIZES = [
-    *((777, 1024, 479), (33, 13, 1), (1, 1, 13), (300, 1, 512), (129, 241, 257), (8200, 33, 65), (16500, 40, 70)),
-    *((8, 15, 512), (9, 17, 513), (7, 64, 1025), (16385, 16, 3)),  # a vector, a block or a slice, and one more
+    *((777, 1024, 479), (33, 13, 1), (1, 1, 13), (300, 1, 512), (129, 241, 193), (6300, 33, 65), (12400, 40, 70)),
+    *((8, 15, 384), (9, 17, 385), (7, 64, 769), (12289, 16, 3)),  # a vector, a block or a slice, and one more
 ]
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ def blocks_of_int8(matrix: Tensor, length: int) -> Tensor:
 
 def int8_twin(left: Tensor, right: Tensor) -> Tensor:
     """left right^T as the operators have it, from what dlrm/kernels/csrc/integer.h says, in float64."""
-    count = -(-left.size(1) // 512)
+    count = -(-left.size(1) // 384)
     length = -(-left.size(1) // count // 4) * 4
     left, right = blocks_of_int8(left, length), blocks_of_int8(right, length)
     low, high = left.amin(2, keepdim=True).clamp(max=0), left.amax(2, keepdim=True).clamp(min=0)
@@ -142,13 +142,13 @@ def test_int8_products_are_those_of_the_twin(b: int, n: int, k: int, heavy_tails
     output_BN, grad_BK, grad_NK = products("int8", input_BK, weight_NK, grad_BN, bias_N)
     assert relative_error(output_BN, int8_twin(input_BK, weight_NK) + bias_N.double()) < 4e-3
     assert relative_error(grad_BK, int8_twin(grad_BN, weight_NK.t().contiguous())) < 4e-3
-    pieces = range(0, b, 16384)  # a slice of 32 blocks
-    expected = [int8_twin(grad_BN[i : i + 16384].t(), input_BK[i : i + 16384].t()) for i in pieces]
+    pieces = range(0, b, 12288)  # a slice of 32 blocks
+    expected = [int8_twin(grad_BN[i : i + 12288].t(), input_BK[i : i + 12288].t()) for i in pieces]
     assert relative_error(grad_NK, torch.stack(expected).sum(0)) < 1e-3
 
 
 @pytest.mark.parametrize("through", FORMATS)
-@pytest.mark.parametrize(("b", "n", "k"), [(777, 241, 479), (8200, 64, 65)])
+@pytest.mark.parametrize(("b", "n", "k"), [(777, 241, 479), (6300, 64, 65)])
 def test_products_do_not_depend_on_the_number_of_threads(
     b: int, n: int, k: int, through: IntegerFormat, threads: None
 ) -> None:
@@ -163,8 +163,8 @@ def test_products_do_not_depend_on_the_number_of_threads(
 @pytest.mark.parametrize("through", FORMATS)
 def test_the_worst_that_a_block_can_hold_does_not_overflow(through: IntegerFormat) -> None:
     dtype = DTYPES[through]
-    for input_BK in (torch.ones(9, 1024), torch.eye(9, 1024), torch.tensor([1.0, -1.0]).repeat(9, 512)):
-        ones_NK = torch.ones(17, 1024, dtype=dtype)
+    for input_BK in (torch.ones(9, 768), torch.eye(9, 768), torch.tensor([1.0, -1.0]).repeat(9, 384)):
+        ones_NK = torch.ones(17, 768, dtype=dtype)
         for sign in (1, -1):
             got = linear(through, (sign * input_BK).to(dtype), ones_NK, torch.zeros(17))
             expected = sign * input_BK.sum(1, keepdim=True).double().expand(9, 17)

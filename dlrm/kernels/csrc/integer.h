@@ -9,7 +9,7 @@
 
 namespace dlrm::integer {
 
-#define DLRM_BLOCK_DWORDS 128
+#define DLRM_BLOCK_DWORDS 96
 constexpr int kDwords = DLRM_BLOCK_DWORDS;  // of a block: a tile of both operands stays in L1
 constexpr int kLanes = 16;
 constexpr int kRowTile = 8;
@@ -30,7 +30,7 @@ struct Int16 {
 };
 
 // bfloat16 through vpdpbusd. Left operands are unsigned, with a number of their own that stands for 0 in each block; right
-// ones are signed. A sum is at most 512 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
+// ones are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
 // may hold anything: right ones hold 0 there.
 struct Int8 {
   using Source = BFloat16;
