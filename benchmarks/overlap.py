@@ -121,17 +121,23 @@ def measure_trace(events: list[dict[str, Any]]) -> tuple[float, dict[str, PhaseT
     steps = union(interval for name, _, interval in spans if name.startswith("ProfilerStep#"))
     training_thread = next(thread for name, thread, _ in spans if name.startswith("ProfilerStep#"))
     own = [(name, interval) for name, thread, interval in spans if thread == training_thread]
-    collectives = [interval for name, _, interval in spans if name in _COLLECTIVES]
+    collectives = sorted(interval for name, _, interval in spans if name in _COLLECTIVES)
 
     inside = union(interval for name, interval in own if _COMPUTE.match(name))
     built = union(interval for name, _, interval in spans if name == "## build_batch ##")
     measured = {"batch_building": _measure_phase(built, inside, [], steps)}
     for phase, launch in _LAUNCH.items():
         launches = [interval for name, interval in own if launch.match(name)]
-        flights = union(c for c in collectives if any(start <= c[0] <= stop for start, stop in launches))
+        flights = union(flight for start, stop in launches for flight in _find_flights(start, stop, collectives))
         occupied = union(interval for name, interval in own if _OCCUPIED[phase].match(name))
         measured[phase] = _measure_phase(flights, inside, occupied, steps)
     return length(steps), measured
+
+
+def _find_flights(start: float, stop: float, collectives: list[Interval]) -> list[Interval]:
+    """Those that begin within a launch; or, where their thread was late, the first after it."""
+    since = [interval for interval in collectives if interval[0] >= start]
+    return [interval for interval in since if interval[0] <= stop] or since[:1]
 
 
 def _measure_phase(

@@ -1,7 +1,8 @@
 """Pooled rows from rank to rank, through the shared memory of a host.
 
 Each rank has memory for the pooled rows of its samples, which all ranks write into as they look them up, and for their
-gradients, which all ranks read as they update their tables. So nothing is copied: ranks only wait for each other.
+gradients, which all ranks read as they update their tables. So where the lookup is ours, and the interaction leaves
+gradients in that memory, nothing is copied: ranks only wait for each other.
 
 Shapes: B samples of this rank, G samples of all ranks, T columns of this rank's pooled rows, U columns of all ranks'.
 """
@@ -26,8 +27,8 @@ from dlrm.kernels.native import has_native
 class _Windows:
     """Memory for what is exchanged, two of it, taken in turn.
 
-    A rank may be one exchange ahead of another, which still reads the last one's gradients, and no more than one: each
-    begins with all ranks waiting for each other.
+    Without a backward pass a rank may be one exchange ahead of another, which still reads the last one's pooled rows,
+    and no more than one: in each all ranks wait for each other, after all that they had to do with the one before.
     """
 
     def __init__(self, boxed_group: Any, rank: int, columns: int) -> None:
@@ -36,20 +37,24 @@ class _Windows:
         self._turn = 0
 
     def take(self, rows: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
-        """For each rank [its rows, U]. All ranks ask for the same, since the first call is collective, and larger ones.
+        """For each rank [its rows, U].
+
+        All ranks ask for the same: a call for more than ever, or for another type, is collective.
 
         Raises:
-            RuntimeError: if this rank still holds what it got the last time but one.
+            RuntimeError: if this rank still holds what it got before, which others could overwrite; so it does while a
+                backward pass is to come.
         """
         needed = max(1, max(rows) * self._columns)
         if not self._memories or self._memories[0][0].numel() < needed or self._memories[0][0].dtype != dtype:
             self._memories = tuple(self._share(needed, dtype) for _ in range(2))
+        if any(torch.ops.dlrm.count_holders(memories[self._rank]) > 1 for memories in self._memories):
+            raise RuntimeError(
+                "pooled rows: those of an earlier call are still held, or their backward pass is yet to come; expected "
+                "neither. Clone what is to be kept"
+            )
         self._turn = 1 - self._turn
         memories = self._memories[self._turn]
-        if torch.ops.dlrm.count_holders(memories[self._rank]) > 1:
-            raise RuntimeError(
-                "pooled rows: those of the last step but one are still held, expected none. Clone what is to be kept"
-            )
         return [
             torch.empty(0, dtype=dtype).set_(cast(Any, memory), 0, (own_rows, self._columns), (self._columns, 1))
             for memory, own_rows in zip(memories, rows, strict=True)
@@ -96,7 +101,7 @@ class _Exchange:
         self._work = None
 
 
-class _LookUp(torch.autograd.Function):
+class _LookUpForAll(torch.autograd.Function):
     """Writes pooled rows for all ranks; backward updates the tables with the gradients that all ranks have written."""
 
     @staticmethod
@@ -218,7 +223,7 @@ class HostPooledDist(TwPooledEmbeddingDist):
             token = _Send.apply(local_embs, exchange, self.divisor)
         else:
             module = self.bags.emb_module
-            token = _LookUp.apply(
+            token = _LookUpForAll.apply(
                 module.placeholder_autograd_tensor,
                 exchange,
                 self.bags.host_tables,

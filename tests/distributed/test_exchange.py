@@ -9,6 +9,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,12 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dlrm.kernels.embedding import HostTables
 from dlrm.kernels.exchange import exchange_in_memory
 from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.native import has_native
 from dlrm.kernels.pooled_exchange import HostPooledDist
 from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
+from tests.unit.test_kernels import RATE, make_tables
 
 pytestmark = pytest.mark.skipif(not has_native(), reason="the operators are not compiled")
 
@@ -76,11 +80,13 @@ def compare_collectives() -> None:
         cast(Any, work).wait()
     with pytest.raises(ValueError, match=r"output: got parts of \[7\] rows, expected"):
         dist.all_to_all_single(torch.empty(7), torch.empty(world), [7], group=memory)
-    own, *_ = memories = [part.view(torch.float32) for part in torch.ops.dlrm.share_memory(memory.boxed(), 400)]
-    for part in memories:
-        part[rank::world] = rank
+    memories = [part.view(torch.float32) for part in torch.ops.dlrm.share_memory(memory.boxed(), 400)]
+    for other, part in enumerate(memories):
+        part[rank::world] = 10 * other + rank
     torch.ops.dlrm.meet(memory.boxed()).wait()
-    assert torch.equal(own, torch.arange(100.0) % world)
+    assert torch.equal(memories[rank], 10 * rank + torch.arange(100.0) % world)
+    with pytest.raises(RuntimeError, match=r"rank \d asked for \d+ bytes of memory, this rank for|another rank can't"):
+        torch.ops.dlrm.share_memory(memory.boxed(), 400 + 64 * rank)
     with pytest.raises(ValueError, match="expected one that exchanges in memory"):
         torch.ops.dlrm.share_memory(sockets.boxed(), 400)
     dist.destroy_process_group()
@@ -91,8 +97,13 @@ def compare_means() -> None:
     memory, sockets, rank, world = join()
     torch.manual_seed(3)
     layers = torch.nn.Sequential(torch.nn.Linear(300, 700), torch.nn.ReLU(), torch.nn.Linear(700, 3))
-    ours, theirs = (DistributedDataParallel(deepcopy(layers), process_group=group) for group in (memory, sockets))
+    ours, theirs = (
+        DistributedDataParallel(deepcopy(layers), process_group=group, gradient_as_bucket_view=True, static_graph=True)
+        for group in (memory, sockets)
+    )
     replace_averages(torch.nn.ModuleList([ours, theirs]))
+    assert len(ours._comm_hooks) == 1
+    assert not theirs._comm_hooks
     torch.manual_seed(rank)
     for _ in range(4):  # buckets are made anew after the first
         given = torch.randn(9, 300)
@@ -134,6 +145,8 @@ def compare_pooled(dtype: torch.dtype) -> None:
         ours.grad = None
         result = exchange(ours, context).wait()
         assert torch.equal(result, expected)
+        with pytest.raises(RuntimeError, match="are still held, or their backward pass is yet to come"):
+            exchange(pooled, context)
         result.backward(result.detach().copy_(gradient) if is_in_place else gradient)
         assert ours.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
@@ -143,10 +156,70 @@ def compare_pooled(dtype: torch.dtype) -> None:
         doubled = EmbeddingShardingContext(batch_size_per_rank=[2 * size for size in batches])
         twice = torch.cat([rows.repeat(2, 1) for rows in pooled.split(batches)])
         assert torch.equal(exchange(twice, doubled).wait(), expected.detach().repeat(2, 1))
-        held = exchange(pooled, context).wait()
-        assert torch.equal(exchange(pooled, context).wait(), held)
-        with pytest.raises(RuntimeError, match="those of the last step but one are still held, expected none"):
-            exchange(pooled, context)
+        assert torch.equal(exchange(pooled, context).wait(), expected)
+    dist.destroy_process_group()
+
+
+class LateTables:
+    """Tables of a rank that takes its time before each lookup and update."""
+
+    def __init__(self, tables: HostTables, seconds: float) -> None:
+        self.tables, self.seconds = tables, seconds
+
+    def pool(self, *given: Any) -> None:
+        time.sleep(self.seconds)
+        self.tables.pool(*given)
+
+    def update(self, *given: Any) -> None:
+        time.sleep(self.seconds)
+        self.tables.update(*given)
+
+
+def look_up_for_all(late: int) -> None:
+    """Runs on every rank: steps on tables of all ranks, against the same on copies of all of them here."""
+    memory, _, rank, world = join()
+    rows, dims, batches = 50, [8 + 4 * other for other in range(world)], [20 + other for other in range(world)]
+    torch.manual_seed(11)  # all ranks draw all that there is
+    modules = [make_tables([rows], [dim], "rowwise_adagrad") for dim in dims]
+    own = make_tables([rows], [dims[rank]], "rowwise_adagrad")
+    own.weights_host.data.copy_(modules[rank].weights_host.data)
+    torch.manual_seed(12)
+    tables = [HostTables.of(module) for module in (*modules, own)]
+    left: list[KeyedJaggedTensor | None] = [None]
+    bags = SimpleNamespace(
+        take_features=lambda: left[0],
+        emb_module=own,
+        host_tables=LateTables(cast(Any, tables[-1]), 0.02 * (rank == late)),
+        gradient_scale=0.5,
+    )
+    exchange = HostPooledDist.make_of(TwPooledEmbeddingDist(memory, dims, []), cast(Any, bags), 1)
+    context = EmbeddingShardingContext(batch_size_per_rank=batches)
+    first = sum(batches[:rank])
+    for _ in range(6):
+        lengths = torch.ones(sum(batches), dtype=torch.int32)
+        offsets = torch.arange(sum(batches) + 1, dtype=torch.int32)
+        ids = [torch.randint(0, rows, (sum(batches),)) for _ in dims]
+        expected = [torch.empty(sum(batches), dim, dtype=torch.bfloat16) for dim in dims]
+        for part, copied, pooled in zip(ids, tables, expected, strict=False):
+            cast(Any, copied).pool(part, offsets, [pooled])
+        left[0] = KeyedJaggedTensor(["feature"], ids[rank], lengths=lengths)
+        result = exchange(torch.empty(sum(batches), 0, dtype=torch.bfloat16), context).wait()
+        assert torch.equal(result, torch.cat(expected, 1)[first : first + batches[rank]])
+        result.backward(result.detach().mul_(0.25))
+        del result
+        for part, copied, pooled in zip(ids, tables, expected, strict=False):
+            cast(Any, copied).update(part, offsets, [pooled * 0.25], RATE, 0.5)
+        assert torch.equal(own.weights_host, modules[rank].weights_host)
+    for _ in range(4):  # evaluation: others go on to the next batch while one still reads this one's pooled rows
+        ids = [torch.randint(0, rows, (sum(batches),)) for _ in dims]
+        for part, copied, pooled in zip(ids, tables, expected, strict=False):
+            cast(Any, copied).pool(part, offsets, [pooled])
+        left[0] = KeyedJaggedTensor(["feature"], ids[rank], lengths=lengths)
+        with torch.no_grad():
+            result = exchange(torch.empty(sum(batches), 0, dtype=torch.bfloat16), context).wait()
+        time.sleep(0.05 * (rank == late))
+        assert torch.equal(result, torch.cat(expected, 1)[first : first + batches[rank]])
+        del result
     dist.destroy_process_group()
 
 
@@ -187,6 +260,11 @@ def test_collectives_are_those_of_gloo(tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
 def test_pooled_rows_and_gradients_are_those_of_torchrec(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
     launch(compare_pooled, ranks, dtype, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "late"), [(2, 0), (2, 1), (3, 1)])
+def test_lookups_and_updates_for_all_ranks_are_those_of_one(tmp_path: Path, ranks: int, late: int) -> None:
+    launch(look_up_for_all, ranks, late, folder=tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

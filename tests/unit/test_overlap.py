@@ -43,6 +43,18 @@ def test_a_trace_of_one_step():
     }
 
 
+def test_a_collective_that_its_thread_begins_late_is_its_launch_s():
+    trace = [
+        span("ProfilerStep#5", TRAINING, 0, 100),
+        span("shared_memory:meet", GLOO, 1, 8),  # launched before
+        span("## forward 6 ##", TRAINING, 10, 50),
+        span("## All2All_Pooled_fwd ##", TRAINING, 20, 22),
+        span("shared_memory:meet", GLOO, 25, 40),
+        span("shared_memory:meet", GLOO, 45, 48),
+    ]
+    assert measure_trace(trace)[1]["output_all_to_all"] == PhaseTime(15, 15)
+
+
 def test_ranks_are_summed():
     phases = dict.fromkeys(("batch_building", "input_all_to_all", "output_all_to_all"), PhaseTime(10, 5))
     first = {"samples_per_second": 7.0, "traced_us": 100, "phases": phases}

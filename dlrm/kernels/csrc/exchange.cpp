@@ -295,13 +295,18 @@ SharedMemoryBackend& require_backend(const intrusive_ptr<c10d::ProcessGroup>& gr
   return *backend;
 }
 
-void drop_memory(void* memory) { delete static_cast<std::shared_ptr<HostMemory>*>(memory); }
+// What a storage lies in that all ranks of a backend share.
+struct SharedStorage {
+  std::shared_ptr<HostMemory> memory;
+  const SharedMemoryBackend* backend;
 
-// Where a tensor's storage lies in memory that all ranks share; or null.
-std::shared_ptr<HostMemory> memory_of(const at::Tensor& tensor) {
-  const auto* memory = tensor.storage().data_ptr().cast_context<std::shared_ptr<HostMemory>>(drop_memory);
-  return memory == nullptr ? nullptr : *memory;
-}
+  static void drop(void* storage) { delete static_cast<SharedStorage*>(storage); }
+  // Or null.
+  static std::shared_ptr<HostMemory> memory_of(const at::Tensor& tensor, const SharedMemoryBackend* backend) {
+    const auto* shared = tensor.storage().data_ptr().cast_context<SharedStorage>(drop);
+    return shared == nullptr || shared->backend != backend ? nullptr : shared->memory;
+  }
+};
 
 // Each rank adds up a part for all, in a fixed order.
 intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) {
@@ -313,7 +318,7 @@ intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tens
   const at::Tensor& values = tensors[0];
   const int64_t count = values.numel();
   std::function<void()> run;
-  if (const auto memory = memory_of(values)) {
+  if (const auto memory = SharedStorage::memory_of(values, this)) {
     const float factor = kind == c10d::ReduceOp::AVG ? 1.0f / static_cast<float>(size_) : 1.0f;
     const int64_t offset = values.storage_offset();
     run = [this, memory, offset, count, factor] { reduce_in_place(*memory, offset, count, factor); };
@@ -417,6 +422,7 @@ std::shared_ptr<HostMemory> SharedMemoryBackend::make_memory(int64_t bytes) {
   }
   failure = open_on_all(*plain_, memory.get(), failure);
   TORCH_CHECK(failure.empty(), "memory shared by ranks: ", failure);
+  memory->close_files();  // all have opened them
   return memory;
 }
 
@@ -434,11 +440,11 @@ void SharedMemoryBackend::share_storage(const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.storage();
   TORCH_CHECK_VALUE(tensor.nbytes() > 0 && storage.nbytes() == tensor.nbytes(), "tensor: got ", tensor.nbytes(), " of ",
                     storage.nbytes(), " bytes of a storage, expected all");
-  if (memory_of(tensor) != nullptr) return;
-  auto memory = std::make_unique<std::shared_ptr<HostMemory>>(make_memory(storage.nbytes()));
-  char* own = (*memory)->of(rank_);
+  if (SharedStorage::memory_of(tensor, this) != nullptr) return;
+  auto shared = std::make_unique<SharedStorage>(make_memory(storage.nbytes()), this);
+  char* own = shared->memory->of(rank_);
   std::memcpy(own, tensor.const_data_ptr(), storage.nbytes());
-  storage.set_data_ptr_noswap(at::DataPtr(own, memory.release(), drop_memory, at::kCPU));
+  storage.set_data_ptr_noswap(at::DataPtr(own, shared.release(), SharedStorage::drop, at::kCPU));
 }
 
 intrusive_ptr<Work> meet(const intrusive_ptr<c10d::ProcessGroup>& group) { return require_backend(group).meet(); }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dlrm {
 namespace {
@@ -21,6 +22,15 @@ struct flock whole_file() {
   lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
   return lock;
+}
+
+// As often as a signal ends it: a run that is asked to save and end is to get there.
+template <class Call>
+int unless_interrupted(Call call) {
+  int result;
+  do result = call();
+  while (result != 0 && errno == EINTR);
+  return result;
 }
 
 int64_t& token_of(char* map) { return *reinterpret_cast<int64_t*>(map); }  // which a file begins with
@@ -35,7 +45,8 @@ HostMemory::HostMemory(int rank, int world, int64_t bytes)
   // Allocated now: later there would be a SIGBUS in place of an error. The lock, which forked processes do not have, is this
   // rank's sign of life.
   struct flock lock = whole_file();
-  if (ftruncate(file, file_bytes_) != 0 || fallocate(file, 0, 0, file_bytes_) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
+  if (unless_interrupted([&] { return ftruncate(file, file_bytes_); }) != 0 ||
+      unless_interrupted([&] { return fallocate(file, 0, 0, file_bytes_); }) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
     const auto error = system_error("a file in memory of " + std::to_string(file_bytes_) + " bytes");
     close(file);
     throw error;
@@ -54,8 +65,12 @@ HostMemory::~HostMemory() {
   for (char* map : maps_) {
     if (map != nullptr) munmap(map, file_bytes_);
   }
-  for (int file : files_) {
-    if (file >= 0) close(file);
+  close_files();
+}
+
+void HostMemory::close_files() {
+  for (int& file : files_) {
+    if (file >= 0) close(std::exchange(file, -1));
   }
 }
 
@@ -75,9 +90,14 @@ void HostMemory::open(const std::vector<Address>& addresses) {
     const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
     files_[rank] = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (files_[rank] < 0) throw system_error(path);
-    if (lseek(files_[rank], 0, SEEK_END) == file_bytes_) maps_[rank] = map(files_[rank]);
+    const int64_t bytes = lseek(files_[rank], 0, SEEK_END);
+    if (bytes >= kLine) maps_[rank] = map(files_[rank]);
     if (maps_[rank] == nullptr || token_of(maps_[rank]) != token) {
       throw std::runtime_error(path + " is another process's: ranks have process numbers of their own");
+    }
+    if (bytes != file_bytes_) {
+      throw std::runtime_error("rank " + std::to_string(rank) + " asked for " + std::to_string(bytes - kLine) +
+                               " bytes of memory, this rank for " + std::to_string(file_bytes_ - kLine));
     }
   }
 }

@@ -25,12 +25,15 @@ class HostMemory {
 
   // Maps the other ranks'.
   //
-  // Throws std::runtime_error where the system refuses that, or a process's number means another one here.
+  // Throws std::runtime_error where the system refuses that, a process's number means another one here, or a rank made
+  // memory of another size.
   void open(const std::vector<Address>& addresses);
+  // What is mapped stays so. Nobody else can open this rank's any more, nor ask whether it is there.
+  void close_files();
 
   // A rank's `bytes`, at a multiple of kLine.
   char* of(int rank) const;
-  // Whether the rank's process is no more.
+  // Whether the rank's process is no more, or has closed its file.
   bool has_ended(int rank) const;
 
  private:

@@ -142,9 +142,8 @@ void multiply_rows(const at::Tensor& left, const Operand<Format>& right, int64_t
     Output<Value> here = output;
     here.out += task * own * output.stride;
     for (int64_t column = 0; column < columns; column += integer::kColumnChunk) {
-      multiply(part, right, 0, part.vectors, column,
-                        std::min<int64_t>(columns, column + integer::kColumnChunk), here,
-                        memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
+      multiply(part, right, 0, part.vectors, column, std::min<int64_t>(columns, column + integer::kColumnChunk), here,
+               memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
     }
   });
 }
@@ -183,9 +182,8 @@ void add_grad_weight(float* out, const typename Format::Source* gradient, int64_
   share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
     const int64_t row = task / across * own, column = task % across * integer::kColumnChunk;
     multiply(left, right, row, std::min(outputs, row + own), column,
-                      std::min<int64_t>(inputs, column + integer::kColumnChunk),
-                      Output<float>{out, inputs, nullptr, false, adds},
-                      memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
+             std::min<int64_t>(inputs, column + integer::kColumnChunk), Output<float>{out, inputs, nullptr, false, adds},
+             memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
   });
 }
 

@@ -1,4 +1,4 @@
-// Products of integer.h. Compiled for AVX-512 with VNNI only.
+// Products of integer.h. Compiled for AVX-512 with VNNI only: with BF16, and without.
 #include <immintrin.h>
 
 #include <cfloat>

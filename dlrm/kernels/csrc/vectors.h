@@ -47,8 +47,9 @@ inline Floats load(const BFloat16* from) {
 #if defined(__AVX512F__)  // which GCC makes four instructions of
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return (Floats)_mm512_slli_epi32(bits, 16);
-#endif
+#else
   return (Floats)(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
+#endif
 }
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const BFloat16* from) {
