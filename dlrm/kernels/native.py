@@ -7,6 +7,7 @@ import torch
 
 from dlrm.errors import ConfigError
 from dlrm.kernels.build import library_path
+from dlrm.kernels.meta import register_meta_functions
 
 _CHOICES = ("none", "baseline", "AVX2", "AVX-512", "AVX-512 BF16")
 
@@ -30,6 +31,7 @@ def load_native() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{error} ({error.__cause__})".splitlines()[0]
+    register_meta_functions()
     return None
 
 

@@ -6,6 +6,7 @@ Shapes: B samples, F features, D columns of a table, V vectors.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -409,3 +410,34 @@ def test_other_instruction_sets_pass_these_tests(instruction_set: str) -> None:
         command, env={**os.environ, "DLRM_KERNELS": instruction_set}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Each operator with arguments that it takes."""
+    tables = HostTables.of(make_tables([9, 5], [16, 8], "rowwise_adagrad"))
+    assert tables is not None
+    where = (tables.weight_offsets_F, tables.rows_F, tables.dim_offsets_F1)
+    ids, offsets, pooled = torch.tensor([0, 8, 4, 0]), torch.arange(5), torch.randn(2, 24)
+    yield "pool", (tables.weights, *where, ids, offsets, [pooled])
+    state = (tables.state, tables.state_offsets_F)
+    yield "update", (tables.weights, *state, *where, ids, offsets, [pooled], 2, 0.1, 1e-8, 1.0)
+    dense, others, columns = torch.randn(3, 8), [torch.randn(3, 16), torch.randn(3, 9)], [2, 8, 0, 1, 1]
+    gradient = torch.randn(3, 8 + 6)
+    yield "interact", (dense, others, columns)
+    yield "interact_backward", (gradient, dense, others, columns)
+    yield "interact_backward_", (torch.randn(3, 8 + 3), dense, others[:1], columns[:3])
+    yield "add_bias_", (torch.randn(3, 8), torch.randn(8), True)
+    yield "mask_", (torch.randn(3, 8), torch.randn(3, 8))
+    yield "draw_", (torch.empty(7), 1, 0.0, 1.0)
+    if torch.ops.dlrm.has_vnni():
+        for integers, dtype in (("int16", torch.float32), ("int8", torch.bfloat16)):
+            input_BK, weight_NK, grad_BN = (torch.randn(*size).to(dtype) for size in ((3, 70), (65, 70), (3, 65)))
+            yield f"{integers}_linear", (input_BK, weight_NK, torch.randn(65), True)
+            yield f"{integers}_grad_input", (grad_BN, weight_NK)
+            yield f"{integers}_grad_weight", (grad_BN, input_BK)
+
+
+def test_meta_functions_and_schemas_tell_what_operators_do() -> None:
+    for name, arguments in operator_calls():
+        operator = getattr(torch.ops.dlrm, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
