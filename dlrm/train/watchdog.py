@@ -73,9 +73,14 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._stopped.wait(self._interval):
+            now = time.monotonic()
+            if now - looked > self._timeout / 2:  # this process stood still, which says nothing about the others
+                self._at = now
+            looked = now
             self._publish()
-            if time.monotonic() - self._at > self._timeout:
+            if now - self._at > self._timeout:
                 self._give_up()
 
     def _publish(self) -> None:

@@ -52,6 +52,27 @@ def test_a_rank_that_publishes_nothing_is_the_one():
     assert text == "rank 1 on host1 gives no sign of life. It was training, at place1.py:1 (wait)."
 
 
+def test_a_rank_that_itself_stood_still_begins_to_count_anew(monkeypatch):
+    timeout, stalls = 0.4, [0.6]
+    watchdog = watch({1: {"beats": 9, "doing": "training"}}, silent=[1], timeout=timeout)
+    publish, given_up = watchdog._publish, []
+
+    def stall_once():
+        if stalls:
+            time.sleep(stalls.pop())
+        publish()
+
+    def give_up():
+        given_up.append(time.monotonic())
+        watchdog._stopped.set()
+
+    monkeypatch.setattr(watchdog, "_publish", stall_once)
+    monkeypatch.setattr(watchdog, "_give_up", give_up)
+    started = watchdog._at = time.monotonic()
+    watchdog._watch()
+    assert given_up[0] - started > 0.6 + timeout
+
+
 def test_else_the_rank_that_has_seen_the_least():
     others = {1: {"beats": 3, "doing": "reading a batch"}, 2: {"beats": 4, "doing": "training"}}
     text, accused = watch(others, beats=4)._judge()
