@@ -71,7 +71,7 @@ class Checkpointer:
         self._token = on_main_rank(runtime, lambda: secrets.token_hex(4))
         self._copied: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: CheckpointError | RuntimeError | None = None
         self._saved: list[Saved] = []
         self.last_step: int | None = None
         """Of the newest checkpoint, even if it is still being written."""
@@ -186,8 +186,8 @@ class Checkpointer:
                 with suppress(OSError):
                     writer.discard()
             return
-        except RuntimeError as error:  # another rank is gone; the launcher says which
-            self._error = CheckpointError(f"{self._store.address}: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # another rank is gone; which one, others say
+            self._error = error
             return
         if self._runtime.is_main:
             self._prune()
