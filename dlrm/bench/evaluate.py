@@ -10,7 +10,7 @@ from dlrm.bench.floor import Floor, evaluation_work
 from dlrm.bench.provenance import write_result
 from dlrm.bench.report import Speed, compare, describe_spread, print_floor, print_means, print_speeds, ratios
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
-from dlrm.bench.shape import make_config, memory_gib
+from dlrm.bench.shape import NUM_CACHED_BATCHES, make_config, memory_gib
 from dlrm.bench.train import count_distinct_rows, describe_sides, make_sides
 
 
@@ -37,7 +37,7 @@ def run(bench: EvaluateBench) -> dict[str, Any]:
     results = take_turns([*sides, ceilings_side(shape.arithmetic)], bench.repetition.rounds, show, at_once=at_once)
     training = Speed(shape.batch_size, results["ours"].turns["train"])
     speeds = {side.name: Speed(samples["evaluate"], results[side.name].turns["evaluate"]) for side in sides}
-    rows = count_distinct_rows(config, samples["evaluate"])
+    rows = count_distinct_rows(config, min(samples["evaluate"], NUM_CACHED_BATCHES * shape.batch_size))
     floor = Floor(evaluation_work(config.model, samples["evaluate"], rows), best_ceilings(results))
     over_training = ratios(speeds["ours"], training)
     result: dict[str, Any] = {

@@ -118,6 +118,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if it can't be.
+            RuntimeError: if another rank is gone.
         """
         if self._thread is not None:
             self._thread.join()

@@ -42,7 +42,6 @@ class HostTables:
     state_offsets_F: torch.Tensor | None
     optimizer: int
     eps: float
-    columns: int
 
     @staticmethod
     def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
@@ -71,8 +70,12 @@ class HostTables:
             buffers.momentum1_offsets if has_state else None,
             _OPTIMIZERS[module.optimizer],
             module.optimizer_args.eps,
-            int(buffers.D_offsets[-1]),
         )
+
+    @property
+    def columns(self) -> int:
+        """T."""
+        return int(self.dim_offsets_F1[-1])
 
     def batch_size(self, offsets: torch.Tensor) -> int:
         """B of a batch whose bags `offsets` delimit."""

@@ -16,6 +16,7 @@ from dlrm.checkpoint.state import Part, Parts
 from dlrm.checkpoint.store import LocalStore
 from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime
+from dlrm.train.main import _is_lost_peer
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
@@ -89,6 +90,21 @@ def test_a_writing_thread_that_dies_is_an_error(store, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(CheckpointError, match="the thread that writes ended"):
         save(checkpointer, 1)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_rank_that_is_lost_while_writing_is_told_like_one_lost_in_training(store, copies, monkeypatch):
+    """main.py knows such an error by its text, and leaves the word to the rank that failed."""
+    checkpointer = make(store, copies=copies)
+
+    def fail(*_, **__):
+        raise RuntimeError("Read error [127.0.0.1]:8583: Connection reset by peer")
+
+    monkeypatch.setattr(checkpointers, "save", fail)
+    with pytest.raises(RuntimeError, match="Connection reset by peer") as raised:
+        save(checkpointer, 1)
+    assert _is_lost_peer(raised.value)
+    assert not isinstance(raised.value, CheckpointError)
 
 
 def test_writing_is_noted_block_by_block(store, monkeypatch):
