@@ -62,8 +62,23 @@ def build(compiler: str) -> Path:
 
     Raises:
         subprocess.CalledProcessError: with what the compiler said.
+        OSError: where the library can't be written.
     """
     path = library_path()
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.touch()  # so that a folder that can't be written is known before all is compiled
+    try:
+        _compile(compiler, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    for other in path.parent.glob("native_*.so"):
+        if other != path:
+            other.unlink()
+    return path
+
+
+def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = list(_parts())
         objects = [Path(folder, f"{number}.o") for number in range(len(parts))]
@@ -73,16 +88,8 @@ def build(compiler: str) -> Path:
         ]
         with ThreadPoolExecutor(available_cores()) as threads:
             list(threads.map(_run, commands))
-        linked = Path(folder, "native.so")
         libraries = [f"-L{folder}" for folder in library_paths()] + ["-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(linked)])
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        shutil.copy(linked, unfinished)
-        unfinished.replace(path)
-    for other in path.parent.glob("native_*.so"):
-        if other != path:
-            other.unlink()
-    return path
+        _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(library)])
 
 
 def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -20,6 +20,7 @@ def register_meta_functions() -> None:
     for integers in ("int16", "int8"):
         register_fake(f"dlrm::{integers}_linear", _linear)
         register_fake(f"dlrm::{integers}_grad_input", _grad_input)
+        register_fake(f"dlrm::{integers}_masked_grad_input_", _nothing)
         register_fake(f"dlrm::{integers}_grad_weight", _grad_weight)
 
 

@@ -80,13 +80,18 @@ class _NativeMlp(torch.autograd.Function):
         weights, activations = ctx.saved_tensors[:num_layers], ctx.saved_tensors[num_layers:]
         gradients: list[torch.Tensor] = []
         grad_B = grad_outputs[0].to(activations[-1].dtype, copy=True, memory_format=torch.contiguous_format)
+        grad_bias = torch.ops.dlrm.mask_(grad_B, activations[-1])
         for layer in reversed(range(num_layers)):
-            grad_bias = torch.ops.dlrm.mask_(grad_B, activations[layer + 1])
-            through = _format_for(weights[layer], ctx.through)
-            gradients[:0] = [_grad_weight(grad_B, activations[layer], through), grad_bias]
-            if layer > 0 or ctx.needs_input_grad[2]:
-                grad_B = _grad_input(grad_B, weights[layer], through)
-        return None, None, grad_B.to(ctx.input_dtype) if ctx.needs_input_grad[2] else None, *gradients
+            weight, input_B, through = weights[layer], activations[layer], _format_for(weights[layer], ctx.through)
+            gradients[:0] = [_grad_weight(grad_B, input_B, through), grad_bias]
+            if layer > 0:
+                grad_B, grad_bias = _grad_hidden(grad_B, weight, input_B, through)
+        # Gradients may be where hidden activations were: a second backward pass is told so.
+        torch.autograd.graph.increment_version(activations[1:-1])
+        grad_input_B = None
+        if ctx.needs_input_grad[2]:
+            grad_input_B = _grad_input(grad_B, weights[0], _format_for(weights[0], ctx.through)).to(ctx.input_dtype)
+        return None, None, grad_input_B, *gradients
 
 
 def _format_for(weight_NK: torch.Tensor, through: IntegerFormat | None) -> IntegerFormat | None:
@@ -113,6 +118,17 @@ def _grad_input(grad_BN: torch.Tensor, weight_NK: torch.Tensor, through: Integer
     if through is not None:
         return getattr(torch.ops.dlrm, f"{through}_grad_input")(grad_BN, weight_NK)
     return torch.mm(grad_BN, weight_NK)
+
+
+def _grad_hidden(
+    grad_BN: torch.Tensor, weight_NK: torch.Tensor, activation_BK: torch.Tensor, through: IntegerFormat | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient [B, K] before the ReLU that the activation came from, maybe in its place, and its sum over B."""
+    if through is not None:
+        getattr(torch.ops.dlrm, f"{through}_masked_grad_input_")(grad_BN, weight_NK, activation_BK)
+        return activation_BK, torch.ops.dlrm.mask_(activation_BK, None)
+    gradient_BK = torch.mm(grad_BN, weight_NK)
+    return gradient_BK, torch.ops.dlrm.mask_(gradient_BK, activation_BK)
 
 
 def plain_mlp(input_B: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from dlrm.data.batch import Batch
 from dlrm.data.dense_statistics import DenseStatistics
 from dlrm.model.dense import BucketEmbeddings, ReluMLP, StandardizedDense
 from dlrm.model.interaction import DCNInteraction, DotInteraction, ProjectionInteraction
+from dlrm.model.pieces import loss_in_pieces
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
 
@@ -53,12 +54,27 @@ class DLRM(nn.Module):
         """Returns logits_B."""
         # First the tables: their all-to-all, and backward that of the gradients, runs while the dense arch computes.
         awaited = self.embedding_bag_collection(sparse_features)
-        dense_BD = self.dense_arch(dense_BI if self.standardize is None else self.standardize(dense_BI))
-        sources, columns = [awaited.values()], [find_features(awaited)]
+        dense_BD = self.embed_dense(dense_BI)
+        return self.score(dense_BI, dense_BD, awaited.values(), find_features(awaited))
+
+    def embed_dense(self, dense_BI: torch.Tensor) -> torch.Tensor:
+        """Returns [B, D]."""
+        return self.dense_arch(dense_BI if self.standardize is None else self.standardize(dense_BI))
+
+    def score(
+        self, dense_BI: torch.Tensor, dense_BD: torch.Tensor, pooled_BW: torch.Tensor, first_columns: list[int]
+    ) -> torch.Tensor:
+        """Logits_B of embedded integers, and of pooled rows as `find_features` finds them."""
+        sources, columns = [pooled_BW], [first_columns]
         if self.buckets is not None:
             sources.append(self.buckets(dense_BI))
             columns.append(self.buckets.first_columns)
         return self.over_arch(self.interaction(dense_BD, sources, columns)).squeeze(1)
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All but the tables."""
+        parts = (part for name, part in self.named_children() if name != "embedding_bag_collection")
+        return [parameter for part in parts for parameter in part.parameters()]
 
 
 class Fp32Linear(nn.Linear):
@@ -75,13 +91,18 @@ class DLRMTrain(nn.Module):
 
     Attributes:
         autocast: device type whose matrix products are in bfloat16; None for fp32 (or tf32).
+        rows_at_once: samples that go through the dense parts together, forward and backward, to bound memory; None for
+            all.
     """
 
-    def __init__(self, model: DLRM, world_size: int, autocast: str | None = None) -> None:
+    def __init__(
+        self, model: DLRM, world_size: int, autocast: str | None = None, rows_at_once: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.world_size = world_size
         self.autocast = autocast
+        self.rows_at_once = rows_at_once
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Returns the loss to differentiate, and (loss, logits, labels) of this rank's real samples, detached.
@@ -90,12 +111,33 @@ class DLRMTrain(nn.Module):
         is the sum over this rank's samples times world size over the samples of all ranks; its mean over ranks is the
         mean over samples.
         """
+        scale = self.world_size / batch.global_rows
         with torch.autocast(self.autocast or "cpu", torch.bfloat16, enabled=self.autocast is not None):
-            logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
-        labels_B = batch.labels_B[: batch.num_rows]
-        loss = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
-        loss = loss * (self.world_size / batch.global_rows)
-        return loss, (loss.detach(), logits_B.detach(), labels_B.detach())
+            if self.rows_at_once is None:
+                logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
+                loss = _sum_of_losses(logits_B, batch.labels_B[: batch.num_rows]) * scale
+            else:
+                awaited = self.model.embedding_bag_collection(batch.sparse_features)
+                loss, logits_B = _score_in_pieces(self.model, self.rows_at_once, batch, awaited, scale)
+        return loss, (loss.detach(), logits_B.detach(), batch.labels_B[: batch.num_rows].detach())
+
+
+def _sum_of_losses(logits_B: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    return binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
+
+
+@torch.fx.wrap
+def _score_in_pieces(
+    model: DLRM, rows: int, batch: Batch, awaited: KeyedTensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first_columns = find_features(awaited)
+
+    def loss_of(piece: slice, pooled_BW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dense_BI, labels_B = batch.dense_BI[piece], batch.labels_B[: batch.num_rows][piece]
+        logits_B = model.score(dense_BI, model.embed_dense(dense_BI), pooled_BW, first_columns)[: len(labels_B)]
+        return _sum_of_losses(logits_B, labels_B) * scale, logits_B
+
+    return loss_in_pieces(loss_of, rows, awaited.values(), model.dense_parameters())
 
 
 def build_tables(config: ModelConfig, device: torch.device) -> EmbeddingBagCollection:

@@ -20,6 +20,10 @@ from dlrm.table_constraints import TableConstraint
 from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
+MOST_ROWS_AT_ONCE = 16384
+ROWS_OF_PIECE = 8192
+"""Of batches with more rows on a CPU: so that what activations need besides tables stays about what 16,384 rows do."""
+
 
 def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
     """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
@@ -42,9 +46,16 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
         if isinstance(part, ReluMLP):
             part.through = config.training.integers
     autocast = runtime.device.type if config.training.activations == "bf16" else None
-    train = DLRMTrain(model, runtime.world_size, autocast)
+    train = DLRMTrain(model, runtime.world_size, autocast, rows_at_once(config, runtime.device))
     set_dense_execution(train, config.training.dense_execution, config.data.batch_size)
     return train
+
+
+def rows_at_once(config: Config, device: torch.device) -> int | None:
+    """Samples that go through the dense parts together; None for all of a batch."""
+    largest = max(config.data.batch_size, config.data.test_batch_size or 0)
+    is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > MOST_ROWS_AT_ONCE
+    return ROWS_OF_PIECE if is_bounded else None
 
 
 def make_sharder(config: Config) -> TableSharder:

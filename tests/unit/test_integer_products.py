@@ -129,6 +129,26 @@ def test_products_are_those_of_float64(b: int, n: int, k: int, heavy_tails: bool
 
 
 @pytest.mark.parametrize("through", FORMATS)
+@pytest.mark.parametrize(("b", "n", "k"), SIZES)
+def test_masked_gradients_are_those_behind_a_relu(b: int, n: int, k: int, through: IntegerFormat) -> None:
+    """To the bit; where an activation is NaN gradients pass, as in PyTorch."""
+    _, weight_NK, grad_BN, _ = draw(b, n, k, heavy_tails=True, through=through)
+    output_BK = torch.randn(b, k).to(weight_NK.dtype)
+    output_BK.flatten()[::7] = torch.tensor([0.0, -0.0, 1e-40, torch.nan, -torch.nan]).repeat(b * k)[: -(b * k // -7)]
+    expected = torch.ops.aten.threshold_backward(grad_input(through, grad_BN, weight_NK), output_BK, 0)
+    getattr(torch.ops.dlrm, f"{through}_masked_grad_input_")(grad_BN, weight_NK, output_BK)
+    assert torch.equal(output_BK, expected)
+
+
+@pytest.mark.parametrize("through", FORMATS)
+def test_masked_gradients_of_another_size_are_refused(through: IntegerFormat) -> None:
+    dtype = DTYPES[through]
+    gradient, weight = torch.randn(9, 70).to(dtype), torch.randn(70, 80).to(dtype)
+    with pytest.raises(ValueError, match=r"output: got \[9, 79\], expected \[9, 80\]"):
+        getattr(torch.ops.dlrm, f"{through}_masked_grad_input_")(gradient, weight, torch.ones(9, 79, dtype=dtype))
+
+
+@pytest.mark.parametrize("through", FORMATS)
 def test_types_of_products(through: IntegerFormat) -> None:
     types = [product.dtype for product in products(through, *draw(9, 70, 80, heavy_tails=False, through=through))]
     assert types == [DTYPES[through], DTYPES[through], torch.float32]
@@ -304,6 +324,15 @@ def test_two_mlps_in_turn_have_the_gradients_of_float64(
         for got, other in zip(own, torch.autograd.grad(expected, exact, grad.double()), strict=True):
             # ReLU's mask differs where an activation lies within rounding of 0.
             assert relative_error(got, other) < gradient_error
+
+
+@pytest.mark.parametrize("through", FORMATS)
+def test_a_second_backward_pass_is_told_that_activations_are_gone(through: IntegerFormat) -> None:
+    weights, biases = make_layers([64, 128, 64])
+    output = mlp(torch.randn(9, 64), weights, biases, through=through).float().sum()
+    output.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
 
 
 @pytest.mark.parametrize("through", FORMATS)

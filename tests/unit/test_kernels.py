@@ -434,6 +434,7 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             input_BK, weight_NK, grad_BN = (torch.randn(*size).to(dtype) for size in ((3, 70), (65, 70), (3, 65)))
             yield f"{integers}_linear", (input_BK, weight_NK, torch.randn(65), True)
             yield f"{integers}_grad_input", (grad_BN, weight_NK)
+            yield f"{integers}_masked_grad_input_", (grad_BN, weight_NK, input_BK)
             yield f"{integers}_grad_weight", (grad_BN, input_BK)
 
 

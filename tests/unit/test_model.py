@@ -112,6 +112,30 @@ def test_padding_changes_neither_loss_nor_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("rows", "padded_rows"), [(7, 8), (9, 9), (1, 12), (0, 5)])
+def test_pieces_of_a_batch_have_its_loss_logits_and_gradients(kind: str, rows: int, padded_rows: int) -> None:
+    ours, _ = make_pair(kind)
+    found = []
+    for rows_at_once in (None, 3):
+        train = DLRMTrain(ours, world_size=2, rows_at_once=rows_at_once)
+        loss, (_, logits_B, labels_B) = train(make_batch(rows, padded_rows, global_rows=20))
+        found.append([loss, logits_B, labels_B, *torch.autograd.grad(2 * loss, list(ours.parameters()))])
+        with torch.no_grad():
+            assert all(map(torch.equal, train(make_batch(rows, padded_rows, global_rows=20))[1], found[-1]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_pieces_take_a_second_backward_pass_for_a_mistake(kind: str) -> None:
+    ours, _ = make_pair(kind)
+    loss = DLRMTrain(ours, world_size=1, rows_at_once=3)(make_batch(7))[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="expected one backward pass, got a second one"):
+        loss.backward()
+
+
 def test_mean_over_uneven_ranks_is_the_mean_over_samples() -> None:
     ours, _ = make_pair("dcn")
     whole = DLRMTrain(ours, world_size=1)(make_batch(7))[0]

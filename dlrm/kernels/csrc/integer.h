@@ -88,14 +88,20 @@ int64_t column_parts(const Operand<Format>& out) {
   return out.blocks() * ((out.vectors + kColumnGroup - 1) / kColumnGroup);
 }
 
-// What becomes of the sums: scaled, then + bias, then max(0, .), or added to what `out` holds.
+enum class After : int {
+  kNothing,
+  kRectify,  // the larger of it and 0
+  kMask,     // 0 where what `out` held is 0 or less
+};
+
+// What becomes of the sums: scaled, then + bias, or added to what `out` holds (floats only), then `after`.
 template <class Value>
 struct Output {
   Value* out;  // float or BFloat16
   int64_t stride;
-  const float* bias;  // or null
-  bool rectified;
-  bool adds;
+  const float* bias = nullptr;
+  After after = After::kNothing;
+  bool adds = false;
 };
 
 // out = left right^T, of rows [first, stop), at most kRowChunk, of left, and columns [column, column_stop), at most

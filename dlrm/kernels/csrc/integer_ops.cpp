@@ -54,6 +54,7 @@ void check_pair(const at::Tensor& left, const char* left_name, int64_t left_dim,
 
 #if defined(__x86_64__)
 
+using integer::After;
 using integer::BFloat16;
 using integer::Layout;
 using integer::Operand;
@@ -155,16 +156,17 @@ void linear_into(at::Tensor& output, const at::Tensor& input, const at::Tensor& 
   const Stored<Format> right(Layout::kWide, weight.size(0), weight.size(1));
   const auto quantize = [&](int64_t part) { integer::quantize_wide_rows(values<Value>(weight), part, right); };
   multiply_rows(input, right, integer::wide_row_parts(right), quantize,
-                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(0), bias, rectified, false});
+                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(0), bias,
+                              rectified ? After::kRectify : After::kNothing});
 }
 
 template <class Format>
-void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& weight) {
+void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& weight, After after) {
   using Value = typename Format::Source;
   const Stored<Format> right(Layout::kWide, weight.size(1), weight.size(0));
   const auto quantize = [&](int64_t part) { integer::quantize_columns(values<Value>(weight), part, right); };
   multiply_rows(gradient, right, integer::column_parts(right), quantize,
-                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(1), nullptr, false, false});
+                Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(1), nullptr, after});
 }
 
 // out += gradient^T input of some samples, or = of the first.
@@ -182,7 +184,7 @@ void add_grad_weight(float* out, const typename Format::Source* gradient, int64_
   share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
     const int64_t row = task / across * own, column = task % across * integer::kColumnChunk;
     multiply(left, right, row, std::min(outputs, row + own), column,
-             std::min<int64_t>(inputs, column + integer::kColumnChunk), Output<float>{out, inputs, nullptr, false, adds},
+             std::min<int64_t>(inputs, column + integer::kColumnChunk), Output<float>{out, inputs, nullptr, After::kNothing, adds},
              memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
   });
 }
@@ -203,7 +205,7 @@ void grad_weight_into(at::Tensor& output, const at::Tensor& gradient, const at::
 template <class Format>
 void linear_into(at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, bool) {}
 template <class Format>
-void grad_input_into(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+void grad_input_into(at::Tensor&, const at::Tensor&, const at::Tensor&, After) {}
 template <class Format>
 void grad_weight_into(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
 
@@ -231,8 +233,19 @@ at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
   check_pair(gradient, "gradient", 1, weight, "weight", 0, kType<Format>);
   TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
   at::Tensor output = at::empty({gradient.size(0), weight.size(1)}, gradient.options());
-  if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight);
+  if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight, After::kNothing);
   return output;
+}
+
+// The same where output[B, K] is not 0 or less, else 0, over the output.
+template <class Format>
+void masked_grad_input_(const at::Tensor& gradient, const at::Tensor& weight, at::Tensor output) {
+  check_pair(gradient, "gradient", 1, weight, "weight", 0, kType<Format>);
+  check_matrix(output, "output", kType<Format>);
+  TORCH_CHECK_VALUE(output.size(0) == gradient.size(0) && output.size(1) == weight.size(1), "output: got ", output.sizes(),
+                    ", expected [", gradient.size(0), ", ", weight.size(1), "]");
+  TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
+  if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight, After::kMask);
 }
 
 // gradient[B, N]^T input[B, K], in float32
@@ -250,18 +263,22 @@ TORCH_LIBRARY_FRAGMENT(dlrm, m) {
   m.def("has_vnni() -> bool", has_vnni);
   m.def("int16_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
   m.def("int16_grad_input(Tensor gradient, Tensor weight) -> Tensor");
+  m.def("int16_masked_grad_input_(Tensor gradient, Tensor weight, Tensor(a!) output) -> ()");
   m.def("int16_grad_weight(Tensor gradient, Tensor input) -> Tensor");
   m.def("int8_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
   m.def("int8_grad_input(Tensor gradient, Tensor weight) -> Tensor");
+  m.def("int8_masked_grad_input_(Tensor gradient, Tensor weight, Tensor(a!) output) -> ()");
   m.def("int8_grad_weight(Tensor gradient, Tensor input) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
   m.impl("int16_linear", linear<integer::Int16>);
   m.impl("int16_grad_input", grad_input<integer::Int16>);
+  m.impl("int16_masked_grad_input_", masked_grad_input_<integer::Int16>);
   m.impl("int16_grad_weight", grad_weight<integer::Int16>);
   m.impl("int8_linear", linear<integer::Int8>);
   m.impl("int8_grad_input", grad_input<integer::Int8>);
+  m.impl("int8_masked_grad_input_", masked_grad_input_<integer::Int8>);
   m.impl("int8_grad_weight", grad_weight<integer::Int8>);
 }
 

@@ -1,7 +1,6 @@
 // Products of integer.h. Compiled for AVX-512 with VNNI only: with BF16, and without.
 #include <immintrin.h>
 
-#include <cfloat>
 #include <type_traits>
 
 #include "integer_quantize.h"
@@ -9,21 +8,19 @@
 namespace dlrm::integer {
 namespace {
 
-// What becomes of a tile's sums. Blocks add up in `partial`, compact so that it stays in L2; the last goes out.
-template <class Value>
+// What becomes of a tile's sums, which lie at the same place in both operands. Blocks add up in `partial`, compact so that
+// it stays in L2; the last goes out.
+enum class End { kPartial, kPlain, kRectified, kMasked };
+
 struct Finish {
-  const float* left_scales;
-  const float* left_offsets;
-  const float* right_scales;
-  const float* right_offsets;
-  const Output<Value>& output;
-  int64_t column;
+  const float *left_scales, *left_offsets, *right_scales, *right_offsets;
+  const float* base;  // what is added to each row
+  int64_t base_stride;
   float* partial;
-  bool first, last;
 };
 
-inline __m512 load(__mmask16 live, const float* from) { return _mm512_maskz_loadu_ps(live, from); }
-inline __m512 load(__mmask16 live, const BFloat16* from) {
+inline __m512 load(const float* from, __mmask16 live) { return _mm512_maskz_loadu_ps(live, from); }
+inline __m512 load(const BFloat16* from, __mmask16 live) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
@@ -41,38 +38,31 @@ inline void store(BFloat16* to, __mmask16 live, __m512 y) {
 #endif
 }
 
-// A row of what the first block is added to.
-template <class Value>
-inline __m512 begin(const Finish<Value>& finish, __mmask16 live, int64_t column, const Value* out) {
-  if (finish.output.adds) return load(live, out);
-  if (finish.output.bias != nullptr) return _mm512_maskz_loadu_ps(live, finish.output.bias + column);
-  return _mm512_setzero_ps();
-}
-
-template <class Format, int kVectors, class Value>
-inline void finish_row(const __m512i* sums, int row, const Finish<Value>& finish, const __mmask16* live, Value* out) {
-  const __m512 left_scale = _mm512_set1_ps(finish.left_scales[row]);
+// As few instructions as can be, none a branch within a row: so many wait here that the next tile's products, which this
+// runs beside, would have to wait for them to be read.
+template <bool kHasZeros, End kEnd, int kVectors, class Value>
+inline void finish_row(const __m512i* sums, int row, const Finish& finish, const __mmask16* live, Value* out) {
+  const __m512 left_scale = _mm512_set1_ps(finish.left_scales[row]), zero = _mm512_set1_ps(finish.left_offsets[row]);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    float* partial = finish.partial + (row * kVectors + v) * kLanes;
-    const __m512 base = finish.first ? begin(finish, live[v], finish.column + v * kLanes, out + v * kLanes)
-                                     : _mm512_load_ps(partial);
-    // Not infinite, or a sum of 0 would become NaN; NaN stays.
-    const __m512 scale = _mm512_min_ps(_mm512_set1_ps(FLT_MAX),
-                                       _mm512_mul_ps(left_scale, _mm512_loadu_ps(finish.right_scales + v * kLanes)));
+    // Towards zero what overflows is the largest float, not infinity, with which a sum of 0 would become NaN.
+    const __m512 scale = _mm512_mul_round_ps(left_scale, _mm512_loadu_ps(finish.right_scales + v * kLanes),
+                                             _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
     __m512 sum = _mm512_cvtepi32_ps(sums[v]);
-    if constexpr (std::is_same_v<Format, Int8>) {
-      const __m512 zero = _mm512_set1_ps(finish.left_offsets[row]);
-      sum = _mm512_fnmadd_ps(zero, _mm512_loadu_ps(finish.right_offsets + v * kLanes), sum);
-    }
+    if constexpr (kHasZeros) sum = _mm512_fnmadd_ps(zero, _mm512_loadu_ps(finish.right_offsets + v * kLanes), sum);
+    const __m512 base = load(finish.base + row * finish.base_stride + v * kLanes, live[v]);
     __m512 y = _mm512_fmadd_ps(sum, scale, base);
-    if (!finish.last) {
-      _mm512_store_ps(partial, y);
-      continue;
+    // NaN stays NaN, in this order, and lets gradients pass.
+    if constexpr (kEnd == End::kRectified) y = _mm512_max_ps(_mm512_setzero_ps(), y);
+    if constexpr (kEnd == End::kMasked) {
+      const __m512 output = load(out + v * kLanes, live[v]);
+      y = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(output, _mm512_setzero_ps(), _CMP_NLE_UQ), y);
     }
-    // In this order NaN stays NaN.
-    if (finish.output.rectified) y = _mm512_max_ps(_mm512_setzero_ps(), y);
-    store(out + v * kLanes, live[v], y);
+    if constexpr (kEnd == End::kPartial) {
+      _mm512_store_ps(finish.partial + (row * kVectors + v) * kLanes, y);
+    } else {
+      store(out + v * kLanes, live[v], y);
+    }
   }
 }
 
@@ -176,22 +166,33 @@ inline void add_products(const int32_t* left, const int32_t* right, int64_t dwor
 #undef LOOP_TAIL
 
 // One tile: kRowTile rows, live_rows of them stored, by kVectors registers of columns.
-template <class Format, int kVectors, int kRowStep, int kDwordStep, class Value>
+template <class Format, int kVectors, int kRowStep, int kDwordStep, End kEnd, class Value>
 void tile(const int32_t* left, const int32_t* right, int64_t dwords, int64_t live_rows, const __mmask16* live,
-          const Finish<Value>& finish, Value* out) {
-  const int64_t stride = finish.output.stride;
+          const Finish& finish, Value* out, int64_t stride) {
   __m512i sums[kRowTile][kVectors];
-  if (finish.last) {
+  if constexpr (kEnd != End::kPartial) {
     for (int i = 0; i < live_rows; ++i) {
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + i * stride + v * kLanes, 1);
     }
   }
   add_products<Format, kVectors, kRowStep, kDwordStep>(left, right, dwords, sums);
+  const auto finish_rows = [&]<bool kHasZeros>() {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRowTile; ++i) {
-    if (i < live_rows) finish_row<Format, kVectors>(sums[i], i, finish, live, out + i * stride);
+    for (int i = 0; i < kRowTile; ++i) {
+      if (i == live_rows) return;
+      finish_row<kHasZeros, kEnd, kVectors>(sums[i], i, finish, live, out + i * stride);
+    }
+  };
+  // Where no entry is negative, as behind a ReLU, there is nothing to take off.
+  const __m256 zeros = _mm256_loadu_ps(finish.left_offsets);
+  if (std::is_same_v<Format, Int8> && _mm256_cmp_ps_mask(zeros, _mm256_setzero_ps(), _CMP_NEQ_UQ) != 0) {
+    finish_rows.template operator()<true>();
+  } else {
+    finish_rows.template operator()<false>();
   }
 }
+
+alignas(64) constexpr float kNothing[3 * kLanes] = {};
 
 template <class Format, int kVectors, int kRowStep, int kDwordStep, class Value>
 void strip(const Operand<Format>& left, const Operand<Format>& right, int64_t block, int64_t row, int64_t stop,
@@ -200,20 +201,36 @@ void strip(const Operand<Format>& left, const Operand<Format>& right, int64_t bl
   const int64_t left_at = block * left.padded(), right_at = block * right.padded() + column;
   __mmask16 live[kVectors];
   for (int v = 0; v < kVectors; ++v) live[v] = live_lanes(right.vectors - column - v * kLanes);
+  Value* out = output.out + row * output.stride + column;
+  Finish finish{left.scales + left_at + row, left.offsets + left_at + row, right.scales + right_at,
+                right.offsets + right_at,    kNothing,                     0,
+                partial};
+  if (block > 0) {
+    finish.base = partial;
+    finish.base_stride = kVectors * kLanes;
+  } else if (output.bias != nullptr) {
+    finish.base = output.bias + column;
+  }
+  if constexpr (std::is_same_v<Value, float>) {
+    if (block == 0 && output.adds) {
+      finish.base = out;
+      finish.base_stride = output.stride;
+    }
+  }
+  auto run = tile<Format, kVectors, kRowStep, kDwordStep, End::kPartial, Value>;
+  if (block == left.blocks() - 1) {
+    run = output.after == After::kRectify ? tile<Format, kVectors, kRowStep, kDwordStep, End::kRectified, Value>
+          : output.after == After::kMask  ? tile<Format, kVectors, kRowStep, kDwordStep, End::kMasked, Value>
+                                          : tile<Format, kVectors, kRowStep, kDwordStep, End::kPlain, Value>;
+  }
   for (; row < stop; row += kRowTile) {
-    const Finish<Value> finish{left.scales + left_at + row,
-                               left.offsets + left_at + row,
-                               right.scales + right_at,
-                               right.offsets + right_at,
-                               output,
-                               column,
-                               partial,
-                               block == 0,
-                               block == left.blocks() - 1};
-    tile<Format, kVectors, kRowStep, kDwordStep>(left.dwords + (left_at + row) * kDwords, right.dwords + right_at * kDwords,
-                                                 dwords, std::min<int64_t>(kRowTile, stop - row), live, finish,
-                                                 output.out + row * output.stride + column);
-    partial += kRowTile * kVectors * kLanes;
+    run(left.dwords + (left_at + row) * kDwords, right.dwords + right_at * kDwords, dwords,
+        std::min<int64_t>(kRowTile, stop - row), live, finish, out, output.stride);
+    finish.left_scales += kRowTile;
+    finish.left_offsets += kRowTile;
+    finish.base += kRowTile * finish.base_stride;
+    finish.partial += kRowTile * kVectors * kLanes;
+    out += kRowTile * output.stride;
   }
 }
 
