@@ -9,9 +9,11 @@ from dlrm.config import (
     OptimizerConfig,
     OptimizerName,
     OutputConfig,
+    ShardingConfig,
     TrainingConfig,
 )
 from dlrm.errors import ConfigError
+from dlrm.host import available_memory_bytes
 from dlrm.recipes import MLPERF_ROWS, spec_mlperf_a100x8
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
 
@@ -36,6 +38,8 @@ def make_config(shape: Shape, steps: int, dim: int = DEFAULT_EMBEDDING_DIM) -> C
             zipf_exponent=shape.exponent,
         ),
         model=make_model(table_rows(shape, dim), dim),
+        # Said once, or what is free at each start could give one side another plan in each round.
+        sharding=ShardingConfig(device_memory_gib=available_memory_bytes() / 2**30 / shape.ranks),
         optimizer=OptimizerConfig(optimizer=shape.optimizer, learning_rate=_LEARNING_RATES[shape.optimizer]),
         training=TrainingConfig(seed=0, precision=shape.arithmetic),
         evaluation=EvaluationConfig(evaluate_on_epoch_end=False, evaluate_on_training_end=False),

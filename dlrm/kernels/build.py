@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from dlrm.host import available_cores
 
@@ -79,6 +78,8 @@ def build(compiler: str) -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    from torch.utils.cpp_extension import library_paths  # here: with setuptools it is a good part of a run's start
+
     with tempfile.TemporaryDirectory() as folder:
         parts = list(_parts())
         objects = [Path(folder, f"{number}.o") for number in range(len(parts))]
@@ -94,6 +95,8 @@ def _compile(compiler: str, library: Path) -> None:
 
 def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each compilation's source and flags."""
+    from torch.utils.cpp_extension import include_paths
+
     # at::parallel_for needs -fopenmp. Linking with it would load a second OpenMP beside torch's.
     includes = [f"-isystem{folder}" for folder in include_paths()]
     for name in _OPERATORS:
