@@ -86,8 +86,8 @@ class _NativeMlp(torch.autograd.Function):
             gradients[:0] = [_grad_weight(grad_B, input_B, through), grad_bias]
             if layer > 0:
                 grad_B, grad_bias = _grad_hidden(grad_B, weight, input_B, through)
-        # Gradients may be where hidden activations were: a second backward pass is told so.
-        torch.autograd.graph.increment_version(activations[1:-1])
+                if grad_B is input_B:  # a second backward pass is told so
+                    torch.autograd.graph.increment_version(input_B)
         grad_input_B = None
         if ctx.needs_input_grad[2]:
             grad_input_B = _grad_input(grad_B, weights[0], _format_for(weights[0], ctx.through)).to(ctx.input_dtype)

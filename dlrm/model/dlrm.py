@@ -72,9 +72,9 @@ class DLRM(nn.Module):
         return self.over_arch(self.interaction(dense_BD, sources, columns)).squeeze(1)
 
     def dense_parameters(self) -> list[nn.Parameter]:
-        """All but the tables."""
+        """All that are trained but the tables."""
         parts = (part for name, part in self.named_children() if name != "embedding_bag_collection")
-        return [parameter for part in parts for parameter in part.parameters()]
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
 
 class Fp32Linear(nn.Linear):
@@ -91,8 +91,8 @@ class DLRMTrain(nn.Module):
 
     Attributes:
         autocast: device type whose matrix products are in bfloat16; None for fp32 (or tf32).
-        rows_at_once: samples that go through the dense parts together, forward and backward, to bound memory; None for
-            all.
+        rows_at_once: batches of more samples go through the dense parts in pieces of half as many, forward and backward
+            of each in turn, to bound memory. None for all at once, whatever the batch.
     """
 
     def __init__(
@@ -128,13 +128,17 @@ def _sum_of_losses(logits_B: torch.Tensor, labels_B: torch.Tensor) -> torch.Tens
 
 @torch.fx.wrap
 def _score_in_pieces(
-    model: DLRM, rows: int, batch: Batch, awaited: KeyedTensor, scale: float
+    model: DLRM, rows_at_once: int, batch: Batch, awaited: KeyedTensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    size = len(batch.dense_BI)
+    rows = size if size <= rows_at_once else rows_at_once // 2
+    first_BD = model.embed_dense(batch.dense_BI[:rows])  # while the all-to-all is on its way
     first_columns = find_features(awaited)
 
     def loss_of(piece: slice, pooled_BW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dense_BI, labels_B = batch.dense_BI[piece], batch.labels_B[: batch.num_rows][piece]
-        logits_B = model.score(dense_BI, model.embed_dense(dense_BI), pooled_BW, first_columns)[: len(labels_B)]
+        dense_BD = first_BD if piece.start == 0 else model.embed_dense(dense_BI)
+        logits_B = model.score(dense_BI, dense_BD, pooled_BW, first_columns)[: len(labels_B)]
         return _sum_of_losses(logits_B, labels_B) * scale, logits_B
 
     return loss_in_pieces(loss_of, rows, awaited.values(), model.dense_parameters())

@@ -20,9 +20,8 @@ from dlrm.table_constraints import TableConstraint
 from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
-MOST_ROWS_AT_ONCE = 16384
-ROWS_OF_PIECE = 8192
-"""Of batches with more rows on a CPU: so that what activations need besides tables stays about what 16,384 rows do."""
+ROWS_AT_ONCE = 16384
+"""On a CPU. What activations need is then about what they need at this batch size, and pieces cost a few per cent."""
 
 
 def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
@@ -52,10 +51,10 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
 
 
 def rows_at_once(config: Config, device: torch.device) -> int | None:
-    """Samples that go through the dense parts together; None for all of a batch."""
+    """DLRMTrain's, where a batch of training or evaluation is larger."""
     largest = max(config.data.batch_size, config.data.test_batch_size or 0)
-    is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > MOST_ROWS_AT_ONCE
-    return ROWS_OF_PIECE if is_bounded else None
+    is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > ROWS_AT_ONCE
+    return ROWS_AT_ONCE if is_bounded else None
 
 
 def make_sharder(config: Config) -> TableSharder:

@@ -201,7 +201,7 @@ def losses_of_batches_and_of_pieces() -> list[tuple[list[float], list[float]]]:
     torch.set_num_threads(1)
     with start_runtime():
         configs = [case.config(2) for case in IN_PIECES]
-        return [(train_losses(config), train_losses(config, rows_at_once=5)) for config in configs]
+        return [(train_losses(config), train_losses(config, rows_at_once=10)) for config in configs]
 
 
 IN_PIECES = [

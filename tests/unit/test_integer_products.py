@@ -335,6 +335,14 @@ def test_a_second_backward_pass_is_told_that_activations_are_gone(through: Integ
         output.backward()
 
 
+@pytest.mark.parametrize("through", [None, *FORMATS])
+def test_activations_that_are_not_written_over_serve_a_second_backward_pass(through: IntegerFormat | None) -> None:
+    weights, biases = make_layers([32, 40, 16])
+    output = mlp(torch.randn(9, 32), weights, biases, through=through).float().sum()
+    first = torch.autograd.grad(output, weights, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(output, weights)))
+
+
 @pytest.mark.parametrize("through", FORMATS)
 def test_narrow_layers_do_not_go_through_integers(through: IntegerFormat) -> None:
     torch.manual_seed(2)

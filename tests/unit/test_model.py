@@ -7,13 +7,14 @@ from torchrec.models import dlrm as reference
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.config import ModelConfig
+from dlrm.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
 from dlrm.data.batch import Batch, build_batch
 from dlrm.data.partition import Partition, Span
 from dlrm.data.random_source import RandomSource
 from dlrm.kernels.interaction import dot_interaction
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
+from dlrm.train.build import rows_at_once
 
 ROWS = tuple(range(3, 29))
 CONFIGS = {
@@ -113,24 +114,60 @@ def test_padding_changes_neither_loss_nor_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize(("rows", "padded_rows"), [(7, 8), (9, 9), (1, 12), (0, 5)])
-def test_pieces_of_a_batch_have_its_loss_logits_and_gradients(kind: str, rows: int, padded_rows: int) -> None:
+@pytest.mark.parametrize("autocast", [None, "cpu"])
+@pytest.mark.parametrize(("rows", "padded_rows"), [(7, 8), (9, 9), (1, 12), (0, 7)])
+def test_pieces_of_a_batch_have_its_loss_logits_and_gradients(
+    kind: str, autocast: str | None, rows: int, padded_rows: int
+) -> None:
     ours, _ = make_pair(kind)
-    found = []
-    for rows_at_once in (None, 3):
-        train = DLRMTrain(ours, world_size=2, rows_at_once=rows_at_once)
-        loss, (_, logits_B, labels_B) = train(make_batch(rows, padded_rows, global_rows=20))
-        found.append([loss, logits_B, labels_B, *torch.autograd.grad(2 * loss, list(ours.parameters()))])
-        with torch.no_grad():
-            assert all(map(torch.equal, train(make_batch(rows, padded_rows, global_rows=20))[1], found[-1]))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    whole = pieces_of(ours, autocast, None, rows, padded_rows)
+    for one, other in zip(whole, pieces_of(ours, autocast, 6, rows, padded_rows), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 if autocast is None else 2e-3)
+    assert all(map(torch.equal, whole, pieces_of(ours, autocast, padded_rows, rows, padded_rows)))  # one piece
+
+
+def pieces_of(
+    ours: DLRM, autocast: str | None, rows_at_once: int | None, rows: int, padded_rows: int
+) -> list[torch.Tensor]:
+    """Loss, logits, labels, gradients."""
+    train = DLRMTrain(ours, world_size=2, autocast=autocast, rows_at_once=rows_at_once)
+    loss, scored = train(make_batch(rows, padded_rows, global_rows=20))
+    with torch.no_grad():
+        assert all(map(torch.equal, train(make_batch(rows, padded_rows, global_rows=20))[1], scored))
+    return [loss, *scored[1:], *torch.autograd.grad(2 * loss, list(ours.parameters()))]
+
+
+def test_the_dense_arch_computes_before_pieces_wait_for_pooled_rows() -> None:
+    ours, _ = make_pair("original")
+    called: list[str] = []
+    for name in ("embedding_bag_collection", "dense_arch", "interaction"):
+        ours.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    DLRMTrain(ours, world_size=1, rows_at_once=6)(make_batch(7))
+    assert called == ["embedding_bag_collection", *["dense_arch", "interaction"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "test_batch", "device", "execution", "expected"),
+    [
+        (16384, 16384, "cpu", "eager", None),
+        (16385, None, "cpu", "eager", 16384),
+        (64, 16385, "cpu", "eager", 16384),
+        (65536, None, "cuda", "eager", None),
+        (65536, None, "cpu", "compile", None),
+    ],
+)
+def test_large_batches_on_a_cpu_go_in_pieces(
+    batch: int, test_batch: int | None, device: str, execution: DenseExecution, expected: int | None
+) -> None:
+    data = DataConfig(batch_size=batch, test_batch_size=test_batch)
+    config = Config(data=data, training=TrainingConfig(dense_execution=execution))
+    assert rows_at_once(config, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_pieces_take_a_second_backward_pass_for_a_mistake(kind: str) -> None:
     ours, _ = make_pair(kind)
-    loss = DLRMTrain(ours, world_size=1, rows_at_once=3)(make_batch(7))[0]
+    loss = DLRMTrain(ours, world_size=1, rows_at_once=6)(make_batch(7))[0]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="expected one backward pass, got a second one"):
         loss.backward()
