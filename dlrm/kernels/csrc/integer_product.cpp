@@ -8,10 +8,10 @@
 namespace dlrm::integer {
 namespace {
 
-// What becomes of a tile's sums, which lie at the same place in both operands. Blocks add up in `partial`, compact so that
-// it stays in L2; the last goes out.
+// Where a tile's sums go. Blocks add up in `partial`, compact so that it stays in L2; the last goes out, in one of three ways.
 enum class End { kPartial, kPlain, kRectified, kMasked };
 
+// What a tile's sums are scaled with, and added to.
 struct Finish {
   const float *left_scales, *left_offsets, *right_scales, *right_offsets;
   const float* base;  // what is added to each row
