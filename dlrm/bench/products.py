@@ -108,16 +108,17 @@ def open_products(bench: ProductsBench, layers: list[Layer]) -> Iterator[Turns]:
 def _integers(
     through: str, bias_N: torch.Tensor, input_BK: torch.Tensor, weight_NK: torch.Tensor, grad_BN: torch.Tensor
 ) -> Callable[[int], object]:
-    linear, grad_input, grad_weight = (
-        getattr(torch.ops.dlrm, f"{through}_{name}") for name in ("linear", "grad_input", "grad_weight")
+    linear, grad_input, grad_parameters = (
+        getattr(torch.ops.dlrm, f"{through}_{name}") for name in ("linear", "grad_input", "grad_parameters")
     )
+    grad_NK, grad_N = torch.empty_like(weight_NK, dtype=torch.float32), torch.empty_like(bias_N)
 
     def call(number: int) -> object:
         del number
         return (
             linear(input_BK, weight_NK, bias_N, True),
             grad_input(grad_BN, weight_NK),
-            grad_weight(grad_BN, input_BK),
+            grad_parameters(grad_BN, input_BK, grad_NK, grad_N),
         )
 
     return call

@@ -35,7 +35,7 @@ _VNNI = {"x86_64": (*_AVX512, "-mavx512vnni", "-mprfchw")}
 _WITHOUT = (
     "dlrm will run, slower, on PyTorch's and FBGEMM's own operators. With g++ 10 or newer: python -m dlrm.kernels.build"
 )
-_OPERATORS = ("ops", "integer_ops", "exchange")
+_OPERATORS = ("ops", "integer_ops", "mlp_ops", "exchange")
 _HOST_EXCHANGE = ("host_memory", "lanes")
 _INTEGER_PRODUCTS = ("integer_product", "int16_quantize", "int8_quantize")
 _ROUNDED_PRODUCTS = "integer_product"  # once more, with instructions that round to bfloat16

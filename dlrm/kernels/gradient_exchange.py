@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlrm.kernels.exchange import exchanges_in_memory
+from dlrm.kernels.gradient_memory import offer_memory
 from dlrm.kernels.native import has_native
 
 
@@ -25,5 +26,7 @@ def replace_averages(model: nn.Module) -> None:
 def _average(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     gradients = bucket.buffer()
     torch.ops.dlrm.share_storage_(group.boxed(), gradients)  # a new bucket's
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        offer_memory(parameter, gradient)
     work: Any = dist.all_reduce(gradients, dist.ReduceOp.AVG, group, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

@@ -21,7 +21,9 @@ def register_meta_functions() -> None:
         register_fake(f"dlrm::{integers}_linear", _linear)
         register_fake(f"dlrm::{integers}_grad_input", _grad_input)
         register_fake(f"dlrm::{integers}_masked_grad_input_", _nothing)
-        register_fake(f"dlrm::{integers}_grad_weight", _grad_weight)
+        register_fake(f"dlrm::{integers}_grad_parameters", _nothing)
+    register_fake("dlrm::mlp", _mlp)
+    register_fake("dlrm::mlp_backward", _mlp_backward)
 
 
 def _nothing(*_: object) -> None:
@@ -61,5 +63,24 @@ def _grad_input(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.new_empty(gradient.size(0), weight.size(1))
 
 
-def _grad_weight(gradient: Tensor, input: Tensor) -> Tensor:  # noqa: A002 - the operator's name
-    return gradient.new_empty(gradient.size(1), input.size(1), dtype=torch.float32)
+def _mlp(
+    input: Tensor,  # noqa: A002 - the operator's name
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    formats: Sequence[str],
+) -> list[Tensor]:
+    del biases, formats
+    return [input.new_empty(input.size(0), weight.size(0)) for weight in weights]
+
+
+def _mlp_backward(
+    grad_output: Tensor,
+    input: Tensor,  # noqa: A002 - the operator's name
+    outputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    formats: Sequence[str],
+    needs_input: bool,
+) -> list[Tensor]:
+    del grad_output, outputs, weights, gradients, formats
+    return [torch.empty_like(input, memory_format=torch.contiguous_format)] if needs_input else []

@@ -91,8 +91,8 @@ class DLRMTrain(nn.Module):
 
     Attributes:
         autocast: device type whose matrix products are in bfloat16; None for fp32 (or tf32).
-        rows_at_once: batches of more samples go through the dense parts in pieces of half as many, forward and backward
-            of each in turn, to bound memory. None for all at once, whatever the batch.
+        rows_at_once: batches of more samples go through the dense parts in pieces of a quarter of it, forward and
+            backward of each in turn, to bound memory. None for all at once, whatever the batch.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def _score_in_pieces(
     model: DLRM, rows_at_once: int, batch: Batch, awaited: KeyedTensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size = len(batch.dense_BI)
-    rows = size if size <= rows_at_once else rows_at_once // 2
+    rows = size if size <= rows_at_once else rows_at_once // 4
     first_BD = model.embed_dense(batch.dense_BI[:rows])  # while the all-to-all is on its way
     first_columns = find_features(awaited)
 

@@ -26,6 +26,7 @@ from dlrm.kernels.exchange import exchange_in_memory
 from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.native import has_native
 from dlrm.kernels.pooled_exchange import HostPooledDist
+from dlrm.model.dense import ReluMLP
 from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
 from tests.unit.test_kernels import RATE, make_tables
 
@@ -96,7 +97,8 @@ def compare_means() -> None:
     """Runs on every rank: what DistributedDataParallel leaves, with and without shared memory."""
     memory, sockets, rank, world = join()
     torch.manual_seed(3)
-    layers = torch.nn.Sequential(torch.nn.Linear(300, 700), torch.nn.ReLU(), torch.nn.Linear(700, 3))
+    # An MLP's gradients are written into their buckets, a linear layer's are copied there.
+    layers = torch.nn.Sequential(ReluMLP(300, [700, 90]), torch.nn.Linear(90, 3))
     ours, theirs = (
         DistributedDataParallel(deepcopy(layers), process_group=group, gradient_as_bucket_view=True, static_graph=True)
         for group in (memory, sockets)
@@ -105,10 +107,11 @@ def compare_means() -> None:
     assert len(ours._comm_hooks) == 1
     assert not theirs._comm_hooks
     torch.manual_seed(rank)
-    for _ in range(4):  # buckets are made anew after the first
+    for step in range(6):  # buckets are made anew after the first
         given = torch.randn(9, 300)
         for model in (ours, theirs):
-            model.zero_grad()
+            if step != 4:
+                model.zero_grad()
             model(given).square().sum().backward()
         for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(own.grad, other.grad)

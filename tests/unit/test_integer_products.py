@@ -14,6 +14,7 @@ from torch import Tensor
 from dlrm.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
 from dlrm.kernels import build, native
+from dlrm.kernels.gradient_memory import offer_memory
 from dlrm.kernels.mlp import IntegerFormat, mlp, plain_mlp
 from dlrm.model.dense import ReluMLP
 from dlrm.runtime import start_runtime
@@ -74,8 +75,17 @@ def grad_input(through: IntegerFormat, grad_BN: Tensor, weight_NK: Tensor) -> Te
     return getattr(torch.ops.dlrm, f"{through}_grad_input")(grad_BN, weight_NK)
 
 
+def grad_parameters(through: IntegerFormat, grad_BN: Tensor, input_BK: Tensor) -> tuple[Tensor, Tensor]:
+    grad_NK, grad_N = (
+        torch.full((grad_BN.size(1), input_BK.size(1)), torch.nan),
+        torch.full(grad_BN.shape[1:], torch.nan),
+    )
+    getattr(torch.ops.dlrm, f"{through}_grad_parameters")(grad_BN, input_BK, grad_NK, grad_N)
+    return grad_NK, grad_N
+
+
 def grad_weight(through: IntegerFormat, grad_BN: Tensor, input_BK: Tensor) -> Tensor:
-    return getattr(torch.ops.dlrm, f"{through}_grad_weight")(grad_BN, input_BK)
+    return grad_parameters(through, grad_BN, input_BK)[0]
 
 
 def products(
@@ -84,13 +94,13 @@ def products(
     return [
         linear(through, input_BK, weight_NK, bias_N),
         grad_input(through, grad_BN, weight_NK),
-        grad_weight(through, grad_BN, input_BK),
+        *grad_parameters(through, grad_BN, input_BK),
     ]
 
 
 def exact_products(input_BK: Tensor, weight_NK: Tensor, grad_BN: Tensor, bias_N: Tensor) -> list[Tensor]:
     input_BK, weight_NK, grad_BN = input_BK.double(), weight_NK.double(), grad_BN.double()
-    return [input_BK @ weight_NK.t() + bias_N.double(), grad_BN @ weight_NK, grad_BN.t() @ input_BK]
+    return [input_BK @ weight_NK.t() + bias_N.double(), grad_BN @ weight_NK, grad_BN.t() @ input_BK, grad_BN.sum(0)]
 
 
 def blocks_of_int8(matrix: Tensor, length: int) -> Tensor:
@@ -133,7 +143,7 @@ def test_products_are_those_of_float64(b: int, n: int, k: int, heavy_tails: bool
 def test_masked_gradients_are_those_behind_a_relu(b: int, n: int, k: int, through: IntegerFormat) -> None:
     """To the bit; where an activation is NaN gradients pass, as in PyTorch."""
     _, weight_NK, grad_BN, _ = draw(b, n, k, heavy_tails=True, through=through)
-    output_BK = torch.randn(b, k).to(weight_NK.dtype)
+    output_BK = torch.randn(b, k).to(grad_BN.dtype)
     output_BK.flatten()[::7] = torch.tensor([0.0, -0.0, 1e-40, torch.nan, -torch.nan]).repeat(b * k)[: -(b * k // -7)]
     expected = torch.ops.aten.threshold_backward(grad_input(through, grad_BN, weight_NK), output_BK, 0)
     getattr(torch.ops.dlrm, f"{through}_masked_grad_input_")(grad_BN, weight_NK, output_BK)
@@ -151,7 +161,7 @@ def test_masked_gradients_of_another_size_are_refused(through: IntegerFormat) ->
 @pytest.mark.parametrize("through", FORMATS)
 def test_types_of_products(through: IntegerFormat) -> None:
     types = [product.dtype for product in products(through, *draw(9, 70, 80, heavy_tails=False, through=through))]
-    assert types == [DTYPES[through], DTYPES[through], torch.float32]
+    assert types == [DTYPES[through], DTYPES[through], torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("heavy_tails", [False, True])
@@ -159,7 +169,7 @@ def test_types_of_products(through: IntegerFormat) -> None:
 def test_int8_products_are_those_of_the_twin(b: int, n: int, k: int, heavy_tails: bool) -> None:
     """But for bfloat16's rounding, and for entries halfway between two integers."""
     input_BK, weight_NK, grad_BN, bias_N = draw(b, n, k, heavy_tails=heavy_tails, through="int8")
-    output_BN, grad_BK, grad_NK = products("int8", input_BK, weight_NK, grad_BN, bias_N)
+    output_BN, grad_BK, grad_NK, _ = products("int8", input_BK, weight_NK, grad_BN, bias_N)
     assert relative_error(output_BN, int8_twin(input_BK, weight_NK) + bias_N.double()) < 4e-3
     assert relative_error(grad_BK, int8_twin(grad_BN, weight_NK.t().contiguous())) < 4e-3
     pieces = range(0, b, 12288)  # a slice of 32 blocks
@@ -195,10 +205,11 @@ def test_the_worst_that_a_block_can_hold_does_not_overflow(through: IntegerForma
 def test_zero_rows_give_the_bias_and_zero_gradients(through: IntegerFormat) -> None:
     dtype, bias_N = DTYPES[through], torch.randn(70)
     given = torch.zeros(5, 80, dtype=dtype), torch.randn(70, 80).to(dtype), torch.zeros(5, 70, dtype=dtype)
-    output_BN, grad_BK, grad_NK = products(through, *given, bias_N)
+    output_BN, grad_BK, grad_NK, grad_N = products(through, *given, bias_N)
     assert torch.equal(output_BN, bias_N.to(dtype).expand(5, 70))
     assert not grad_BK.any()
     assert not grad_NK.any()
+    assert not grad_N.any()
 
 
 def test_zeros_among_others_stay_zeros_in_int8() -> None:
@@ -271,10 +282,11 @@ def test_huge_entries_beside_zeros_of_the_other_operand(through: IntegerFormat) 
 
 @pytest.mark.parametrize("through", FORMATS)
 def test_an_empty_batch(through: IntegerFormat) -> None:
-    output_BN, grad_BK, grad_NK = products(through, *draw(0, 70, 80, heavy_tails=False, through=through))
+    output_BN, grad_BK, grad_NK, grad_N = products(through, *draw(0, 70, 80, heavy_tails=False, through=through))
     assert output_BN.shape == (0, 70)
     assert grad_BK.shape == (0, 80)
     assert torch.equal(grad_NK, torch.zeros(70, 80))
+    assert torch.equal(grad_N, torch.zeros(70))
 
 
 @pytest.mark.parametrize("through", FORMATS)
@@ -341,6 +353,41 @@ def test_activations_that_are_not_written_over_serve_a_second_backward_pass(thro
     output = mlp(torch.randn(9, 32), weights, biases, through=through).float().sum()
     first = torch.autograd.grad(output, weights, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(output, weights)))
+
+
+@pytest.mark.parametrize("through", [None, *FORMATS])
+def test_gradients_are_written_where_memory_was_offered_once(through: IntegerFormat | None) -> None:
+    torch.manual_seed(2)
+    weights, biases = make_layers([13, 96, 64])
+    leaves, given = [*weights, *biases], torch.randn(50, 13)
+    expected = torch.autograd.grad(mlp(given, weights, biases, through=through).float().sum(), leaves)
+    offered = [torch.full_like(leaf, torch.nan) for leaf in leaves]
+    for leaf, memory in zip(leaves, offered, strict=True):
+        offer_memory(leaf, memory)
+    mlp(given, weights, biases, through=through).float().sum().backward()
+    for leaf, memory, gradient in zip(leaves, offered, expected, strict=True):
+        assert leaf.grad is not None
+        assert leaf.grad.data_ptr() == memory.data_ptr()
+        assert torch.equal(memory, gradient)
+        offer_memory(leaf, memory)
+    mlp(given, weights, biases, through=through).float().sum().backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, 2 * gradient), "offered memory that holds a gradient is left alone"
+
+
+def test_lists_that_do_not_fit_are_refused() -> None:
+    given, weight, bias = torch.randn(3, 70), torch.randn(65, 70), torch.randn(65)
+    with pytest.raises(ValueError, match="biases: got 0, expected one for each of 1 layers"):
+        torch.ops.dlrm.mlp(given, [weight], [], [""])
+    with pytest.raises(ValueError, match="formats: got int4, expected int16, int8 or nothing"):
+        torch.ops.dlrm.mlp(given, [weight], [bias], ["int4"])
+    output, gradients = torch.randn(3, 65), [torch.empty(65, 71), torch.empty(65)]
+    with pytest.raises(ValueError, match=r"gradients: got \[65, 71\] and \[65\] for a weight of \[65, 70\]"):
+        torch.ops.dlrm.mlp_backward(output, given, [output], [weight], gradients, [""], True)
+    with pytest.raises(ValueError, match=r"grad_weight: got \[65, 71\], expected \[65, 70\]"):
+        torch.ops.dlrm.int16_grad_parameters(output, given, *gradients)
+    with pytest.raises(ValueError, match="grad_bias: expected 65 floats on the CPU"):
+        torch.ops.dlrm.int16_grad_parameters(output, given, weight, torch.empty(64))
 
 
 @pytest.mark.parametrize("through", FORMATS)

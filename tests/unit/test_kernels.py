@@ -435,7 +435,12 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{integers}_linear", (input_BK, weight_NK, torch.randn(65), True)
             yield f"{integers}_grad_input", (grad_BN, weight_NK)
             yield f"{integers}_masked_grad_input_", (grad_BN, weight_NK, input_BK)
-            yield f"{integers}_grad_weight", (grad_BN, input_BK)
+            yield f"{integers}_grad_parameters", (grad_BN, input_BK, torch.empty(65, 70), torch.empty(65))
+            weights, formats = [weight_NK, torch.randn(4, 65).to(dtype)], [integers, ""]
+            yield "mlp", (input_BK, weights, [torch.randn(65), torch.randn(4)], formats)
+            outputs, gradients = [grad_BN.clone(), grad_BN[:, :4].clone()], [torch.empty(65, 70), torch.empty(65)]
+            gradients += [torch.empty(4, 65), torch.empty(4)]
+            yield "mlp_backward", (outputs[1].clone(), input_BK, outputs, weights, gradients, formats, True)
 
 
 def test_meta_functions_and_schemas_tell_what_operators_do() -> None:

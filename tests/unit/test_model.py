@@ -142,8 +142,8 @@ def test_the_dense_arch_computes_before_pieces_wait_for_pooled_rows() -> None:
     called: list[str] = []
     for name in ("embedding_bag_collection", "dense_arch", "interaction"):
         ours.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
-    DLRMTrain(ours, world_size=1, rows_at_once=6)(make_batch(7))
-    assert called == ["embedding_bag_collection", *["dense_arch", "interaction"] * 3]
+    DLRMTrain(ours, world_size=1, rows_at_once=8)(make_batch(10))  # in pieces of 2
+    assert called == ["embedding_bag_collection", *["dense_arch", "interaction"] * 5]
 
 
 @pytest.mark.parametrize(

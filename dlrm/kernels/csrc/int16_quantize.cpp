@@ -82,11 +82,11 @@ inline __m512i quantize_pairs(const float* at, int64_t stride, int64_t rows, __m
   return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
 }
 
-// Rows of up to kColumnGroup columns: the largest entry and the sum of squares of each column.
+// Rows of up to kColumnGroup columns: the largest entry of each column, the sum of squares and the sum.
 void measure_columns(const float* source, int64_t stride, int64_t rows, int64_t columns, __m512* largest,
-                     __m512* squares) {
+                     __m512* squares, __m512* sums) {
   const int64_t used = (columns + kLanes - 1) / kLanes;
-  for (int64_t v = 0; v < used; ++v) largest[v] = squares[v] = _mm512_setzero_ps();
+  for (int64_t v = 0; v < used; ++v) largest[v] = squares[v] = sums[v] = _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; r += 2) {
     for (int64_t v = 0; v < used; ++v) {
       const float* at = source + r * stride + v * kLanes;
@@ -94,6 +94,7 @@ void measure_columns(const float* source, int64_t stride, int64_t rows, int64_t 
       const __m512 x = _mm512_maskz_loadu_ps(live, at), y = _mm512_maskz_loadu_ps(r + 1 < rows ? live : 0, at + stride);
       largest[v] = _mm512_max_ps(largest[v], _mm512_max_ps(_mm512_abs_ps(x), _mm512_abs_ps(y)));
       squares[v] = _mm512_fmadd_ps(x, x, _mm512_fmadd_ps(y, y, squares[v]));
+      sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(x, y));
     }
   }
 }
@@ -131,11 +132,12 @@ void quantize_columns(const float* source, int64_t part, const Operand<Int16>& o
   const int64_t columns = std::min<int64_t>(kColumnGroup, out.vectors - first), stride = out.vectors;
   const int64_t rows = out.block_entries(block), at = block * out.padded() + first;
   source += block * out.block_length() * stride + first;
-  __m512 largest[kMost], squares[kMost];
-  measure_columns(source, stride, rows, columns, largest, squares);
+  __m512 largest[kMost], squares[kMost], sums[kMost];
+  measure_columns(source, stride, rows, columns, largest, squares, sums);
   for (int64_t v = 0; v * kLanes < columns; ++v) {
     const __m512 factors = quantizing_factors(largest[v], squares[v]);
     _mm512_storeu_ps(out.scales + at + v * kLanes, scales_of(factors, largest[v], squares[v]));
+    if (out.layout == Layout::kNarrow) _mm512_storeu_ps(out.sums + at + v * kLanes, sums[v]);
     quantize_panel(source + v * kLanes, stride, rows, live_lanes(columns - v * kLanes), factors, out.layout,
                    out.dwords + (at + v * kLanes) * kDwords);
   }

@@ -30,6 +30,22 @@ struct Range {
   }
 };
 
+// Of 32 columns' entries, the ones in the lower and in the higher half of each lane.
+struct Sums {
+  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+
+  void include(__m512i bits) {
+    low = _mm512_add_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+    high = _mm512_add_ps(high, _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000))));
+  }
+
+  // Of 16 columns next to each other: the first ones, or the next.
+  __m512 of(int which) const {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(low, _mm512_add_epi32(order, _mm512_set1_epi32(8 * which)), high);
+  }
+};
+
 uint16_t reduce(__m512i halves) {
   const __m256i a = _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
   const __m128i b = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -164,16 +180,21 @@ void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>&
   const bool is_signed = out.layout == Layout::kWide;
   source += block * out.block_length() * stride + first;
   Range ranges[kColumnGroup / kHalves];
+  Sums sums_of_entries[kColumnGroup / kHalves];
   for (int64_t r = 0; r < rows; r += kRowsOfRange) {
     const int64_t stop = std::min(rows, r + kRowsOfRange);
     for (int64_t v = 0; v * kHalves < columns; ++v) {
       Range range = ranges[v];
+      Sums sums = sums_of_entries[v];
       for (int64_t i = r; i < stop; ++i) {
         const BFloat16* here = source + i * stride + v * kHalves;
         __builtin_prefetch(here + kRowsOfRange * stride);
-        range.include(_mm512_maskz_loadu_epi16(live_halves(columns - v * kHalves), here));
+        const __m512i bits = _mm512_maskz_loadu_epi16(live_halves(columns - v * kHalves), here);
+        range.include(bits);
+        if (!is_signed) sums.include(bits);
       }
       ranges[v] = range;
+      sums_of_entries[v] = sums;
     }
   }
   for (int64_t v = 0; v * kHalves < columns; ++v) {
@@ -185,8 +206,10 @@ void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>&
     const auto run = panels == 2 ? quantize_panels<2> : quantize_panels<1>;
     run(source + v * kHalves, stride, rows, live_halves(rest), q, out.layout, out.dwords + first_of_v * kDwords, sums);
     for (int p = 0; p < panels; ++p) {
-      _mm512_storeu_ps(out.scales + first_of_v + p * kLanes, q[p].scale);
-      _mm512_storeu_ps(out.offsets + first_of_v + p * kLanes, is_signed ? _mm512_cvtepi32_ps(sums[p]) : q[p].offset);
+      const int64_t first = first_of_v + p * kLanes;
+      _mm512_storeu_ps(out.scales + first, q[p].scale);
+      _mm512_storeu_ps(out.offsets + first, is_signed ? _mm512_cvtepi32_ps(sums[p]) : q[p].offset);
+      if (!is_signed) _mm512_storeu_ps(out.sums + first, sums_of_entries[v].of(p));
     }
   }
 }

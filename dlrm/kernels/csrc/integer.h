@@ -54,6 +54,7 @@ struct Operand {
   int32_t* dwords;     // num_dwords()
   float* scales;       // num_scales(): [block][vector]
   float* offsets;      // the same, Int8 only: of left operands what stands for 0, of right ones the sum of the entries
+  float* sums;         // the same, kNarrow only: of the entries, not quantized
 
   int64_t padded() const { return (vectors + kLanes - 1) / kLanes * kLanes; }
   int64_t blocks() const { return (contracted + kBlock - 1) / kBlock; }

@@ -52,6 +52,12 @@ void check_pair(const at::Tensor& left, const char* left_name, int64_t left_dim,
                     right.sizes(), ", which do not fit each other");
 }
 
+void check_bias(const at::Tensor& bias, const char* name, int64_t outputs) {
+  TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.is_cpu() && bias.is_contiguous() && bias.dim() == 1 &&
+                        bias.numel() == outputs,
+                    name, ": expected ", outputs, " floats on the CPU");
+}
+
 #if defined(__x86_64__)
 
 using integer::After;
@@ -116,11 +122,12 @@ struct Stored : Operand<Format> {
   at::Tensor memory;
 
   Stored(Layout layout, int64_t vectors, int64_t contracted)
-      : Operand<Format>{layout, vectors, contracted, nullptr, nullptr, nullptr} {
-    memory = at::empty({this->num_dwords() + 2 * this->num_scales()}, at::kInt);
+      : Operand<Format>{layout, vectors, contracted, nullptr, nullptr, nullptr, nullptr} {
+    memory = at::empty({this->num_dwords() + 3 * this->num_scales()}, at::kInt);
     this->dwords = memory.mutable_data_ptr<int32_t>();
     this->scales = reinterpret_cast<float*>(this->dwords + this->num_dwords());
     this->offsets = this->scales + this->num_scales();
+    this->sums = this->offsets + this->num_scales();
   }
 };
 
@@ -169,9 +176,9 @@ void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::T
                 Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(1), nullptr, after});
 }
 
-// out += gradient^T input of some samples, or = of the first.
+// out += gradient^T input of some samples, and bias += their gradients, or = of the first.
 template <class Format>
-void add_grad_weight(float* out, const typename Format::Source* gradient, int64_t outputs,
+void add_grad_parameters(float* out, float* bias, const typename Format::Source* gradient, int64_t outputs,
                      const typename Format::Source* input, int64_t inputs, int64_t samples, bool adds) {
   const Stored<Format> left(Layout::kNarrow, outputs, samples), right(Layout::kWide, inputs, samples);
   const int64_t left_parts = integer::column_parts(left), parts = left_parts + integer::column_parts(right);
@@ -187,16 +194,22 @@ void add_grad_weight(float* out, const typename Format::Source* gradient, int64_
              std::min<int64_t>(inputs, column + integer::kColumnChunk), Output<float>{out, inputs, nullptr, After::kNothing, adds},
              memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
   });
+  if (!adds) std::fill_n(bias, outputs, 0.0f);
+  for (int64_t block = 0; block < left.blocks(); ++block) {
+    for (int64_t n = 0; n < outputs; ++n) bias[n] += left.sums[block * left.padded() + n];
+  }
 }
 
 template <class Format>
-void grad_weight_into(at::Tensor& output, const at::Tensor& gradient, const at::Tensor& input) {
+void grad_parameters_into(at::Tensor& grad_weight, at::Tensor& grad_bias, const at::Tensor& gradient,
+                          const at::Tensor& input) {
   using Value = typename Format::Source;
   constexpr int64_t kSlice = kBlocksOfSlice * Operand<Format>::kBlock;
   const int64_t batch = input.size(0), outputs = gradient.size(1), inputs = input.size(1);
   for (int64_t first = 0; first < batch; first += kSlice) {
-    add_grad_weight<Format>(output.mutable_data_ptr<float>(), values<Value>(gradient) + first * outputs, outputs,
-                            values<Value>(input) + first * inputs, inputs, std::min(kSlice, batch - first), first > 0);
+    add_grad_parameters<Format>(grad_weight.mutable_data_ptr<float>(), grad_bias.mutable_data_ptr<float>(),
+                                values<Value>(gradient) + first * outputs, outputs, values<Value>(input) + first * inputs,
+                                inputs, std::min(kSlice, batch - first), first > 0);
   }
 }
 
@@ -207,7 +220,7 @@ void linear_into(at::Tensor&, const at::Tensor&, const at::Tensor&, const float*
 template <class Format>
 void grad_input_into(at::Tensor&, const at::Tensor&, const at::Tensor&, After) {}
 template <class Format>
-void grad_weight_into(at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+void grad_parameters_into(at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&) {}
 
 #endif
 
@@ -218,9 +231,7 @@ constexpr at::ScalarType kType = std::is_same_v<Format, integer::Int8> ? at::kBF
 template <class Format>
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, bool rectified) {
   check_pair(input, "input", 1, weight, "weight", 1, kType<Format>);
-  TORCH_CHECK_VALUE(bias.scalar_type() == at::kFloat && bias.is_cpu() && bias.is_contiguous() && bias.dim() == 1 &&
-                        bias.numel() == weight.size(0),
-                    "bias: expected ", weight.size(0), " floats on the CPU");
+  check_bias(bias, "bias", weight.size(0));
   TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
   at::Tensor output = at::empty({input.size(0), weight.size(0)}, input.options());
   if (output.numel() > 0) linear_into<Format>(output, input, weight, bias.const_data_ptr<float>(), rectified);
@@ -248,15 +259,20 @@ void masked_grad_input_(const at::Tensor& gradient, const at::Tensor& weight, at
   if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight, After::kMask);
 }
 
-// gradient[B, N]^T input[B, K], in float32
+// grad_weight[N, K] = gradient[B, N]^T input[B, K], grad_bias[N] = the sum of the gradients
 template <class Format>
-at::Tensor grad_weight(const at::Tensor& gradient, const at::Tensor& input) {
+void grad_parameters(const at::Tensor& gradient, const at::Tensor& input, at::Tensor grad_weight, at::Tensor grad_bias) {
   check_pair(gradient, "gradient", 0, input, "input", 0, kType<Format>);
-  const auto options = gradient.options().dtype(at::kFloat);
-  if (gradient.size(0) == 0) return at::zeros({gradient.size(1), input.size(1)}, options);
-  at::Tensor output = at::empty({gradient.size(1), input.size(1)}, options);
-  if (output.numel() > 0) grad_weight_into<Format>(output, gradient, input);
-  return output;
+  check_matrix(grad_weight, "grad_weight", at::kFloat);
+  TORCH_CHECK_VALUE(grad_weight.size(0) == gradient.size(1) && grad_weight.size(1) == input.size(1),
+                    "grad_weight: got ", grad_weight.sizes(), ", expected [", gradient.size(1), ", ", input.size(1), "]");
+  check_bias(grad_bias, "grad_bias", gradient.size(1));
+  if (gradient.size(0) == 0 || grad_weight.numel() == 0) {
+    grad_weight.zero_();
+    at::sum_out(grad_bias, gradient, 0, false, at::kFloat);
+  } else {
+    grad_parameters_into<Format>(grad_weight, grad_bias, gradient, input);
+  }
 }
 
 TORCH_LIBRARY_FRAGMENT(dlrm, m) {
@@ -264,22 +280,22 @@ TORCH_LIBRARY_FRAGMENT(dlrm, m) {
   m.def("int16_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
   m.def("int16_grad_input(Tensor gradient, Tensor weight) -> Tensor");
   m.def("int16_masked_grad_input_(Tensor gradient, Tensor weight, Tensor(a!) output) -> ()");
-  m.def("int16_grad_weight(Tensor gradient, Tensor input) -> Tensor");
+  m.def("int16_grad_parameters(Tensor gradient, Tensor input, Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
   m.def("int8_linear(Tensor input, Tensor weight, Tensor bias, bool rectified) -> Tensor");
   m.def("int8_grad_input(Tensor gradient, Tensor weight) -> Tensor");
   m.def("int8_masked_grad_input_(Tensor gradient, Tensor weight, Tensor(a!) output) -> ()");
-  m.def("int8_grad_weight(Tensor gradient, Tensor input) -> Tensor");
+  m.def("int8_grad_parameters(Tensor gradient, Tensor input, Tensor(a!) grad_weight, Tensor(b!) grad_bias) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
   m.impl("int16_linear", linear<integer::Int16>);
   m.impl("int16_grad_input", grad_input<integer::Int16>);
   m.impl("int16_masked_grad_input_", masked_grad_input_<integer::Int16>);
-  m.impl("int16_grad_weight", grad_weight<integer::Int16>);
+  m.impl("int16_grad_parameters", grad_parameters<integer::Int16>);
   m.impl("int8_linear", linear<integer::Int8>);
   m.impl("int8_grad_input", grad_input<integer::Int8>);
   m.impl("int8_masked_grad_input_", masked_grad_input_<integer::Int8>);
-  m.impl("int8_grad_weight", grad_weight<integer::Int8>);
+  m.impl("int8_grad_parameters", grad_parameters<integer::Int8>);
 }
 
 }  // namespace

@@ -1,0 +1,16 @@
+"""Where a parameter's gradient is written: into its bucket, if there is one, so that nobody need copy it there."""
+
+import torch
+
+
+def offer_memory(parameter: torch.Tensor, memory: torch.Tensor) -> None:
+    """Has the next gradient of `parameter` written into `memory`, a float32 tensor of its shape."""
+    parameter.offered_memory = memory  # type: ignore[attr-defined]
+
+
+def memory_for_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """What was offered, once; new memory where nothing was, or where what was offered may hold a gradient."""
+    memory = vars(parameter).pop("offered_memory", None)
+    if memory is None or parameter.grad is not None:
+        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    return memory.detach()  # autograd copies what others hold, too
