@@ -1,6 +1,6 @@
 """Draws every page of figures from the committed results, byte for byte the same from the same files.
 
-    python -m benchmarks.pages            # writes docs/results.md, docs/planted_curve.md and their pictures
+    python -m benchmarks.pages            # writes results.md, design/profile.md, planted_curve.md, and their pictures
     python -m benchmarks.pages --check    # exit code 1 where one of them is not what the results say
 
 Nothing is measured here. What measures is named beside each figure.
@@ -25,6 +25,7 @@ from dlrm.recipes import CRITEO_1T_TRAINING_ROWS
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/results.md.jinja")
+PROFILE_TEMPLATE = Path("benchmarks/profile.md.jinja")
 
 DRAWN_OTHERWISE = frozenset({"plans.json", "calibration.json", "scaling.json", "step_profile.json"})
 """Results of which the template makes more than one line."""
@@ -79,6 +80,9 @@ def draw_pages(root: Path) -> dict[str, bytes]:
     """
     results = Results(root)
     pages = {"docs/results.md": draw_results(results, (root / TEMPLATE).read_text())}
+    with _drawing("step_profile.json"):
+        template = _environment().from_string((root / PROFILE_TEMPLATE).read_text())
+        pages["docs/design/profile.md"] = template.render(profile=results.read("step_profile.json"))
     with _drawing("planted_curve.json"):
         curve = results.read("planted_curve.json")
         pages["docs/planted_curve.md"] = planted.draw_page(curve)
@@ -123,8 +127,6 @@ class Results:
 
 def draw_results(results: Results, template: str) -> str:
     """The page of results."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["short_commit"] = short_commit
     with _drawing("plans.json"):
         planned = results.read("plans.json")
         plans = {plan["recipe"]: plan for plan in planned["plans"] if not plan["flags"]}
@@ -136,21 +138,30 @@ def draw_results(results: Results, template: str) -> str:
         speed, speed_summary = speed_table.draw_tables(train), speed_table.summarize(train)
     with _drawing("*.json"):
         machines = _machines([*(results.read(figure.file) for figure in FIGURES), *train])
-    with _drawing("plans.json", "calibration.json", "scaling.json", "step_profile.json"):
-        return environment.from_string(template).render(
-            rows=rows,
-            otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
-            train_rows=CRITEO_1T_TRAINING_ROWS,
-            v1_minutes=v1_minutes,
-            plans=planned,
-            figures=_table(("what", "figure", "machine", "command", "commit"), _run_here(results)),
-            speed=speed,
-            speed_summary=speed_summary,
-            calibration=results.read("calibration.json"),
-            scaling=results.read("scaling.json"),
-            profile=results.read("step_profile.json"),
-            machines=machines,
+    with _drawing("plans.json", "calibration.json", "scaling.json"):
+        return (
+            _environment()
+            .from_string(template)
+            .render(
+                rows=rows,
+                otherwise={plan["recipe"]: plan for plan in planned["plans"] if plan["flags"]},
+                train_rows=CRITEO_1T_TRAINING_ROWS,
+                v1_minutes=v1_minutes,
+                plans=planned,
+                figures=_table(("what", "figure", "machine", "command", "commit"), _run_here(results)),
+                speed=speed,
+                speed_summary=speed_summary,
+                calibration=results.read("calibration.json"),
+                scaling=results.read("scaling.json"),
+                machines=machines,
+            )
         )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short_commit"] = short_commit
+    return environment
 
 
 def _compare(row: SpecRow, plan: Result) -> dict[str, Any]:

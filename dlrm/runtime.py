@@ -15,7 +15,6 @@ import torch.distributed as dist
 from dlrm.errors import DlrmError, LaunchError
 from dlrm.host import (
     allowed_cores,
-    available_cores,
     available_memory_bytes,
     chosen_threads,
     is_bound_already,
@@ -45,6 +44,7 @@ class Runtime:
     host_memory_bytes: int = field(default_factory=available_memory_bytes)
     control_group: dist.ProcessGroup | None = None
     links: str = "no other rank"
+    threads: str = "threads as they were"
 
     @property
     def is_main(self) -> bool:
@@ -56,8 +56,7 @@ class Runtime:
         hosts = self.world_size // self.local_world_size
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         counts = f"{count(self.world_size, 'rank')} on {count(hosts, 'host')}"
-        threads = f"{count(torch.get_num_threads(), 'thread')} a rank on {count(available_cores(), 'core')}"
-        return f"{counts}, {where}, {self.links}, {threads}, torch {torch.__version__}"
+        return f"{counts}, {where}, {self.links}, {self.threads}, torch {torch.__version__}"
 
 
 def count(number: int, noun: str) -> str:
@@ -78,7 +77,7 @@ def start_runtime() -> Iterator[Runtime]:
     owns_group = not dist.is_initialized()
     ranks = _read_launcher() if owns_group else _read_group()
     device = _pick_device(ranks.local_rank)
-    _arrange_threads(ranks.local_rank, ranks.local_world_size)
+    threads = _arrange_threads(ranks.local_rank, ranks.local_world_size)
     host_memory_bytes = available_memory_bytes()
     if owns_group:
         _init_process_group(ranks, "nccl" if device.type == "cuda" else "gloo")
@@ -94,6 +93,7 @@ def start_runtime() -> Iterator[Runtime]:
             host_memory_bytes,
             new_control_group(ranks.world_size),
             links,
+            threads,
         )
         is_joint = True
     except DlrmError as error:
@@ -168,17 +168,23 @@ def _pick_device(local_rank: int) -> torch.device:
     return device
 
 
-def _arrange_threads(local_rank: int, local_world_size: int) -> None:
-    """The ranks of a host share its cores, a thread for each, unless OMP_NUM_THREADS says otherwise.
+def _arrange_threads(local_rank: int, local_world_size: int) -> str:
+    """The ranks of a host share its cores, a thread for each, unless OMP_NUM_THREADS says otherwise. Says which.
 
     Where memory is nearer to some cores than to others, each rank keeps to its share, and its tables to memory there.
     """
     cores = allowed_cores()
     share = share_of_rank(cores, local_rank, local_world_size)
-    if local_world_size > 1 and len({core.node for core in cores}) > 1 and not is_bound_already():
+    nodes = len({core.node for core in cores})
+    binds = local_world_size > 1 and nodes > 1 and not is_bound_already()
+    if binds:
         os.sched_setaffinity(0, {core.cpu for core in share})
     physical = len({core.physical for core in share})
-    torch.set_num_threads(chosen_threads() or max(1, physical if len(cores) >= local_world_size else 1))
+    chosen = chosen_threads()
+    torch.set_num_threads(chosen or max(1, physical if len(cores) >= local_world_size else 1))
+    why = "" if chosen is None else " (OMP_NUM_THREADS)"
+    bound = f", each rank on its share of {nodes} NUMA nodes" if binds else ""
+    return f"{count(torch.get_num_threads(), 'thread')} a rank{why} on {count(len(cores), 'core')}{bound}"
 
 
 def _init_process_group(ranks: _Ranks, backend: str) -> None:

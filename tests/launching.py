@@ -125,7 +125,7 @@ def launch(worker: Callable[..., Any], ranks: int, *arguments: Any, folder: Path
         rdzv_backend="c10d",
         rdzv_endpoint=str(folder / "rdzv"),
         rdzv_configs={"store_type": "file"},
-        start_method="spawn",
+        start_method="forkserver",  # what takes long to import is there already
         monitor_interval=0.1,
         max_restarts=0,
     )

@@ -92,8 +92,8 @@ def _name(kind: str, layer: Layer) -> str:
 
 @contextmanager
 def open_products(bench: ProductsBench, layers: list[Layer]) -> Iterator[Turns]:
-    """Of each layer both ways: forward with bias and ReLU, the input's gradient, the weight's gradient. Operands are
-    there in the type that each side takes."""
+    """Of each layer both ways: forward with bias and ReLU, the gradients of input, weight and bias. Operands are there
+    in the type that each side takes."""
     require_kernels()
     turns = {}
     for k, n in layers:
@@ -127,10 +127,13 @@ def _integers(
 def _fp32(
     input_BK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor, grad_BN: torch.Tensor
 ) -> Callable[[int], object]:
+    grad_NK = torch.empty_like(weight_NK)
+
     def call(number: int) -> object:
         del number
         output_BN = torch.mm(input_BK, weight_NK.t())
         torch.ops.dlrm.add_bias_(output_BN, bias_N, True)
-        return output_BN, torch.mm(grad_BN, weight_NK), torch.mm(grad_BN.t(), input_BK)
+        torch.mm(grad_BN.t(), input_BK, out=grad_NK)
+        return output_BN, torch.mm(grad_BN, weight_NK), torch.ops.dlrm.mask_(grad_BN, None)
 
     return call

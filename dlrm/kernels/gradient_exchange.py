@@ -20,13 +20,22 @@ def replace_averages(model: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
             group = module.process_group
             if group is not None and exchanges_in_memory(group):
-                module.register_comm_hook(group, _average)
+                module.register_comm_hook(_Averages(group, module.gradient_as_bucket_view), _Averages.average)
 
 
-def _average(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    gradients = bucket.buffer()
-    torch.ops.dlrm.share_storage_(group.boxed(), gradients)  # a new bucket's
-    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        offer_memory(parameter, gradient)
-    work: Any = dist.all_reduce(gradients, dist.ReduceOp.AVG, group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+class _Averages:
+    def __init__(self, group: Any, offers_buckets: bool) -> None:
+        self._group = group
+        self._offers_buckets = offers_buckets
+        self._places: dict[int, int] = {}  # of buckets in memory, which are made anew after the first step
+
+    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        gradients = bucket.buffer()
+        torch.ops.dlrm.share_storage_(self._group.boxed(), gradients)  # a new bucket's
+        place = gradients.data_ptr()
+        if self._offers_buckets and self._places.get(bucket.index()) == place:
+            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                offer_memory(parameter, gradient)
+        self._places[bucket.index()] = place
+        work: Any = dist.all_reduce(gradients, dist.ReduceOp.AVG, self._group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])

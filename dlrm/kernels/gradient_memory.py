@@ -4,7 +4,10 @@ import torch
 
 
 def offer_memory(parameter: torch.Tensor, memory: torch.Tensor) -> None:
-    """Has the next gradient of `parameter` written into `memory`, a float32 tensor of its shape."""
+    """Has the next gradient of `parameter` written into `memory`, a float32 tensor of its shape.
+
+    That gradient lasts until the next mean of its bucket, also where it was asked for by torch.autograd.grad.
+    """
     parameter.offered_memory = memory  # type: ignore[attr-defined]
 
 
@@ -13,4 +16,4 @@ def memory_for_gradient(parameter: torch.Tensor) -> torch.Tensor:
     memory = vars(parameter).pop("offered_memory", None)
     if memory is None or parameter.grad is not None:
         return torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    return memory.detach()  # autograd copies what others hold, too
+    return memory.detach()  # a tensor that nobody else refers to: autograd would copy it otherwise

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu
 
 from dlrm.kernels.gradient_memory import memory_for_gradient
@@ -76,7 +77,10 @@ class _NativeMlp(torch.autograd.Function):
         return outputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         given_B, *saved = ctx.saved_tensors
         weights, outputs = saved[: len(ctx.formats)], saved[len(ctx.formats) :]
         gradients = [memory_for_gradient(parameter) for parameter in ctx.parameters]

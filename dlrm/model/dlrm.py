@@ -131,7 +131,7 @@ def _score_in_pieces(
     model: DLRM, rows_at_once: int, batch: Batch, awaited: KeyedTensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size = len(batch.dense_BI)
-    rows = size if size <= rows_at_once else rows_at_once // 4
+    rows = size if size <= rows_at_once else max(1, rows_at_once // 4)
     first_BD = model.embed_dense(batch.dense_BI[:rows])  # while the all-to-all is on its way
     first_columns = find_features(awaited)
 

@@ -21,7 +21,7 @@ from dlrm.train.dense_execution import set_dense_execution
 from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
 ROWS_AT_ONCE = 16384
-"""On a CPU. What activations need is then about what they need at this batch size, and pieces cost a few per cent."""
+"""On a CPU. A larger batch needs no more memory for activations than this one, and pieces cost some five per cent."""
 
 
 def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:

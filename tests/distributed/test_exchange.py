@@ -107,7 +107,7 @@ def compare_means() -> None:
     assert len(ours._comm_hooks) == 1
     assert not theirs._comm_hooks
     torch.manual_seed(rank)
-    for step in range(6):  # buckets are made anew after the first
+    for step in range(6):
         given = torch.randn(9, 300)
         for model in (ours, theirs):
             if step != 4:
@@ -115,6 +115,11 @@ def compare_means() -> None:
             model(given).square().sum().backward()
         for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(own.grad, other.grad)
+            # A bucket is offered once it has been there for a step; the second or third step makes new ones.
+            offered = vars(own).get("offered_memory")
+            assert offered is None if step == 0 else offered is not None or step < 3
+            assert offered is None or offered.data_ptr() == own.grad.data_ptr()
+            assert "offered_memory" not in vars(other)
     values = torch.arange(7.0) * (1 + rank)
     view = values.view(7)
     torch.ops.dlrm.share_storage_(memory.boxed(), values)

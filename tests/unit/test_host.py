@@ -7,7 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
+from dlrm import runtime
 from dlrm.host import Core, allowed_cores, give_way, share_of_rank
 
 SHOW_THREADS = "import os; from dlrm.host import chosen_threads; print(chosen_threads())"
@@ -51,6 +53,38 @@ def test_each_core_is_in_one_share(num_cores: int, ranks: int) -> None:
 def test_more_ranks_than_cores_share_all_of_them() -> None:
     cores = [Core(0, 0, 0, 0)]
     assert share_of_rank(cores, 1, 2) == cores
+
+
+@pytest.mark.parametrize(
+    ("environment", "bound_to", "said"),
+    [
+        ({}, {2, 3, 6, 7}, "2 threads a rank on 8 cores, each rank on its share of 2 NUMA nodes"),
+        (
+            {"OMP_NUM_THREADS": "3"},
+            {2, 3, 6, 7},
+            "3 threads a rank (OMP_NUM_THREADS) on 8 cores, each rank on its share of 2 NUMA nodes",
+        ),
+    ],
+)
+def test_what_a_rank_of_a_host_with_two_numa_nodes_says_of_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], bound_to: set[int], said: str
+) -> None:
+    system = write_system(tmp_path, ["0-1,4-5", "2-3,6-7"], {cpu: cpu % 4 for cpu in range(8)})
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: bound.append(cpus))
+    monkeypatch.setattr(runtime, "allowed_cores", lambda: allowed_cores(system))
+    monkeypatch.setattr(runtime, "is_bound_already", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        assert runtime._arrange_threads(1, 2) == said
+        assert runtime._arrange_threads(0, 1) == said.split(",")[0].replace("2 threads", "4 threads")
+    finally:
+        torch.set_num_threads(before)
+    assert bound == [bound_to]
 
 
 def run_under(launcher: dict[str, str], worker: dict[str, str]) -> str:

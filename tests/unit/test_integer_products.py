@@ -373,11 +373,27 @@ def test_gradients_are_written_where_memory_was_offered_once(through: IntegerFor
     mlp(given, weights, biases, through=through).float().sum().backward()
     for leaf, gradient in zip(leaves, expected, strict=True):
         assert torch.equal(leaf.grad, 2 * gradient), "offered memory that holds a gradient is left alone"
+        leaf.grad = None
+        offer_memory(leaf, torch.full_like(leaf, torch.nan))
+    twice = (
+        mlp(given, weights, biases, through=through).float().sum() * 2
+        - mlp(given, weights, biases, through=through).float().sum()
+    )
+    for got, gradient in zip(torch.autograd.grad(twice, leaves), expected, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    weights, biases = make_layers([13, 8])
+    loss = mlp(torch.randn(5, 13), weights, biases).square().sum()
+    (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_lists_that_do_not_fit_are_refused() -> None:
     given, weight, bias = torch.randn(3, 70), torch.randn(65, 70), torch.randn(65)
-    with pytest.raises(ValueError, match="biases: got 0, expected one for each of 1 layers"):
+    with pytest.raises(ValueError, match="biases: got 0, expected 1, for one layer or more"):
         torch.ops.dlrm.mlp(given, [weight], [], [""])
     with pytest.raises(ValueError, match="formats: got int4, expected int16, int8 or nothing"):
         torch.ops.dlrm.mlp(given, [weight], [bias], ["int4"])

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import pages
 from benchmarks.figures import FIGURES
-from benchmarks.pages import RESULTS, ROOT, SPEC_ROWS, TEMPLATE, draw_pages
+from benchmarks.pages import PROFILE_TEMPLATE, RESULTS, ROOT, SPEC_ROWS, TEMPLATE, draw_pages
 from benchmarks.plans import CLUSTERS
 from dlrm.errors import DatasetError
 from dlrm.recipes import RECIPES
@@ -22,7 +22,8 @@ A_SPEED = min(path.name for path in (ROOT / RESULTS / "train").glob("*.json"))
 def copy(tmp_path: Path) -> Path:
     """A repository of nothing but results."""
     shutil.copytree(ROOT / RESULTS, tmp_path / RESULTS)
-    shutil.copy(ROOT / TEMPLATE, tmp_path / TEMPLATE)
+    for template in (TEMPLATE, PROFILE_TEMPLATE):
+        shutil.copy(ROOT / template, tmp_path / template)
     return tmp_path
 
 

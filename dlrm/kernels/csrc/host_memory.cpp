@@ -96,7 +96,7 @@ char* HostMemory::map(int file) const {
   const int64_t page = sysconf(_SC_PAGESIZE);
   char* end = memory + (file_bytes_ + page - 1) / page * page;
   if (memory > start) munmap(start, memory - start);
-  if (end < start + file_bytes_ + kHugePage) munmap(end, start + file_bytes_ + kHugePage - end);
+  munmap(end, start + file_bytes_ + kHugePage - end);
   madvise(memory, file_bytes_, MADV_COLLAPSE);  // or it stays as it is
   return memory;
 }

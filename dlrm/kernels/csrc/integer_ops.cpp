@@ -179,7 +179,7 @@ void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::T
 // out += gradient^T input of some samples, and bias += their gradients, or = of the first.
 template <class Format>
 void add_grad_parameters(float* out, float* bias, const typename Format::Source* gradient, int64_t outputs,
-                     const typename Format::Source* input, int64_t inputs, int64_t samples, bool adds) {
+                         const typename Format::Source* input, int64_t inputs, int64_t samples, bool adds) {
   const Stored<Format> left(Layout::kNarrow, outputs, samples), right(Layout::kWide, inputs, samples);
   const int64_t left_parts = integer::column_parts(left), parts = left_parts + integer::column_parts(right);
   const int64_t across = parts_of(inputs, integer::kColumnChunk), own = rows_of_part(outputs, across);

@@ -45,8 +45,8 @@ struct Below {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-void check_lists(size_t layers, size_t size, const char* name) {
-  TORCH_CHECK_VALUE(layers > 0 && size == layers, name, ": got ", size, ", expected one for each of ", layers, " layers");
+void check_list(size_t size, size_t expected, const char* name) {
+  TORCH_CHECK_VALUE(size > 0 && size == expected, name, ": got ", size, ", expected ", expected, ", for one layer or more");
 }
 
 void add_bias(Tensor& values, const Tensor& bias) {
@@ -63,8 +63,8 @@ Tensor mask(const Tensor& gradient, const std::optional<Tensor>& output) {
 // What comes out of each layer.
 std::vector<Tensor> mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, const Formats& formats) {
   const Below below;
-  check_lists(weights.size(), biases.size(), "biases");
-  check_lists(weights.size(), formats.size(), "formats");
+  check_list(biases.size(), weights.size(), "biases");
+  check_list(formats.size(), weights.size(), "formats");
   std::vector<Tensor> outputs;
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const Tensor& given = layer == 0 ? input : outputs.back();
@@ -86,9 +86,9 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  at::TensorList weights, at::TensorList gradients, const Formats& formats,
                                  bool needs_input) {
   const Below below;
-  check_lists(weights.size(), outputs.size(), "outputs");
-  check_lists(2 * weights.size(), gradients.size(), "gradients");
-  check_lists(weights.size(), formats.size(), "formats");
+  check_list(outputs.size(), weights.size(), "outputs");
+  check_list(gradients.size(), 2 * weights.size(), "gradients");
+  check_list(formats.size(), weights.size(), "formats");
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const Tensor &weight = gradients[2 * layer], &bias = gradients[2 * layer + 1];
     TORCH_CHECK_VALUE(weight.sizes() == weights[layer].sizes() && bias.sizes() == weights[layer].sizes().slice(0, 1),
