@@ -27,15 +27,15 @@ class _Averages:
     def __init__(self, group: Any, offers_buckets: bool) -> None:
         self._group = group
         self._offers_buckets = offers_buckets
-        self._places: dict[int, int] = {}  # of buckets in memory, which are made anew after the first step
+        self._places: dict[int, int] = {}  # of buckets in memory, which are made anew after the first steps
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
         torch.ops.dlrm.share_storage_(self._group.boxed(), gradients)  # a new bucket's
         place = gradients.data_ptr()
-        if self._offers_buckets and self._places.get(bucket.index()) == place:
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                offer_memory(parameter, gradient)
+        stays = self._offers_buckets and self._places.get(bucket.index()) == place
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            offer_memory(parameter, gradient if stays else None)
         self._places[bucket.index()] = place
         work: Any = dist.all_reduce(gradients, dist.ReduceOp.AVG, self._group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])

@@ -3,8 +3,8 @@
 import torch
 
 
-def offer_memory(parameter: torch.Tensor, memory: torch.Tensor) -> None:
-    """Has the next gradient of `parameter` written into `memory`, a float32 tensor of its shape.
+def offer_memory(parameter: torch.Tensor, memory: torch.Tensor | None) -> None:
+    """Has the next gradient of `parameter` written into `memory`, a float32 tensor of its shape; None: no longer.
 
     That gradient lasts until the next mean of its bucket, also where it was asked for by torch.autograd.grad.
     """

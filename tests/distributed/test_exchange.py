@@ -115,7 +115,7 @@ def compare_means() -> None:
             model(given).square().sum().backward()
         for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(own.grad, other.grad)
-            # A bucket is offered once it has been there for a step; the second or third step makes new ones.
+            # A bucket is offered from its second step on; the third step makes new ones.
             offered = vars(own).get("offered_memory")
             assert offered is None if step == 0 else offered is not None or step < 3
             assert offered is None or offered.data_ptr() == own.grad.data_ptr()

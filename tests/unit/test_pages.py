@@ -135,7 +135,7 @@ def test_check_tells_a_stale_page(copy: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr("sys.argv", ["pages", "--check"])
     capsys.readouterr()
     assert pages.main() == 0
-    assert capsys.readouterr().out == "4 pages and pictures are what the results say.\n"
+    assert capsys.readouterr().out == "5 pages and pictures are what the results say.\n"
     (copy / "docs/results.md").write_text("edited by hand")
     assert pages.main() == 1
     assert capsys.readouterr().out == "docs/results.md: not what the results say. Run `python -m benchmarks.pages`.\n"
