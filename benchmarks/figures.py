@@ -50,7 +50,7 @@ def _planted(result: Result) -> str:
 
 
 def _preprocess_speed(result: Result) -> str:
-    low, high = result["ratio_spread"]
+    low, high = min(result["ratios"]), max(result["ratios"])
     return (
         f"{result['ratio']:.0f} times ({low:.0f} to {high:.0f}) from parsing through shuffling, "
         f"{result['ratio_of_whole_process']:.0f} times the whole process"

@@ -235,6 +235,7 @@ def main() -> None:
     shape.validate()
     more_than_enough = arguments.rounds * steps_per_turn(steps) + 100
     config = make_config(shape, more_than_enough)
+    config = replace(config, data=replace(config.data, num_generated_batches=None))  # each batch is built
     turns: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SIDES}
     with start_workers(Processes("overlap", open_sides, (config, steps), (*SIDES,), ranks)) as workers:
         threads = workers.take_turn("describe")[0].value
