@@ -2,7 +2,19 @@
 
 Each rank has memory for the pooled rows of its samples, which all ranks write into as they look them up, and for their
 gradients, which all ranks read as they update their tables. So where the lookup is ours, and the interaction leaves
-gradients in that memory, nothing is copied: ranks only wait for each other.
+gradients in that memory, nothing is copied: ranks only wait for each other. There are two such memories, taken in turn.
+Step n on two ranks, whose memories are 0 and 1:
+
+    rank 0  write rows -> 0, 1 | meet |  read 0  | gradients -> 0 | meet | read 0, 1 |
+    rank 1  write rows -> 0, 1 | meet |  read 1  | gradients -> 1 | meet | read 0, 1 |
+            lookup                wait  interaction, forward,       wait   update
+                                        loss, interaction, backward        of tables
+
+What keeps a fast rank from writing over what a slow one reads, without counting who refers to it:
+
+1. A rank that takes a memory first leaves the one before: what it still needs of that moves to memory of its own.
+2. It meets all others after that, and waits for this meeting before it takes the next memory.
+3. So when a rank takes exchange n + 1's memory, all ranks have left that of exchange n - 1, which is the same.
 
 Shapes: B samples of this rank, G samples of all ranks, T columns of this rank's pooled rows, U columns of all ranks'.
 """
@@ -25,39 +37,29 @@ from dlrm.kernels.native import has_native
 
 
 class _Windows:
-    """Memory for what is exchanged, two of it, taken in turn.
-
-    Without a backward pass a rank may be one exchange ahead of another, which still reads the last one's pooled rows,
-    and no more than one: in each all ranks wait for each other, after all that they had to do with the one before.
-    """
+    """The two memories, and the exchange that has one of them."""
 
     def __init__(self, boxed_group: Any, rank: int, columns: int) -> None:
         self._group, self._rank, self._columns = boxed_group, rank, columns
         self._memories: tuple[list[torch.Tensor], ...] = ()
         self._turn = 0
+        self._latest: _Exchange | None = None
 
-    def take(self, rows: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
-        """For each rank [its rows, U].
+    def take(self, exchange: "_Exchange", rows: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each rank [its rows, U], until the next call. The exchange before leaves what it had.
 
         All ranks ask for the same: a call for more than ever, or for another type, is collective.
-
-        Raises:
-            RuntimeError: if this rank still holds what it got before, which others could overwrite; so it does while a
-                backward pass is to come.
         """
+        if self._latest is not None:
+            self._latest.leave()
+        self._latest = exchange
         needed = max(1, max(rows) * self._columns)
         if not self._memories or self._memories[0][0].numel() < needed or self._memories[0][0].dtype != dtype:
             self._memories = tuple(self._share(needed, dtype) for _ in range(2))
-        if any(torch.ops.dlrm.count_holders(memories[self._rank]) > 1 for memories in self._memories):
-            raise RuntimeError(
-                "pooled rows: those of an earlier call are still held, or their backward pass is yet to come; expected "
-                "neither. Clone what is to be kept"
-            )
         self._turn = 1 - self._turn
-        memories = self._memories[self._turn]
         return [
-            torch.empty(0, dtype=dtype).set_(cast(Any, memory), 0, (own_rows, self._columns), (self._columns, 1))
-            for memory, own_rows in zip(memories, rows, strict=True)
+            torch.ops.dlrm.alias_memory(memory, own_rows, self._columns)
+            for memory, own_rows in zip(self._memories[self._turn], rows, strict=True)
         ]
 
     def _share(self, numbers: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -70,20 +72,23 @@ class _Exchange:
 
     def __init__(self, host_dist: "HostPooledDist", rows: list[int], dtype: torch.dtype) -> None:
         self._group, self._rank = host_dist.boxed_group, dist.get_rank(host_dist._pg)
-        self._rows = rows
+        self._windows, self._rows, self._dtype = host_dist.windows, rows, dtype
         stops = list(accumulate(host_dist._dim_sum_per_rank))
         self._columns = slice(stops[self._rank] - host_dist._dim_sum_per_rank[self._rank], stops[self._rank])
-        self._windows = host_dist.windows.take(rows, dtype)
         self._work: Any = None
+        self._begin()
+        # Another tensor than `own`: the graph of this one knows the exchange.
+        self._unread: torch.Tensor | None = torch.empty(0, dtype=dtype).set_(cast(Any, self._own))
+        self._awaits_update = False
+        self._gradients: list[torch.Tensor] | None = None
 
-    @property
-    def own(self) -> torch.Tensor:
-        """Pooled rows of this rank's samples, or their gradients, [B, U]."""
-        return self._windows[self._rank]
+    def _begin(self) -> None:
+        self._memories = self._windows.take(self, self._rows, self._dtype)
+        self._own = self._memories[self._rank]
 
     def blocks(self) -> list[torch.Tensor]:
         """This rank's columns of all samples [G, T], in a block for each rank."""
-        return [window[:, self._columns] for window in self._windows]
+        return [memory[:, self._columns] for memory in self._memories]
 
     def copy_in(self, pooled_GT: torch.Tensor) -> None:
         """Fills the blocks."""
@@ -95,10 +100,41 @@ class _Exchange:
         with record_function(span):
             self._work = torch.ops.dlrm.meet(self._group)
 
-    def wait(self) -> None:
-        """Until all ranks have written."""
-        self._work.wait()
-        self._work = None
+    def take_rows(self) -> torch.Tensor:
+        """Once, pooled rows of this rank's samples [B, U], as soon as all ranks have written them."""
+        self._wait()
+        rows_BU, self._unread = self._unread, None
+        assert rows_BU is not None, "taken once"
+        return rows_BU
+
+    def give_back(self, gradient_BU: torch.Tensor) -> None:
+        """Shows the gradients of this rank's samples to all ranks."""
+        if not self._memories:
+            self._begin()
+        # An interaction may have written them over the pooled rows.
+        if gradient_BU.data_ptr() != self._own.data_ptr() or gradient_BU.stride() != self._own.stride():
+            self._own.copy_(gradient_BU)
+        self._awaits_update = True
+        self.meet("## All2All_Pooled_bwd ##")
+
+    def take_gradients(self) -> list[torch.Tensor]:
+        """Once, the gradients of this rank's columns, in blocks, as soon as all ranks have given them back."""
+        self._wait()
+        self._awaits_update = False
+        return self._gradients or self.blocks()
+
+    def leave(self) -> None:
+        """Gives up the shared memory: what is still needed of it moves to memory of its own."""
+        self._wait()
+        if self._awaits_update and self._gradients is None:
+            self._gradients = [block.clone() for block in self.blocks()]
+        torch.ops.dlrm.move_holders(self._own)
+        self._memories = []
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
 
 class _LookUpForAll(torch.autograd.Function):
@@ -123,8 +159,8 @@ class _LookUpForAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, ...]:
-        ctx.exchange.wait()
-        ctx.tables.update(*ctx.saved_tensors, ctx.exchange.blocks(), ctx.learning_rate.item(), ctx.scale)
+        gradients = ctx.exchange.take_gradients()
+        ctx.tables.update(*ctx.saved_tensors, gradients, ctx.learning_rate.item(), ctx.scale)
         ctx.exchange = None
         return (None,) * 7
 
@@ -141,8 +177,7 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.exchange.wait()
-        gradient_GT = torch.cat(ctx.exchange.blocks())
+        gradient_GT = torch.cat(ctx.exchange.take_gradients())
         ctx.exchange = None
         return gradient_GT.div_(ctx.divisor) if ctx.divisor != 1 else gradient_GT, None, None
 
@@ -153,17 +188,11 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
         ctx.exchange, ctx.token = exchange, token.detach()
-        exchange.wait()
-        # Not the exchange's own tensor: this one's graph knows the exchange.
-        return torch.empty(0, dtype=exchange.own.dtype).set_(cast(Any, exchange.own))
+        return exchange.take_rows()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own, gradient_BU = ctx.exchange.own, grad_outputs[0]
-        # An interaction may have written it over the pooled rows.
-        if gradient_BU.data_ptr() != own.data_ptr() or gradient_BU.stride() != own.stride():
-            own.copy_(gradient_BU)
-        ctx.exchange.meet("## All2All_Pooled_bwd ##")
+        ctx.exchange.give_back(grad_outputs[0])
         ctx.exchange = None
         return ctx.token, None
 

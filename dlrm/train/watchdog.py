@@ -1,11 +1,13 @@
 """Finds the rank that hangs when all others wait for it."""
 
+import faulthandler
 import json
 import os
+import re
 import sys
+import tempfile
 import threading
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,12 @@ _SECONDS_FOR_STORE = 30.0
 
 
 class Watchdog:
-    """Looks at the main thread from another one; ranks tell each other through the launcher's key-value store."""
+    """Looks at the main thread from another one; ranks tell each other through the launcher's key-value store.
+
+    While the run is well it knows of the main thread what `beat` has noted, and never takes its frames: these hold
+    their tensors for as long, and below Python 3.11.9 taking them can deadlock
+    (https://github.com/python/cpython/issues/106883).
+    """
 
     def __init__(self, runtime: Runtime, timeout: float) -> None:
         """Makes one; `start` has it watch.
@@ -36,6 +43,7 @@ class Watchdog:
         self._beats = 0
         self._written = 0
         self._doing = "starting"
+        self._place = ""
         self._at = time.monotonic()
         self._published = 0
         self._stopped = threading.Event()
@@ -99,25 +107,17 @@ class Watchdog:
             "written": self._written,
             "doing": self._doing,
             "host": os.uname().nodename,
-            "frame": self._frame(),
+            "place": self._place,
         }
 
-    def _frame(self) -> str:
-        """Where the main thread is in this project's own code."""
-        frame = sys._current_frames().get(self._main or 0)
-        if frame is None:
-            return "?"
-        stack = traceback.extract_stack(frame)
-        own = [entry for entry in stack if f"{os.sep}dlrm{os.sep}" in entry.filename] or stack
-        return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({stack[-1].name})"
-
     def _give_up(self) -> None:
+        self._place = _place_of(self._main or 0)
         try:
             verdict = self._judge()
         except RuntimeError as error:
-            verdict = f"{self._doing}, at {self._frame()}; other ranks can't be asked ({error})", []
+            verdict = f"{_show(self._status())}; other ranks can't be asked ({error})", []
         if verdict is None:
-            self._at = time.monotonic()
+            self._at, self._place = time.monotonic(), ""
             return
         text, accused = verdict
         free = [rank for rank in range(self._runtime.world_size) if rank not in accused]
@@ -135,7 +135,7 @@ class Watchdog:
             RuntimeError: if the launcher's store does not answer.
         """
         if self._store is None:
-            return f"{self._doing}, at {self._frame()}", []
+            return _show(self._status()), []
         before = self._read_all()
         for _ in range(4):
             time.sleep(self._interval / 2)
@@ -150,7 +150,7 @@ class Watchdog:
         behind = [rank for rank, status in after.items() if status["beats"] == fewest]
         if len(behind) < len(after):
             return f"{_name(behind, after)} hangs. {_last(behind, after)}", behind
-        places = ", ".join(f"rank {rank} {status['doing']} at {status['frame']}" for rank, status in after.items())
+        places = ", ".join(f"rank {rank} {_show(status)}" for rank, status in after.items())
         return f"no rank is behind the others. {places}", []
 
     def _read_all(self) -> dict[int, dict[str, Any]]:
@@ -162,5 +162,29 @@ def _name(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
 
 
 def _last(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
-    status = statuses[ranks[0]]
-    return f"It was {status['doing']}, at {status['frame']}."
+    return f"It was {_show(statuses[ranks[0]])}."
+
+
+def _show(status: dict[str, Any]) -> str:
+    """What a rank was doing, and where, if it has found that out."""
+    return f"{status['doing']}, at {status['place']}" if status["place"] else status["doing"]
+
+
+def _place_of(thread: int) -> str:
+    """Where a thread is in this project's own code; empty if that can't be told.
+
+    faulthandler writes the stack as text, so that nothing refers to frames or what they hold.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    stack = re.search(rf"hread 0x0*{thread:x}\b.*:\n((?:  .*\n?)+)", text)
+    calls = re.findall(r'File "(.*)", line (\d+) in (.*)', stack[1]) if stack else []
+    if not calls:
+        return ""
+    file_name, line, _ = next((call for call in calls if f"{os.sep}dlrm{os.sep}" in call[0]), calls[0])
+    return f"{Path(file_name).name}:{line} ({calls[0][2]})"

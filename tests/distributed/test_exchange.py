@@ -153,8 +153,6 @@ def compare_pooled(dtype: torch.dtype) -> None:
         ours.grad = None
         result = exchange(ours, context).wait()
         assert torch.equal(result, expected)
-        with pytest.raises(RuntimeError, match="are still held, or their backward pass is yet to come"):
-            exchange(pooled, context)
         result.backward(result.detach().copy_(gradient) if is_in_place else gradient)
         assert ours.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
@@ -165,6 +163,44 @@ def compare_pooled(dtype: torch.dtype) -> None:
         twice = torch.cat([rows.repeat(2, 1) for rows in pooled.split(batches)])
         assert torch.equal(exchange(twice, doubled).wait(), expected.detach().repeat(2, 1))
         assert torch.equal(exchange(pooled, context).wait(), expected)
+    dist.destroy_process_group()
+
+
+def keep_pooled(dtype: torch.dtype) -> None:
+    """Runs on every rank: pooled rows that are kept, and backward passes that come late, in any order."""
+    memory, sockets, rank, world = join()
+    columns, batches = [8] * world, [3 + other for other in range(world)]
+    context = EmbeddingShardingContext(batch_size_per_rank=batches)
+    exchange: Any = TwPooledEmbeddingDist(memory, columns, [])
+    HostPooledDist.make_of(exchange)
+    theirs = PooledEmbeddingsAllToAll(sockets, columns)
+    torch.manual_seed(rank)
+    inputs = [torch.randn(sum(batches), 8).to(dtype).requires_grad_() for _ in range(5)]
+    gradients = [torch.randn(batches[rank], 8 * world).to(dtype) for _ in inputs]
+    expected = []
+    for rows, gradient in zip(inputs, gradients, strict=True):
+        result = theirs(rows, batch_size_per_rank=batches).wait()
+        expected.append((result.detach().clone(), torch.autograd.grad(result, rows, gradient)[0]))
+    with torch.no_grad():
+        kept = [exchange(rows, context).wait() for rows in inputs]
+    for result, (rows, _) in zip(kept, expected, strict=True):
+        assert torch.equal(result, rows)
+    for is_late, order in ((False, [0, 1, 2, 3, 4]), (False, [4, 2, 0, 3, 1]), (True, [1, 4, 3, 0, 2])):
+        under_way = [exchange(rows, context) for rows in inputs] if is_late else []
+        results = [one.wait() for one in under_way] or [exchange(rows, context).wait() for rows in inputs]
+        for result, (rows, _) in zip(results, expected, strict=True):
+            assert torch.equal(result, rows)
+        for number in order:
+            (gradient,) = torch.autograd.grad(results[number], inputs[number], gradients[number])
+            assert torch.equal(gradient, expected[number][1])
+    # In one backward pass all exchanges give their gradients back before any updates.
+    under_way = [exchange(rows, context) for rows in inputs]
+    together = torch.cat([one.wait() for one in under_way])
+    found = torch.autograd.grad(together, inputs, torch.cat(gradients))
+    assert all(torch.equal(gradient, one) for gradient, (_, one) in zip(found, expected, strict=True))
+    for _ in range(3):  # graphs that no backward pass goes through
+        exchange(inputs[0], context).wait()
+    assert torch.equal(exchange(inputs[2], context).wait(), expected[2][0])
     dist.destroy_process_group()
 
 
@@ -268,6 +304,11 @@ def test_collectives_are_those_of_gloo(tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
 def test_pooled_rows_and_gradients_are_those_of_torchrec(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
     launch(compare_pooled, ranks, dtype, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.bfloat16), (4, torch.float32)])
+def test_pooled_rows_may_be_kept_and_go_back_late(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
+    launch(keep_pooled, ranks, dtype, folder=tmp_path)
 
 
 @pytest.mark.parametrize(("ranks", "late"), [(2, 0), (2, 1), (3, 1)])

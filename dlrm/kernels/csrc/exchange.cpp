@@ -458,8 +458,23 @@ void share_storage(const intrusive_ptr<c10d::ProcessGroup>& group, const at::Ten
   require_backend(group).share_storage(tensor);
 }
 
-// Tensors that lie in a tensor's memory, itself included.
-int64_t count_holders(const at::Tensor& tensor) { return tensor.storage().use_count(); }
+// A matrix at the beginning of a tensor's memory, with a storage of its own.
+at::Tensor alias_memory(const at::Tensor& tensor, int64_t rows, int64_t columns) {
+  check_contiguous(tensor, "tensor");
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && rows * columns <= tensor.numel(), "tensor: got ", tensor.numel(),
+                    " numbers, expected ", rows, " * ", columns);
+  return at::from_blob(tensor.mutable_data_ptr(), {rows, columns}, [tensor](void*) {}, tensor.options());
+}
+
+// Moves what is in a tensor's storage to memory of its own, where all tensors of this storage then find it. Without another
+// tensor than this one there is nobody to read it, and it stays; a thread that refers to one in passing costs a copy.
+void move_holders(const at::Tensor& tensor) {
+  const c10::Storage& storage = tensor.storage();
+  if (storage.use_count() == 1) return;
+  at::DataPtr memory = c10::GetAllocator(c10::DeviceType::CPU)->allocate(storage.nbytes());
+  std::memcpy(memory.get(), storage.data(), storage.nbytes());
+  storage.set_data_ptr_noswap(std::move(memory));
+}
 
 TORCH_LIBRARY_FRAGMENT(dlrm, m) {
   m.def("exchange_in_memory(__torch__.torch.classes.c10d.ProcessGroup group) -> str", exchange_in_memory);
@@ -467,7 +482,8 @@ TORCH_LIBRARY_FRAGMENT(dlrm, m) {
   m.def("meet(__torch__.torch.classes.c10d.ProcessGroup group) -> __torch__.torch.classes.c10d.Work", meet);
   m.def("share_memory(__torch__.torch.classes.c10d.ProcessGroup group, int bytes) -> Tensor[]", share_memory);
   m.def("share_storage_(__torch__.torch.classes.c10d.ProcessGroup group, Tensor(a!) tensor) -> ()", share_storage);
-  m.def("count_holders(Tensor tensor) -> int", count_holders);
+  m.def("alias_memory(Tensor tensor, int rows, int columns) -> Tensor", alias_memory);
+  m.def("move_holders(Tensor tensor) -> ()", move_holders);
 }
 
 }  // namespace
