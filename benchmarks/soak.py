@@ -1,6 +1,8 @@
 """Trains for long with a checkpoint every 100 steps, and looks from outside for what grows.
 
-    python -m benchmarks.soak --minutes 30 --json benchmarks/results/soak.json
+    python -m benchmarks.soak --minutes 60 --hang_timeout 1 --json benchmarks/results/soak.json
+
+With a --hang_timeout of one second the watchdog of each rank looks eight times a second.
 
 Two ranks under torchrun on synthetic days, epoch after epoch, with validations. Every 10 s resident memory, open file
 handles and threads of each rank are read. At the end SIGTERM must give a last checkpoint and exit code 143. The
@@ -185,10 +187,14 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=between(LEAST_MINUTES, 1e6), default=30.0, help="how long (default: %(default)s)"
     )
+    parser.add_argument(
+        "--hang_timeout", type=between(1, 1e9), default=600.0, help="the training's, in seconds (default: %(default)s)"
+    )
     parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
+    flags = [*FLAGS, "--hang_timeout", f"{arguments.hang_timeout:g}"]
     with folder_of_trainings() as folder:
-        run = Run(make_days(folder, ROWS), folder / "run", 0, FLAGS)
+        run = Run(make_days(folder, ROWS), folder / "run", 0, flags)
         while not run.has_begun() and run.process.poll() is None:
             time.sleep(0.1)
         samples = list(take_samples(run, arguments.minutes))
@@ -207,7 +213,7 @@ def main() -> int:
         f"{arguments.minutes:g} minutes; SIGTERM gave exit codes {facts['exit_codes']}, last checkpoint at step "
         f"{facts['last_checkpoint']}"
     )
-    result = {"minutes": arguments.minutes, "flags": FLAGS, **facts, "ended_well": is_well}
+    result = {"minutes": arguments.minutes, "flags": flags, **facts, "ended_well": is_well}
     sampled = {"trends": [asdict(trend) for trend in trends], "samples": [asdict(sample) for sample in samples]}
     write_result(arguments.json, {**result, **sampled})
     return 0 if is_well and not any(trend.has_grown for trend in trends) else 1
