@@ -17,6 +17,7 @@ from tests.launching import ROOT, wait_until
 WITH_RESULTS = {
     "calibrate": [],
     "kills": [],
+    "neighbour": [],
     "overlap": [],
     "planted": [],
     "plans": [],
