@@ -16,6 +16,7 @@ import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 from dlrm.errors import ConfigError
+from dlrm.freezing import DENSE, frozen_parts, large_tables, read_frozen
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 from dlrm.table_constraints import read_rules
 
@@ -62,6 +63,17 @@ Rules = Annotated[
         instance_from_str=lambda tokens: read_rules(tokens[0]),
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda rules: [str(rules)],
+    ),
+]
+
+Frozen = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="TABLES|dense",
+        instance_from_str=read_frozen,
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda names: [str(names)],
     ),
 ]
 
@@ -286,6 +298,10 @@ class OptimizerConfig:
     """Training steps in which the learning rate falls, as the square of what is left of them, to 1e-7, where it stays.
     0 is no decay."""
 
+    freeze: Annotated[Frozen, optional("none", "TABLES|dense")] = None
+    """What training leaves as it is: names of tables (t_cat_0), large, all (tables) or dense (all parameters but the
+    tables), with commas or spaces between them. What is frozen has no optimizer state."""
+
     @property
     def algorithm(self) -> OptimizerName:
         """What --optimizer and --adagrad say together."""
@@ -393,7 +409,15 @@ class CheckpointConfig:
     checkpoint, or the newest one in this folder, into a new run directory. never: start anew."""
 
     allow_changed_data: bool = False
-    """Resume although the data is not what the checkpoint was trained on."""
+    """Resume although the data is not what the checkpoint was trained on. Epochs then begin at row 0 of this data;
+    steps, samples, learning rates and optimizer state continue."""
+
+    init_from: Annotated[str | None, optional("weights are drawn", "PATH")] = None
+    """Start a new run with the weights of this checkpoint, or of the newest one in this folder: of tables, which may
+    have grown, and of all dense layers that fit."""
+
+    init_optimizer: bool = False
+    """Take the optimizer's state too with --init_from; its algorithm must be the same."""
 
     hang_timeout: Annotated[float, Ge(1.0), Lt(1e9)] = 600.0
     """Seconds without a step on any rank after which a rank that hangs is named and the run ends."""
@@ -468,6 +492,27 @@ class Config:
     def is_random(self) -> bool:
         """Whether samples are generated rather than read."""
         return self.data.folder is None
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Tables, in order, and `dense`, that --freeze keeps as they are."""
+        names = self.optimizer.freeze
+        needs_large = names is not None and "large" in names.split(",")
+        return frozen_parts(names, self.large_tables if needs_large else ())
+
+    @property
+    def frozen_tables(self) -> tuple[str, ...]:
+        """Tables that --freeze keeps as they are."""
+        return tuple(name for name in self.frozen if name != DENSE)
+
+    @property
+    def large_tables(self) -> list[str]:
+        """Tables of --large_table_gib or more."""
+        return large_tables(self.model.table_rows, self.model.embedding_dim, self.sharding.large_table_gib)
+
+    def table_state_floats(self, table: str, dim: int) -> int:
+        """Optimizer state of a row of `dim` weights of a table, in floats."""
+        return 0 if table in self.frozen_tables else self.optimizer.table_state_floats(dim)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_json` restores an equal config."""

@@ -25,7 +25,8 @@ from dlrm.config import (
     OptimizerConfig,
 )
 from dlrm.errors import ConfigError
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.freezing import DENSE, read_frozen
+from dlrm.schema import NUM_CATEGORICAL_FEATURES, TABLE_NAMES
 from dlrm.table_constraints import parse_rules
 
 _INTERVAL = re.compile(r"[1-9]\d{0,14}|(?=.*[1-9])\d{1,9}(\.\d+)?m")
@@ -49,6 +50,7 @@ def check_config(config: Config) -> None:
     _check_tables(config.model)
     _check_layers(config.model)
     _check_optimizer(config.optimizer)
+    _check_freeze(config)
     if config.training.allow_tf32 and config.training.precision not in (None, "tf32"):
         raise ConfigError(f"--allow_tf32 with --precision {config.training.precision}: give one of the two")
     _check_path("in_memory_binary_criteo_path", config.data.in_memory_binary_criteo_path)
@@ -141,6 +143,25 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
 
 
+def _check_freeze(config: Config) -> None:
+    names = config.optimizer.freeze
+    if names is None:
+        return
+    read_frozen([names])
+    if "large" in names.split(",") and not config.large_tables:
+        raise ConfigError(
+            f"--freeze large: no table has the {config.sharding.large_table_gib:g} GiB of --large_table_gib. Give a "
+            "smaller --large_table_gib, or names of tables."
+        )
+    if set(config.frozen) == {*TABLE_NAMES, DENSE}:
+        raise ConfigError(f"--freeze {names}: leaves nothing to train. Expected some tables, or dense, not to be frozen")
+    if config.frozen_tables and config.training.pipeline == "prefetch":
+        raise ConfigError(
+            f"--freeze {names} with --pipeline prefetch: frozen tables would never release the GPU's cache lines. Use "
+            "--pipeline sparse_dist, or freeze dense alone."
+        )
+
+
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     every = checkpoint.checkpoint_every
     if every not in (None, "never") and not _INTERVAL.fullmatch(every):
@@ -149,6 +170,12 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     if (checkpoint.checkpoint_dir or "").startswith("memory:"):
         raise ConfigError(f"--checkpoint_dir {checkpoint.checkpoint_dir}: is gone when the process is. Give a folder")
     _check_path("resume", checkpoint.resume)
+    _check_path("init_from", checkpoint.init_from)
+    if checkpoint.init_from is not None and checkpoint.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"--init_from {checkpoint.init_from} with --resume {checkpoint.resume}: the first takes weights into a new "
+            "training, the second continues the old one. Give one of the two"
+        )
 
 
 def check_output_file(name: str, path: str | Path) -> None:
@@ -210,18 +237,23 @@ def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
 def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
     rules = config.sharding.table_constraints
     has_large = rules is not None and "large" in parse_rules(rules)
+    freezes_large = "large" in (config.optimizer.freeze or "").split(",")
     no_target = config.evaluation.validation_auroc is None
     return {
         "data": [*_idle_sources(config.data), *_idle_multi_hot(config.data), *_idle_limits(config.evaluation)],
         "model": _idle_shapes(config.model),
-        "sharding": [("large_table_gib", not has_large, "needs a rule of `large` in --table_constraints")],
+        "sharding": [("large_table_gib", not (has_large or freezes_large), _NO_LARGE)],
         "optimizer": _idle_rates(config.optimizer),
         "evaluation": [("validation_auroc", not config.evaluation.validates, _VALIDATES_NOT)],
-        "checkpoint": _idle_checkpoint(config.checkpoint),
-        "output": [("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target")],
+        "checkpoint": _idle_checkpoint(config),
+        "output": [
+            ("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target"),
+            ("mlperf_log", config.checkpoint.init_from is not None, "with --init_from: MLPerf times a run from its start"),
+        ],
     }
 
 
+_NO_LARGE = "needs a rule of `large` in --table_constraints, or --freeze large"
 _VALIDATES_NOT = "with --no_evaluate_on_epoch_end: nothing validates. Give --validation_freq_within_epoch, or drop one"
 
 
@@ -269,7 +301,8 @@ def _idle_shapes(model: ModelConfig) -> list[_Idle]:
     ]
 
 
-def _idle_checkpoint(checkpoint: CheckpointConfig) -> list[_Idle]:
+def _idle_checkpoint(config: Config) -> list[_Idle]:
+    checkpoint, algorithm = config.checkpoint, config.optimizer.algorithm
     writes_none = checkpoint.checkpoint_every == "never"
     none = "with --checkpoint_every never: no checkpoint is written. Drop one of them"
     anew = checkpoint.resume == "never"
@@ -277,6 +310,8 @@ def _idle_checkpoint(checkpoint: CheckpointConfig) -> list[_Idle]:
         ("keep", writes_none, none),
         ("checkpoint_mode", writes_none, none),
         ("allow_changed_data", anew, "with --resume never: nothing is resumed. Drop one of them"),
+        ("init_optimizer", checkpoint.init_from is None, "needs --init_from"),
+        ("init_optimizer", algorithm == "sgd", "with --optimizer sgd, which has no state. Drop it"),
     ]
 
 

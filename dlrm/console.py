@@ -143,6 +143,12 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The names, or the first ones and how many more there are."""
+    shown = names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return ", ".join(shown)
+
+
 def show_bytes(size: float) -> str:
     """A size in MiB or GiB."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"

@@ -71,6 +71,11 @@ def misfits(saved: Config, given: Config) -> list[Difference]:
             found.append(difference)
     if given.training.seed not in (None, saved.training.seed):
         found.append(Difference("training", "seed", saved.training.seed, given.training.seed))
+    if saved.frozen == given.frozen != ():  # --freeze all or the name of each
+        found = [difference for difference in found if difference.name != "freeze"]
+    elif saved.frozen != given.frozen and saved.optimizer.freeze == given.optimizer.freeze:  # what is large has changed
+        sizes = saved.sharding.large_table_gib, given.sharding.large_table_gib
+        found.append(Difference("sharding", "large_table_gib", *sizes))
     if saved.optimizer.algorithm == given.optimizer.algorithm:  # --adagrad or --optimizer adagrad
         found = [difference for difference in found if difference.name not in ("optimizer", "adagrad")]
     return found

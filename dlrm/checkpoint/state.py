@@ -93,7 +93,7 @@ def model_state(model: DistributedModelParallel, world_size: int) -> State:
     """Weights and buffers, as views: what is written to them is written to the model. Collective."""
     state = {}
     for name, weight in model.state_dict().items():
-        table = _table_of(name)
+        table = table_of(name)
         key = f"tables.{table}.weight" if table else f"dense.{_strip(name)}"
         state[key] = _parts_of(weight, _owner(key, world_size))
     return state
@@ -104,7 +104,7 @@ def optimizer_state(optimizer: CombinedOptimizer, world_size: int) -> State:
     state = {}
     states = cast(dict[str, dict[str, Any]], optimizer.state_dict()["state"])
     for name, values in states.items():  # not the same names on all ranks
-        table = _table_of(name)
+        table = table_of(name)
         prefix = f"tables.{table}" if table else f"dense.{_strip(name)}"
         for key, value in values.items():
             kind = key.removeprefix(f"{table}.")
@@ -135,7 +135,8 @@ def count_state(counts: Mapping[str, npt.NDArray[np.int64]], runtime: Runtime) -
     return state
 
 
-def _table_of(name: str) -> str | None:
+def table_of(name: str) -> str | None:
+    """The table that a parameter of a model, sharded or not, is the weight of; None for a dense one."""
     return name.split(_TABLES)[1].removesuffix(".weight") if _TABLES in name else None
 
 

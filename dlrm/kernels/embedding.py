@@ -6,7 +6,7 @@ forward and what its backward does.
 Shapes: B samples, F features, N ids, T columns of all features' pooled rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ class HostTables:
     state_offsets_F: torch.Tensor | None
     optimizer: int
     eps: float
+    is_frozen: bool
 
     @staticmethod
     def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
@@ -70,6 +71,7 @@ class HostTables:
             buffers.momentum1_offsets if has_state else None,
             _OPTIMIZERS[module.optimizer],
             module.optimizer_args.eps,
+            hasattr(module, "is_frozen"),
         )
 
     @property
@@ -104,11 +106,13 @@ class HostTables:
     ) -> None:
         """One step of the optimizer on the rows that were looked up, each once with the scaled sum of its gradients.
 
-        The same to the bit for any number of threads.
+        None if the tables are frozen. The same to the bit for any number of threads.
 
         Args:
             gradients: of pooled rows, in such blocks.
         """
+        if self.is_frozen:
+            return
         torch.ops.dlrm.update(
             self.weights,
             self.state,
@@ -199,6 +203,43 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         """Once, what the last call has left to be looked up."""
         features, self._left = self._left, None
         return features
+
+
+class _Stop(torch.autograd.Function):
+    """Pooled rows whose gradients go no further. They need one all the same: other ranks wait for what backward sends."""
+
+    @staticmethod
+    def forward(ctx: Any, placeholder: torch.Tensor, pooled_BT: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return pooled_BT
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:  # noqa: ARG004
+        return None, None
+
+
+def freeze_lookups(model: nn.Module, frozen: Collection[str]) -> None:
+    """Has a sharded model's fused lookups of frozen tables end before their backward pass, which would update them.
+
+    TorchRec has grouped tables by optimizer: those of a lookup are all frozen, or none is.
+    """
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):
+            for bags in getattr(lookup, "_emb_modules", ()):
+                tables = {table.name for table in bags.config.embedding_tables}
+                if isinstance(bags.emb_module, SplitTableBatchedEmbeddingBagsCodegen) and tables & set(frozen):
+                    assert tables <= set(frozen), f"one lookup of tables that are frozen and others: {sorted(tables)}"
+                    _freeze(bags.emb_module)
+
+
+def _freeze(module: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    plain = module.forward
+
+    def forward_of_frozen(*inputs: Any, **options: Any) -> torch.Tensor:
+        with torch.no_grad():
+            pooled_BT = plain(*inputs, **options)
+        return _Stop.apply(module.placeholder_autograd_tensor, pooled_BT)
+
+    vars(module).update(forward=forward_of_frozen, is_frozen=True)
 
 
 def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from torchx.util.types import to_dict
 
 from dlrm.config import MOST_RANKS, Config
 from dlrm.errors import LaunchError
+from dlrm.schema import TABLE_NAMES
 
 GIB = 2**30
 _CORES_PER_PROCESS = {"cpu": 2, "cuda": 8}
@@ -148,8 +149,10 @@ def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     """
     device = "cuda" if gpus_per_host else "cpu"
     dim = config.model.embedding_dim
-    floats_per_row = dim + config.optimizer.table_state_floats(dim)
-    tables = sum(config.model.table_rows) * floats_per_row * _BYTES_PER_FLOAT
+    tables = sum(
+        rows * (dim + config.table_state_floats(name, dim)) * _BYTES_PER_FLOAT
+        for name, rows in zip(TABLE_NAMES, config.model.table_rows, strict=True)
+    )
     has_copy = config.checkpoint.checkpoint_every != "never" and config.checkpoint.checkpoint_mode == "async"
     in_gpus = shape.min_hosts * gpus_per_host * (config.sharding.device_memory_gib or _GPU_GIB) * GIB
     on_hosts = max(0.0, tables - in_gpus * (1 - config.sharding.reserved_memory_share))

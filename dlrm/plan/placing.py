@@ -8,6 +8,7 @@ import torch
 from dlrm.config import Config
 from dlrm.plan.hardware import ClusterShape, Hardware
 from dlrm.runtime import Runtime
+from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, describe_plan
 from dlrm.train.build import build_model, fits_run, plan_run
@@ -61,7 +62,7 @@ class Placing:
         """
         cluster = self._cluster(self._shape.hosts)
         plan = plan_run(self._config, cluster, self._model)
-        return describe_plan(plan, self._model, cluster.world_size, self._config.optimizer.table_state_floats)
+        return describe_plan(plan, self._model, cluster.world_size, self._config.table_state_floats)
 
     def find_smallest(self) -> ClusterShape | None:
         """The fewest hosts of these devices that a plan exists for, more than there are; None where there is none of up
@@ -78,10 +79,13 @@ class Placing:
         """Whose memory, all of it together, holds the weights and optimizer state."""
         model = self._config.model
         dim = model.embedding_dim
-        row_bytes = 4 * (dim + self._config.optimizer.table_state_floats(dim))
+        needed = sum(
+            4 * rows * (dim + self._config.table_state_floats(name, dim))
+            for name, rows in zip(TABLE_NAMES, model.table_rows, strict=True)
+        )
         cluster = self._cluster(self._shape.hosts)
         of_host = self._shape.devices_per_host * max(1, cluster.table_bytes + cluster.host_bytes)
-        return max(1, sum(model.table_rows) * row_bytes // of_host)
+        return max(1, needed // of_host)
 
 
 def fewest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -186,11 +186,11 @@ def reached(hardware: Hardware, shape: ClusterShape, precision: Precision) -> tu
 def _tables_on_ranks(config: Config, shape: ClusterShape, placement: Placement) -> list[Table]:
     hotness = dict(zip(TABLE_NAMES, hotness_of(config), strict=True))
     rules = constraints_of(config.sharding, config.model)
-    state_floats = config.optimizer.table_state_floats(config.model.embedding_dim)
     tables = []
     for table in placement.tables:
         cached = rules[table.table].cache_ratio if table.table in rules else None
         cache_share = DEFAULT_CACHE_SHARE if cached is None else cached
+        state_floats = config.table_state_floats(table.table, config.model.embedding_dim)
         tables.append(_on_ranks(config, table, hotness[table.table], shape, cache_share, state_floats))
     return tables
 

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from dlrm.config import ModelConfig, ShardingConfig
 from dlrm.errors import DoesNotFitError, PlanError
+from dlrm.freezing import large_tables
 from dlrm.runtime import count
 from dlrm.schema import TABLE_NAMES
 from dlrm.sharding.cluster import GIB, Cluster
@@ -123,11 +124,7 @@ def constraints_of(sharding: ShardingConfig, model: ModelConfig) -> dict[str, Ta
     """
     if sharding.table_constraints is None:
         return {}
-    large = [
-        name
-        for name, rows in zip(TABLE_NAMES, model.table_rows, strict=True)
-        if rows * model.embedding_dim * _BYTES_PER_WEIGHT >= sharding.large_table_gib * GIB
-    ]
+    large = large_tables(model.table_rows, model.embedding_dim, sharding.large_table_gib)
     rules = parse_rules(sharding.table_constraints)
     if "large" in rules and not large:
         most = max(model.table_rows) * model.embedding_dim * _BYTES_PER_WEIGHT / GIB
@@ -358,12 +355,12 @@ def _quiet_planner() -> Iterator[None]:
 
 
 def describe_plan(
-    plan: ShardingPlan, model: nn.Module, world_size: int, state_floats: Callable[[int], float]
+    plan: ShardingPlan, model: nn.Module, world_size: int, state_floats: Callable[[str, int], float]
 ) -> Placement:
     """The plan as a `Placement`.
 
     Args:
-        state_floats: optimizer state of a row of so many weights, in floats.
+        state_floats: optimizer state of a row of a table, of so many weights, in floats.
     """
     tables = []
     for path, module_plan in plan.plan.items():
@@ -375,7 +372,11 @@ def describe_plan(
 
 
 def _describe_table(
-    name: str, weight: torch.Tensor, placed: ParameterSharding, world_size: int, state_floats: Callable[[int], float]
+    name: str,
+    weight: torch.Tensor,
+    placed: ParameterSharding,
+    world_size: int,
+    state_floats: Callable[[str, int], float],
 ) -> TablePlacement:
     rows, dim = weight.shape
     if placed.sharding_spec is None:  # data parallel: whole on every rank
@@ -388,11 +389,11 @@ def _describe_table(
     weight_bytes = weight.element_size()
 
     def gib(shard_rows: int, shard_dim: int) -> float:
-        return shard_rows * (shard_dim * weight_bytes + state_floats(shard_dim) * _BYTES_PER_WEIGHT) / GIB
+        return shard_rows * (shard_dim * weight_bytes + state_floats(name, shard_dim) * _BYTES_PER_WEIGHT) / GIB
 
     by_rank = tuple(sum(gib(*size) for owner, *size in shards if owner == rank) for rank in ranks)
     weights_gib = rows * dim * weight_bytes / GIB
-    optimizer_gib = rows * state_floats(dim) * _BYTES_PER_WEIGHT / GIB
+    optimizer_gib = rows * state_floats(name, dim) * _BYTES_PER_WEIGHT / GIB
     return TablePlacement(
         name, rows, dim, weights_gib, optimizer_gib, placed.sharding_type, placed.compute_kernel, ranks, by_rank
     )

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.kernels.draw import draw_uniform
-from dlrm.kernels.embedding import replace_lookups, round_lookups
+from dlrm.kernels.embedding import freeze_lookups, replace_lookups, round_lookups
 from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.pooled_exchange import replace_exchanges
 from dlrm.runtime import derive_seed
@@ -27,12 +27,17 @@ _BLOCK_ROWS = 1 << 16
 
 
 def shard_model(
-    model: nn.Module, plan: ShardingPlan, sharder: TableSharder, device: torch.device, seed: int | None
+    model: nn.Module,
+    plan: ShardingPlan,
+    sharder: TableSharder,
+    device: torch.device,
+    seed: int | None,
+    frozen: Collection[str] = (),
 ) -> DistributedModelParallel:
     """Places tables by `plan`, makes the rest data parallel, and fills the tables.
 
     Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code. Without a seed they are left
-    to be restored.
+    to be restored. Tables that are `frozen` are not updated where their kernel would do that in the backward pass.
     """
     with warnings.catch_warnings(), _NothingDrawn():
         # TorchRec hands DistributedDataParallel an argument that newer torch spells otherwise.
@@ -48,6 +53,8 @@ def shard_model(
     assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
     if seed is not None:
         _draw(tables, seed)
+    if frozen:
+        freeze_lookups(sharded, frozen)
     if device.type == "cpu":
         replace_lookups(sharded, sharder.pooled_type)
         replace_exchanges(sharded)

@@ -80,13 +80,14 @@ def lay_foundation(
     model = build_model(config, runtime, is_restored=is_restored)
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
-    placement = describe_plan(plan, model, runtime.world_size, config.optimizer.table_state_floats)
+    placement = describe_plan(plan, model, runtime.world_size, config.table_state_floats)
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
     companions = draw_run_companions(config, runtime, stages)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages))
     if "train" in splits:
         on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
-    sharded = shard_model(model, plan, make_sharder(config), runtime.device, None if is_restored else seed)
-    optimizer = build_optimizer(sharded, config.optimizer)
+    frozen = config.frozen
+    sharded = shard_model(model, plan, make_sharder(config), runtime.device, None if is_restored else seed, frozen)
+    optimizer = build_optimizer(sharded, config.optimizer, frozen)
     return Foundation(runtime, sharded, optimizer, splits, placement, data_opened)

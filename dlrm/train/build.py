@@ -40,7 +40,7 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
     for name, part in model.named_children():
         if name != "embedding_bag_collection":
             part.to(runtime.device)
-    fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
+    fuse_table_optimizer(model.embedding_bag_collection, config.optimizer, config.frozen)
     for part in model.modules():
         if isinstance(part, ReluMLP):
             part.through = config.training.integers
@@ -97,5 +97,5 @@ def _plan_arguments(
         max(config.data.batch_size, config.data.test_batch_size or 0),
         hotness_of(config),
         constraints,
-        allowed_sharding_types(config.optimizer, constraints, cluster.device),
+        allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),
     )

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from dlrm.config import Config
-from dlrm.console import plural
+from dlrm.console import plural, some
 from dlrm.data.binary_days import Stage
 from dlrm.errors import ConfigError, RunDirectoryError
+from dlrm.freezing import DENSE
 from dlrm.lock import Locks
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
@@ -210,10 +211,17 @@ def _note_idle_flags(config: Config, runtime: Runtime) -> None:
         print("No CUDA device: tf32 without effect.", flush=True)
 
 
+def _describe_frozen(config: Config) -> str:
+    tables, dense = config.frozen_tables, ["all dense layers"] if DENSE in config.frozen else []
+    return " and ".join([*([f"{plural(len(tables), 'table')} ({some(tables)})"] if tables else []), *dense])
+
+
 def _announce(config: Config, placement: Placement, rows: dict[Stage, int]) -> None:
     print(
         f"Seed {config.training.seed}. " + ", ".join(f"{count:,} {stage}" for stage, count in rows.items()) + " rows."
     )
+    if config.frozen:
+        print(f"Frozen: {_describe_frozen(config)}. Training leaves these weights as they are.")
     if config.is_random:
         print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
     if (rate := config.data.undersampling_rate) is not None:

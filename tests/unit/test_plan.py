@@ -27,7 +27,7 @@ def make_plan(config: Config, cluster: Cluster) -> Placement:
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
     train = DLRMTrain(model, cluster.world_size)
     plan = plan_run(config, cluster, train)
-    return describe_plan(plan, train, cluster.world_size, config.optimizer.table_state_floats)
+    return describe_plan(plan, train, cluster.world_size, config.table_state_floats)
 
 
 def cpus(ranks: int, gib: float = 1.0) -> Cluster:
