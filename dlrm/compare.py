@@ -198,7 +198,8 @@ def _describe_placement(table: Mapping[str, Any]) -> str:
 def _metrics_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
     """Of a run that has finished."""
     validations = {score: summary.get(f"val_{score}") or [None] for score in _SCORES}
-    known = [auroc for auroc in validations["auroc"] if auroc is not None]
+    own = validations["auroc"][summary.get("num_foreign_validations", 0) :]
+    known = [auroc for auroc in own if auroc is not None]
     return {
         **{f"val_{score}": values[-1] for score, values in validations.items()},
         "best_val_auroc": max(known, default=None),
@@ -214,7 +215,8 @@ def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     samples = [0, *(line["num_train_samples"] for line in of_kind["train"])]
     rates = [line["samples_per_second"] for line in of_kind["train"]]
     seconds = sum((after - before) / rate for (before, after), rate in zip(pairwise(samples), rates, strict=True))
-    known = [line["auroc"] for line in of_kind["val"] if line["auroc"] is not None]
+    begun = max((number for number, line in enumerate(lines) if line.get("has_new_data")), default=0)
+    known = [line["auroc"] for line in lines[begun:] if line["kind"] == "val" and line["auroc"] is not None]
     return {
         **{f"val_{score}": last["val"].get(score) for score in _SCORES},
         "best_val_auroc": max(known, default=None),

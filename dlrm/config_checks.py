@@ -154,7 +154,9 @@ def _check_freeze(config: Config) -> None:
             "smaller --large_table_gib, or names of tables."
         )
     if set(config.frozen) == {*TABLE_NAMES, DENSE}:
-        raise ConfigError(f"--freeze {names}: leaves nothing to train. Expected some tables, or dense, not to be frozen")
+        raise ConfigError(
+            f"--freeze {names}: leaves nothing to train. Expected some tables, or dense, not to be frozen"
+        )
     if config.frozen_tables and config.training.pipeline == "prefetch":
         raise ConfigError(
             f"--freeze {names} with --pipeline prefetch: frozen tables would never release the GPU's cache lines. Use "
@@ -238,6 +240,7 @@ def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
     rules = config.sharding.table_constraints
     has_large = rules is not None and "large" in parse_rules(rules)
     freezes_large = "large" in (config.optimizer.freeze or "").split(",")
+    begins_elsewhere = config.checkpoint.init_from is not None
     no_target = config.evaluation.validation_auroc is None
     return {
         "data": [*_idle_sources(config.data), *_idle_multi_hot(config.data), *_idle_limits(config.evaluation)],
@@ -248,7 +251,7 @@ def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
         "checkpoint": _idle_checkpoint(config),
         "output": [
             ("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target"),
-            ("mlperf_log", config.checkpoint.init_from is not None, "with --init_from: MLPerf times a run from its start"),
+            ("mlperf_log", begins_elsewhere, "with --init_from: MLPerf times a run from its first step"),
         ],
     }
 

@@ -58,6 +58,10 @@ class CheckpointError(DlrmError):
     """A checkpoint that can't be written or read, or does not fit."""
 
 
+class MisfitError(CheckpointError):
+    """A sound checkpoint of another training, or whose weights are not this model's."""
+
+
 class LaunchError(DlrmError):
     """A process group that can't be formed."""
 

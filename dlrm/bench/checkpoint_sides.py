@@ -18,6 +18,7 @@ from dlrm.bench.ours import build_trainer, describe
 from dlrm.bench.reference import build_optimizer, build_reference, shard_reference
 from dlrm.bench.workers import Turns
 from dlrm.checkpoint.checkpointer import Checkpointer, Saved
+from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import find_newest
 from dlrm.checkpoint.state import blocks, training_state
 from dlrm.checkpoint.store import open_store
@@ -57,7 +58,7 @@ def open_ours(config: Config, steps: int, folder: str) -> Iterator[Turns]:
             source = find_newest(address, runtime, lambda *_: None, print)
             checked = time.perf_counter()
             assert source is not None
-            resume_training(trainer, source, runtime)
+            resume_training(trainer, source, Position.from_json(source.manifest.position), runtime)
             return {"check": checked - started, "restore": time.perf_counter() - checked}
 
         yield {

@@ -211,7 +211,9 @@ class Checkpointer:
         except CheckpointError as error:
             print(f"{error}: old checkpoints stay.")
             return
-        best = best_of(there)
+        best = best_of(
+            [found for found in there if found[1].data == self._data]
+        )  # on other data scores mean another thing
         for name, _ in there[self._keep :]:
             if name != best:
                 try:

@@ -1,7 +1,7 @@
 """Where a training stands, as a checkpoint keeps it. No torch here."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dlrm.errors import CheckpointError
@@ -21,6 +21,11 @@ class Position:
         train_seconds: spent training; `total_seconds` adds validations.
         pending: steps not reported yet: step, samples, mean loss over all ranks.
         validations: metrics of each validation.
+        foreign_validations: how many of them, the first ones, were on data that was changed since. They count neither
+            for the best one nor for the target.
+        samples_before: of `num_samples`, those that other runs had trained on, whose checkpoint this run was resumed
+            from.
+        optimizer_steps: those that the optimizers' state had seen when training began: --init_optimizer.
     """
 
     step: int = 0
@@ -33,6 +38,17 @@ class Position:
     total_seconds: float = 0.0
     pending: tuple[tuple[int, int, float], ...] = ()
     validations: tuple[Mapping[str, Any], ...] = field(default=())
+    foreign_validations: int = 0
+    samples_before: int = 0
+    optimizer_steps: int = 0
+
+    def on_new_data(self) -> "Position":
+        """The start of the first epoch on other data, in the same training."""
+        return replace(self, epoch=0, epoch_step=0, row=0, foreign_validations=len(self.validations))
+
+    def in_new_run(self) -> "Position":
+        """The same in another run that continues this training."""
+        return replace(self, samples_before=self.num_samples)
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -53,6 +69,7 @@ class Position:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"its position does not fit this dlrm ({error})") from None
         counts = (position.step, position.epoch, position.epoch_step, position.row, position.num_samples)
+        counts += (position.foreign_validations, position.samples_before, position.optimizer_steps)
         seconds = (position.train_seconds, position.total_seconds)
         if not all(type(count) is int and 0 <= count < 2**63 for count in (*counts, position.validated_step)):
             raise CheckpointError("its position has a count that is no whole number from 0 to 2^63")

@@ -18,12 +18,8 @@ from dlrm.checkpoint.state import RANDOM, State
 from dlrm.checkpoint.storage import Reader, RestorePlanner
 from dlrm.checkpoint.store import Store, open_store
 from dlrm.config import Config
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, MisfitError
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank
-
-
-class MisfitError(CheckpointError):
-    """A sound checkpoint of another training."""
 
 
 @dataclass(frozen=True)

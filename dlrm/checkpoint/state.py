@@ -8,7 +8,7 @@ Shapes: R rows of a table.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -59,6 +59,12 @@ class Parts:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parts":
         """The same with other tensors."""
         return replace(self, parts=tuple(Part(part.offsets, change(part.tensor)) for part in self.parts))
+
+    def cut(self, shape: Sequence[int]) -> "Parts":
+        """The first rows, as a tensor of this shape."""
+        parts = (Part(part.offsets, part.tensor[: shape[0] - part.offsets[0]]) for part in self.parts if part.offsets)
+        kept = tuple(part for part in parts if part.offsets[0] < shape[0])
+        return replace(self, shape=torch.Size(shape), parts=kept)
 
     def saved_by(self, rank: int) -> "Parts":
         """What of it `rank` saves."""

@@ -206,7 +206,7 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
 
 
 class _Stop(torch.autograd.Function):
-    """Pooled rows whose gradients go no further. They need one all the same: other ranks wait for what backward sends."""
+    """Pooled rows whose gradients go no further. They have one: other ranks wait for what the backward pass sends."""
 
     @staticmethod
     def forward(ctx: Any, placeholder: torch.Tensor, pooled_BT: torch.Tensor) -> torch.Tensor:  # noqa: ARG004

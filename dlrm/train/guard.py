@@ -36,7 +36,7 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
                 needed = show_bytes(copy_bytes(state, runtime))
                 print(f"Checkpoints: no memory for a copy of {needed} a rank, so training waits while one is written.")
         address = on_main_rank(runtime, lambda: store_address(trainer.config, start.path))
-        own = start.source if start.source is not None and start.source.store == address else None
+        own = start.source if start.is_own else None
         checkpointer = Checkpointer(
             open_store(address),
             runtime,

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a checkpoint."""
+"""Where a run begins: at its start, with weights that are drawn or another's, or at a checkpoint."""
 
 import dataclasses
 from functools import partial
@@ -8,16 +8,17 @@ from dlrm.checkpoint.find import checkpoint_names, read_file
 from dlrm.checkpoint.fit import differences, misfits
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import MisfitError, Source, find_given, find_newest, restore
+from dlrm.checkpoint.restore import Source, find_given, find_newest, restore
 from dlrm.checkpoint.state import counts_of, fill_optimizer_states, restore_random_states
 from dlrm.checkpoint.store import LocalStore, make_folder, open_store
 from dlrm.config import Config
 from dlrm.console import plural
 from dlrm.data.fingerprint import fingerprint
-from dlrm.errors import CheckpointError, ConfigError, DlrmError
+from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError
 from dlrm.lock import Locks
 from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank
+from dlrm.train.initial import check_initial
 from dlrm.train.run_directory import RunDirectory
 from dlrm.train.safety import state_of
 from dlrm.train.trainer import Trainer
@@ -31,11 +32,35 @@ class FinishedError(DlrmError):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where and from what a run begins. `data` is the data's digest; None for random data."""
+    """Where and from what a run begins.
+
+    Attributes:
+        source: the checkpoint that it is resumed from.
+        data: the data's digest; None for random data.
+        is_own: whether `source` is of this very run.
+        initial: the checkpoint that a new training has its first weights from.
+    """
 
     path: Path
     source: Source | None
     data: str | None
+    is_own: bool = False
+    initial: Source | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where training begins."""
+        if self.source is None:
+            return Position()
+        position = Position.from_json(self.source.manifest.position)
+        if not self.is_own:
+            position = position.in_new_run()
+        return position.on_new_data() if self.has_new_data else position
+
+    @property
+    def has_new_data(self) -> bool:
+        """Whether `source` was trained on other data."""
+        return self.source is not None and self.source.manifest.data != self.data
 
 
 def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
@@ -66,23 +91,27 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
 
     path, is_auto, is_unfinished, data = on_main_rank(runtime, prepare)
     check = partial(_check_fit, config, data)
-    source = None
+    source = initial = None
     if is_auto:
         source = find_newest(store_address(config, path), runtime, check, print)
+    is_own = source is not None
     if source is None and config.checkpoint.resume not in ("auto", "never"):
         source = find_given(config.checkpoint.resume, runtime, check, print)
+    if source is None and config.checkpoint.init_from is not None:
+        initial = find_given(config.checkpoint.init_from, runtime, partial(check_initial, config), print)
     if source is None and is_unfinished:
         on_main_rank(runtime, lambda: _check_elsewhere(config, path))
     if source is not None and config.output.mlperf_log:
         raise ConfigError(
             "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."
         ).raised_everywhere()
+    start = Start(path, source, data, is_own, initial)
     if runtime.is_main:
         if source is not None:
-            _tell(source, config, runtime)
+            _tell(source, start, config, runtime)
         elif is_unfinished:
             print(f"{path}: holds a run without a checkpoint. Starting anew; its files move to attempt-N.")
-    return Start(path, source, data)
+    return start
 
 
 def store_address(config: Config, path: Path) -> str:
@@ -140,6 +169,12 @@ def _prepare_store(config: Config, path: Path, locks: Locks, *, is_auto: bool) -
 
 def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Config) -> None:
     """Raises MisfitError for a checkpoint of another training or other data."""
+    begun = config.checkpoint.init_from
+    if begun is not None and begun != saved.checkpoint.init_from:
+        raise MisfitError(
+            f"it is of a training that did not begin with --init_from {begun}. Choose another --run_dir, and another "
+            "--checkpoint_dir if one is given"
+        )
     if found := misfits(saved, config):
         shown = ", ".join(map(str, found[:_SHOWN_DIFFERENCES]))
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
@@ -149,18 +184,24 @@ def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Conf
         )
     if manifest.data != data and not config.checkpoint.allow_changed_data:
         raise MisfitError(
-            f"the data in {config.data.folder} has changed since. --allow_changed_data goes on all the same"
+            f"it was trained on other data than {config.data.folder or 'random samples'}. --allow_changed_data "
+            "continues all the same, from row 0 of this data"
         )
-    if saved.training.epochs > config.training.epochs and manifest.position.get("epoch", 0) >= config.training.epochs:
-        raise MisfitError(f"it is past --epochs {config.training.epochs}")
 
 
-def _tell(source: Source, config: Config, runtime: Runtime) -> None:
-    position = Position.from_json(source.manifest.position)
+def _tell(source: Source, start: Start, config: Config, runtime: Runtime) -> None:
+    position = start.position
     where = f"step {position.step:,}, epoch {position.epoch}, row {position.row:,}"
+    new = ""
+    if start.has_new_data:
+        before, now = _show_digest(source.manifest.data), _show_digest(start.data)
+        where, new = (
+            f"step {position.step:,}",
+            f" The data was {before} and now is {now}: epochs begin at 0, row 0 of it.",
+        )
     ranks = source.manifest.world_size
     then = "" if ranks == runtime.world_size else f", written by {plural(ranks, 'rank')}"
-    print(f"Resuming from {source.address}: {where}{then}.")
+    print(f"Resuming from {source.address}: {where}{then}.{new}")
     before, now = source.config.data.batch_size * ranks, config.data.batch_size * runtime.world_size
     if before != now:
         same, left = divmod(before, runtime.world_size)
@@ -172,6 +213,39 @@ def _tell(source: Source, config: Config, runtime: Runtime) -> None:
             print(f"Changed since: {difference}.")
 
 
+def _show_digest(data: str | None) -> str:
+    return "random samples" if data is None else f"digest {data[:12]}"
+
+
+def check_left(trainer: Trainer, start: Start) -> None:
+    """Refuses a checkpoint after which nothing is left to train.
+
+    A run whose own training had ended is completed all the same: its test or its summary may be missing.
+
+    Raises:
+        CheckpointError: saying why.
+    """
+    source, position = start.source, start.position
+    if source is None:
+        return
+    epochs = trainer.config.training.epochs
+    if start.is_own and source.config.training.epochs <= epochs:
+        return
+    rest = trainer.splits["train"].partition.resumed(position.row, position.epoch_step)
+    done = position.epoch + (rest.num_steps == position.epoch_step)
+    target = trainer.config.evaluation.validation_auroc
+    aurocs = [result["auroc"] or 0.0 for result in position.validations[position.foreign_validations :]]
+    if done >= epochs:
+        why = f"it has trained for {plural(done, 'epoch')}, and --epochs is {epochs}. Give a larger one"
+    elif not start.is_own and target is not None and max(aurocs, default=0.0) >= target:
+        why = f"a validation AUROC of {max(aurocs):.6f} has reached --validation_auroc {target:g}. Give a higher one"
+    else:
+        return
+    raise CheckpointError(
+        f"{source.address}: nothing is left to train: {why}, or begin a new training with its weights: --init_from."
+    ).raised_everywhere()
+
+
 def with_seed_of(config: Config, source: Source | None) -> Config:
     """The config with the checkpoint's seed."""
     if source is None:
@@ -179,14 +253,13 @@ def with_seed_of(config: Config, source: Source | None) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=source.config.training.seed))
 
 
-def resume_training(trainer: Trainer, source: Source, runtime: Runtime) -> bytes:
-    """Brings a trainer to where a checkpoint was written; gives the metrics of its run up to there. Collective.
+def resume_training(trainer: Trainer, source: Source, position: Position, runtime: Runtime) -> bytes:
+    """Gives a trainer a checkpoint's tensors, and a position; gives the metrics of its run up to there. Collective.
 
     Raises:
         CheckpointError: if its tensors are not this model's.
     """
-    position = Position.from_json(source.manifest.position)
-    fill_optimizer_states(trainer.optimizer, position.step)
+    fill_optimizer_states(trainer.optimizer, position.step + position.optimizer_steps)
     state = restore(source, state_of(trainer), runtime)
     on_every_rank(runtime, lambda: restore_random_states(state, runtime))
     frequencies = trainer.splits["train"].frequencies

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from dlrm.sharding.plan import Placement
 from dlrm.train.assemble import assemble
 from dlrm.train.control import StopSignals
 from dlrm.train.guard import guard
+from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, find_start, resume_training, with_seed_of
+from dlrm.train.resume import FinishedError, Start, check_left, find_start, resume_training, with_seed_of
 from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
 from dlrm.train.trainer import Trainer
 
@@ -62,13 +64,21 @@ def _run_from(
         _note_other_ranks(config, runtime)
     trainer, base = assemble(config, runtime)
     runtime = base.runtime
-    metrics = resume_training(trainer, start.source, runtime) if start.source is not None else None
+    check_left(trainer, start)
+    position, metrics, taken = start.position, None, []
+    origin: dict[str, str] = {}
+    if (source := start.source) is not None:
+        metrics = resume_training(trainer, source, position, runtime)
+        origin = on_main_rank(runtime, partial(read_origin, source))
+    elif (initial := start.initial) is not None:
+        taken = take_weights(trainer, initial, runtime)
+        origin = on_main_rank(runtime, partial(describe_origin, initial))
     directory = on_main_rank(
         runtime,
         lambda: RunDirectory.open(
             start.path,
             config,
-            describe_environment(runtime, config, start.data),
+            {**describe_environment(runtime, config, start.data), **origin},
             base.placement.to_json(),
             locks,
             metrics,
@@ -77,11 +87,15 @@ def _run_from(
     rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
     if runtime.is_main:
         _announce(config, base.placement, rows)
+        print("\n".join(taken), end="\n" if taken else "", flush=True)
     if config.output.profile:
         trainer.profiler = StepProfiler(config.output.profile, directory.path, runtime)
     with _open_sinks(config, runtime, directory, rows, started, base.data_opened) as trainer.sink:
+        where = {"epoch": position.epoch, "row": position.row, "has_new_data": start.has_new_data}
         if start.source is not None:
-            trainer.write("resume", checkpoint=start.source.address, world_size=runtime.world_size)
+            trainer.write("resume", checkpoint=start.source.address, world_size=runtime.world_size, **where)
+        elif start.initial is not None:
+            trainer.write("init", checkpoint=start.initial.address)
         with guard(trainer, directory, start, signals) as trainer.safety:
             trainer.train()
             trace = trainer.profiler.close() if trainer.profiler is not None else None
@@ -95,11 +109,21 @@ def _run_from(
     if runtime.is_main:
         directory.write_summary(summary)
         print(
-            f"Trained on {trainer.num_samples:,} samples in {trainer.meter.seconds:.1f} s "
+            f"Trained on {_describe_samples(trainer, start)} in {trainer.meter.seconds:.1f} s "
             f"({summary['samples_per_second']:,.0f} samples/s, start-up included), peak memory "
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
+
+
+def _describe_samples(trainer: Trainer, start: Start) -> str:
+    total, begun = trainer.num_samples, start.position
+    parts = []
+    if before := trainer.samples_before:
+        parts.append(f"{before:,} before this run and {total - before:,} in it")
+    if start.is_own:
+        parts.append(f"{total - begun.num_samples:,} since it was resumed at step {begun.step:,}")
+    return f"{total:,} samples" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:
@@ -119,6 +143,8 @@ def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: Evaluati
         "test_calibration": test and test.calibration,
         "num_test_samples": test and test.num_samples,
         "num_train_samples": trainer.num_samples,
+        "num_train_samples_before": trainer.samples_before,
+        "num_foreign_validations": trainer.foreign_validations,
         "num_train_steps": trainer.step,
         "train_seconds": seconds,
         "total_seconds": trainer.seconds,

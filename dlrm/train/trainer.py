@@ -67,6 +67,10 @@ class Trainer:
         """Rows taken of the epoch's order."""
         self.validated_step = 0
         self.val_results: list[EvaluationResult] = []
+        self.foreign_validations = 0
+        self.samples_before = 0
+        self.optimizer_steps = 0
+        """As `Position` has them."""
         self.steps_per_report = config.output.log_every or max(
             1, min(MAX_STEPS_PER_REPORT, splits["train"].partition.num_steps // REPORTS_PER_EPOCH)
         )
@@ -157,7 +161,7 @@ class Trainer:
 
     def _validate(self, progress: Progress) -> None:
         result = self.evaluate("val")
-        is_best = result.auroc is not None and all(result.auroc > (past.auroc or 0.0) for past in self.val_results)
+        is_best = result.auroc is not None and all(result.auroc > (past.auroc or 0.0) for past in self.own_results)
         self.val_results.append(result)
         self.validated_step = self.step
         if self.runtime.is_main:
@@ -198,7 +202,12 @@ class Trainer:
     def reached_target(self) -> bool:
         """Whether a validation has come to --validation_auroc."""
         target = self.config.evaluation.validation_auroc
-        return target is not None and any((result.auroc or 0.0) >= target for result in self.val_results)
+        return target is not None and any((result.auroc or 0.0) >= target for result in self.own_results)
+
+    @property
+    def own_results(self) -> list[EvaluationResult]:
+        """Validations on this data."""
+        return self.val_results[self.foreign_validations :]
 
     @property
     def seconds(self) -> float:
@@ -222,6 +231,9 @@ class Trainer:
             total_seconds=self.seconds,
             pending=self.meter.pending(),
             validations=tuple(asdict(result) for result in self.val_results),
+            foreign_validations=self.foreign_validations,
+            samples_before=self.samples_before,
+            optimizer_steps=self.optimizer_steps,
         )
 
     def resume(self, position: Position) -> None:
@@ -233,6 +245,8 @@ class Trainer:
         self.step, self.epoch, self.epoch_step = position.step, position.epoch, position.epoch_step
         self.row, self.validated_step = position.row, position.validated_step
         self.val_results = [EvaluationResult(**result) for result in position.validations]
+        self.foreign_validations, self.samples_before = position.foreign_validations, position.samples_before
+        self.optimizer_steps = position.optimizer_steps
         self.meter.restore(position.num_samples, position.train_seconds, position.pending)
         self._started = time.perf_counter() - position.total_seconds
 

@@ -232,7 +232,7 @@ def load_and_save_again(config: Config, runtime: Runtime, folder: Path) -> tuple
         start = find_start(config, runtime, locks)
     assert start.source is not None
     trainer, _ = assemble(replace(config, training=start.source.config.training), runtime)
-    resume_training(trainer, start.source, runtime)
+    resume_training(trainer, start.source, start.position, runtime)
     documents = {"config.json": json.dumps(config.to_json()).encode(), "metrics.jsonl": b""}
     copy = Checkpointer(open_store(str(folder / "checkpoints")), runtime, 1, False, start.data, lambda: documents)
     copy.save(state_of(trainer), trainer.position(), None, wait=True)

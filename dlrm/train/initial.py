@@ -1,0 +1,108 @@
+"""A new training's first weights, from a checkpoint of another one: --init_from."""
+
+import hashlib
+import json
+
+import torch
+import torch.distributed as dist
+
+from dlrm.checkpoint.find import read_file
+from dlrm.checkpoint.manifest import MANIFEST, Manifest
+from dlrm.checkpoint.position import Position
+from dlrm.checkpoint.restore import Source, restore
+from dlrm.checkpoint.state import State, fill_optimizer_states, model_state, optimizer_state
+from dlrm.checkpoint.transfer import Transfer, check_tables
+from dlrm.config import Config
+from dlrm.console import plural
+from dlrm.errors import MisfitError
+from dlrm.runtime import Runtime, on_every_rank
+from dlrm.train.trainer import Trainer
+
+
+def check_initial(config: Config, manifest: Manifest, saved: Config) -> None:
+    """Refuses a checkpoint that the run can't begin with, as far as its manifest tells.
+
+    Raises:
+        MisfitError: for tables that have shrunk or have other columns, and the state of another optimizer.
+    """
+    check_tables(manifest.tensors, config.model)
+    there, here = saved.optimizer.algorithm, config.optimizer.algorithm
+    if config.checkpoint.init_optimizer and there != here:
+        raise MisfitError(
+            f"its optimizer's state is of {there}, and --init_optimizer needs that of {here}. Leave --init_optimizer "
+            f"out, or use --optimizer {there}"
+        )
+
+
+def take_weights(trainer: Trainer, source: Source, runtime: Runtime) -> list[str]:
+    """Fills a trainer's model with what fits of a checkpoint; says in lines what was taken, drawn and left. Collective.
+
+    Raises:
+        MisfitError: if no dense layer fits.
+        CheckpointError: if a tensor can't be read.
+    """
+    config = trainer.config
+    position = Position.from_json(source.manifest.position)
+    saved = source.manifest.tensors
+    model = model_state(trainer.model, runtime.world_size)
+
+    def compare() -> Transfer:
+        try:
+            return Transfer.of(saved, {name: (tuple(p.shape), _name_of(p.dtype)) for name, p in model.items()})
+        except MisfitError as error:
+            raise MisfitError(f"--init_from: {source.address}: {error}.") from None
+
+    transfer = on_every_rank(runtime, compare)
+    wanted = {name: model[name] for name in transfer.weights}
+    states: State = {}
+    if config.checkpoint.init_optimizer:
+        trainer.optimizer_steps = position.step + position.optimizer_steps
+        fill_optimizer_states(trainer.optimizer, trainer.optimizer_steps)
+        states = {
+            name: parts
+            for name, parts in optimizer_state(trainer.optimizer, runtime.world_size).items()
+            if transfer.takes_state(name, saved, tuple(parts.shape), _name_of(parts.dtype))
+        }
+    restore(source, {name: parts.cut(saved[name].shape) for name, parts in (wanted | states).items()}, runtime)
+    names = _of_all_ranks(set(states), runtime) if config.checkpoint.init_optimizer else None
+    written = f"step {position.step:,}, trained on {position.num_samples:,} samples"
+    ranks = plural(source.manifest.world_size, "rank")
+    return [
+        f"First weights from {source.address} ({written}, written by {ranks}):",
+        *transfer.describe(names, config.optimizer.algorithm),
+    ]
+
+
+def _of_all_ranks(names: set[str], runtime: Runtime) -> set[str]:
+    """A fused table's state is known to the ranks that hold it."""
+    if runtime.world_size == 1:
+        return names
+    gathered: list[set[str]] = [set()] * runtime.world_size
+    dist.all_gather_object(gathered, names, group=runtime.control_group)
+    return set().union(*gathered)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_origin(source: Source) -> dict[str, str]:
+    """What environment.json says of the checkpoint that the first weights are of.
+
+    Raises:
+        CheckpointError: if it can't be read.
+    """
+    manifest = read_file(source.open(), source.name, MANIFEST)
+    return {"init_checkpoint": source.address, "init_manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+
+
+def read_origin(source: Source) -> dict[str, str]:
+    """The same, of the training that a checkpoint is of.
+
+    Raises:
+        CheckpointError: if it can't be read.
+    """
+    if "environment.json" not in source.manifest.files:
+        return {}
+    environment = json.loads(read_file(source.open(), source.name, "environment.json"))
+    return {name: environment[name] for name in ("init_checkpoint", "init_manifest_sha256") if name in environment}
