@@ -67,12 +67,9 @@ class Transfer:
         Raises:
             MisfitError: if no dense layer fits.
         """
-        tables = [name for name in wanted if name.startswith(_TABLES)]
-        grown = {
-            name.removeprefix(_TABLES).removesuffix(_WEIGHT): wanted[name][0][0] - saved[name].shape[0]
-            for name in tables
-            if wanted[name][0] != saved[name].shape
-        }
+        tables = {table: f"{_TABLES}{table}{_WEIGHT}" for table in TABLE_NAMES}
+        new_rows = {table: wanted[name][0][0] - saved[name].shape[0] for table, name in tables.items()}
+        grown = {table: rows for table, rows in new_rows.items() if rows}
         layers: dict[str, list[str]] = {}
         for name in wanted:
             if name.startswith(_DENSE):
@@ -88,7 +85,7 @@ class Transfer:
         dense = [name for layer in taken for name in layers[layer]]
         there = dict.fromkeys(_layer_of(name) for name in _dense_weights(saved))
         return Transfer(
-            frozenset([*tables, *dense]),
+            frozenset([*tables.values(), *dense]),
             grown,
             tuple(taken),
             tuple(layer for layer in layers if layer not in taken),

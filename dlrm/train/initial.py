@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -9,22 +10,31 @@ import torch.distributed as dist
 from dlrm.checkpoint.find import read_file
 from dlrm.checkpoint.manifest import MANIFEST, Manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import Source, restore
+from dlrm.checkpoint.restore import Source, find_given, restore
 from dlrm.checkpoint.state import State, fill_optimizer_states, model_state, optimizer_state
 from dlrm.checkpoint.transfer import Transfer, check_tables
 from dlrm.config import Config
 from dlrm.console import plural
-from dlrm.errors import MisfitError
+from dlrm.errors import CheckpointError, MisfitError
 from dlrm.runtime import Runtime, on_every_rank
 from dlrm.train.trainer import Trainer
 
 
-def check_initial(config: Config, manifest: Manifest, saved: Config) -> None:
-    """Refuses a checkpoint that the run can't begin with, as far as its manifest tells.
+def find_initial(config: Config, runtime: Runtime) -> Source:
+    """The checkpoint of --init_from. Collective.
 
     Raises:
-        MisfitError: for tables that have shrunk or have other columns, and the state of another optimizer.
+        CheckpointError: if there is none, it is damaged, or the run can't begin with it.
     """
+    assert config.checkpoint.init_from is not None
+    try:
+        return find_given(config.checkpoint.init_from, runtime, partial(_check_fit, config), print)
+    except CheckpointError as error:
+        raise type(error)(f"--init_from: {error}").raised_everywhere() from None
+
+
+def _check_fit(config: Config, manifest: Manifest, saved: Config) -> None:
+    """Refuses tables that have shrunk or have other columns, and the state of another optimizer."""
     check_tables(manifest.tensors, config.model)
     there, here = saved.optimizer.algorithm, config.optimizer.algorithm
     if config.checkpoint.init_optimizer and there != here:

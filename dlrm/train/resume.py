@@ -18,7 +18,7 @@ from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError
 from dlrm.lock import Locks
 from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank
-from dlrm.train.initial import check_initial
+from dlrm.train.initial import find_initial
 from dlrm.train.run_directory import RunDirectory
 from dlrm.train.safety import state_of
 from dlrm.train.trainer import Trainer
@@ -98,7 +98,7 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
     if source is None and config.checkpoint.resume not in ("auto", "never"):
         source = find_given(config.checkpoint.resume, runtime, check, print)
     if source is None and config.checkpoint.init_from is not None:
-        initial = find_given(config.checkpoint.init_from, runtime, partial(check_initial, config), print)
+        initial = find_initial(config, runtime)
     if source is None and is_unfinished:
         on_main_rank(runtime, lambda: _check_elsewhere(config, path))
     if source is not None and config.output.mlperf_log:
@@ -195,10 +195,8 @@ def _tell(source: Source, start: Start, config: Config, runtime: Runtime) -> Non
     new = ""
     if start.has_new_data:
         before, now = _show_digest(source.manifest.data), _show_digest(start.data)
-        where, new = (
-            f"step {position.step:,}",
-            f" The data was {before} and now is {now}: epochs begin at 0, row 0 of it.",
-        )
+        where = f"step {position.step:,}"
+        new = f" The data was {before} and now is {now}: epochs begin at 0, row 0 of it."
     ranks = source.manifest.world_size
     then = "" if ranks == runtime.world_size else f", written by {plural(ranks, 'rank')}"
     print(f"Resuming from {source.address}: {where}{then}.{new}")
