@@ -152,9 +152,8 @@ class Trainer:
     def _report(self, report: TrainingReport) -> str:
         """Writes a report to the sink; returns it in words."""
         rate = self.schedule.learning_rate
-        auroc = (
-            f"{self.val_results[-1].auroc:.6f}" if self.val_results and self.val_results[-1].auroc is not None else "-"
-        )
+        last = self.own_results[-1].auroc if self.own_results else None
+        auroc = "-" if last is None else f"{last:.6f}"
         dense_rate = self.schedule.dense_learning_rate
         self.write("train", epoch=self.epoch, **asdict(report), learning_rate=rate, dense_learning_rate=dense_rate)
         return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"

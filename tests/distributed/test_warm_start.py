@@ -1,6 +1,7 @@
 """Weights of one training in another, frozen parameters, and training that continues on other data."""
 
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -166,7 +167,7 @@ def assert_taken(
         np.testing.assert_array_equal(array[rows:], fresh[name][rows:], err_msg=name)
 
 
-CONTINUED = ("resumed", "warm")
+CONTINUED = ("resumed", "warm", "in place")
 
 
 def train_on(folder: Path) -> None:
@@ -181,12 +182,15 @@ def train_on(folder: Path) -> None:
         _join()
         for kind in CONTINUED:
             source = str(folder / "first")
-            changed = (
-                {"resume": source, "allow_changed_data": True}
-                if kind == "resumed"
-                else {"init_from": source, "init_optimizer": True}
-            )
+            changed = {
+                "resumed": {"resume": source, "allow_changed_data": True},
+                "warm": {"init_from": source, "init_optimizer": True},
+                "in place": {"allow_changed_data": True},
+            }[kind]
             for way in ("undisturbed", "cut"):
+                if kind == "in place" and runtime.rank == 0:
+                    shutil.copytree(folder / "first", folder / f"{kind}-{way}")
+                torch.distributed.barrier()
                 config = base.config(folder / "new_days", folder / f"{kind}-{way}", runtime.world_size)
                 config = replace(config, checkpoint=replace(config.checkpoint, **changed))
                 for looks in (3, 9, 16) if way == "cut" else ():
