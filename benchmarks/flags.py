@@ -12,7 +12,9 @@ from typing import Any, NoReturn, TypeVar
 
 from dlrm.cli import exit_code_of
 from dlrm.config_checks import check_output_file
+from dlrm.console import result_alone
 from dlrm.errors import ConfigError, DlrmError
+from dlrm.flags import value_of
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -41,7 +43,7 @@ def result_file(text: str) -> Path:
     Raises:
         ConfigError: if it can't.
     """
-    check_output_file("json", text)
+    check_output_file("json", text, may_be_stream=True)
     return Path(text)
 
 
@@ -104,7 +106,8 @@ def _leave(number: int, _: object) -> NoReturn:
 
 def _call(main: Callable[[], int | None]) -> int | None:
     try:
-        return main()
+        with result_alone(value_of(sys.argv, "json")):
+            return main()
     except subprocess.CalledProcessError as error:
         raise DlrmError(f"`{shlex.join(map(str, error.cmd))[:200]}` ended with {error.returncode}") from None
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dlrm import __version__
-from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
+from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError, reason_of
 
 COMMANDS = {
     "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
@@ -73,7 +73,7 @@ def exit_code_of(program: str, run: Callable[[], int | None], module: str = "") 
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{program}: error: {where}{error.strerror or error}.", file=sys.stderr)
+        print(f"{program}: error: {where}{reason_of(error)}.", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

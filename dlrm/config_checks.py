@@ -15,6 +15,7 @@ from typing import Any
 
 import annotated_types
 
+from dlrm.artifacts import is_stream
 from dlrm.config import (
     MOST_LAYERS,
     CheckpointConfig,
@@ -24,7 +25,7 @@ from dlrm.config import (
     ModelConfig,
     OptimizerConfig,
 )
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, reason_of
 from dlrm.freezing import DENSE, read_frozen
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, TABLE_NAMES
 from dlrm.table_constraints import parse_rules
@@ -180,12 +181,17 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
         )
 
 
-def check_output_file(name: str, path: str | Path) -> None:
+def check_output_file(name: str, path: str | Path, may_be_stream: bool = False) -> None:
     """Refuses a file that could not be written once all is done.
+
+    Args:
+        may_be_stream: whether `-`, /dev/stdout and other open files of this process are taken.
 
     Raises:
         ConfigError: naming the flag.
     """
+    if may_be_stream and is_stream(path):
+        return
     obstacle = _find_obstacle(Path(path))
     if obstacle is not None:
         raise ConfigError(
@@ -207,7 +213,7 @@ def _find_obstacle(file: Path) -> str | None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}."):
             return None
     except OSError as error:
-        return error.strerror or str(error)
+        return reason_of(error)
 
 
 def _check_path(name: str, path: str | None) -> None:

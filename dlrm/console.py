@@ -6,14 +6,63 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 2.0
 _SECONDS_TO_FIRST_SIGN = 5.0
 _SECONDS_BETWEEN_SIGNS = 60.0
+_UNITS = (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30))
 _LARGE = 1_000_000
 """From here on a bar shows 1.00M in place of all digits."""
+
+
+_STDOUT, _STDERR = 1, 2
+_result: TextIO | None = None
+"""Standard output, while only the result may go there."""
+
+
+def is_stdout(path: str | Path) -> bool:
+    """Whether a file's name stands for standard output."""
+    return str(path) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+@contextmanager
+def result_alone(path: str | Path | None) -> Iterator[None]:
+    """If `path` stands for standard output, only the result goes there: what is printed meanwhile goes to stderr."""
+    global _result
+    if path is None or not is_stdout(path):
+        yield
+        return
+    stdout, has_file = sys.stdout, _is_file(sys.stdout, _STDOUT)
+    stdout.flush()
+    # Not only Python's stdout is turned, since the processes that are started print too.
+    _result = os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8") if has_file else stdout
+    if has_file:
+        os.dup2(_STDERR, _STDOUT)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        if has_file:
+            os.dup2(_result.fileno(), _STDOUT)
+            _result.close()
+        sys.stdout, _result = stdout, None
+
+
+def _is_file(stream: TextIO, number: int) -> bool:
+    """Whether a stream is that open file of this process: in tests and notebooks it is not."""
+    try:
+        return stream.fileno() == number
+    except OSError:
+        return False
+
+
+def print_result(text: str) -> None:
+    """Prints a result to standard output, whatever else is printed where."""
+    print(text, file=_result or sys.stdout, flush=True)
 
 
 class Progress:
@@ -150,8 +199,11 @@ def some(names: Sequence[str], most: int = 4) -> str:
 
 
 def show_bytes(size: float) -> str:
-    """A size in MiB or GiB."""
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+    """A size in the unit that leaves a number from 1 on before the point."""
+    if size < 2**10:
+        return f"{size:.0f} B"
+    unit, scale = next((one for one in _UNITS if size < 2**10 * one[1]), _UNITS[-1])
+    return f"{size / scale:,.1f} {unit}"
 
 
 def align(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

@@ -1,5 +1,10 @@
 """What a user can cause and fix. Shown as one line, without a traceback, with exit code 2."""
 
+import errno
+import os
+import re
+import resource
+
 from typing_extensions import Self
 
 EXIT_USER_ERROR = 2
@@ -68,3 +73,27 @@ class LaunchError(DlrmError):
 
 class DivergedError(DlrmError):
     """A loss or a score that is not a finite number."""
+
+
+def reason_of(error: OSError) -> str:
+    """What a system's error means for a user, who may not know that a disk is full from `No space left on device`."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    if error.errno == errno.EDQUOT:
+        return "the disk quota is used up"
+    if error.errno == errno.EFBIG:
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        return (
+            "its file system has no files of that size"
+            if limit == resource.RLIM_INFINITY
+            else (f"the file-size limit of {limit:,} bytes, `ulimit -f`, is reached")
+        )
+    return error.strerror or str(error) or type(error).__name__
+
+
+def system_error_in(error: Exception) -> OSError | None:
+    """The system's error that a library written in Rust, as polars is, tells of as text; None if there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])))

@@ -19,7 +19,7 @@ from dlrm.bench.report import Speed, compare, describe_spread, print_durations, 
 from dlrm.bench.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.shape import make_config, memory_gib
 from dlrm.bench.workers import Side
-from dlrm.console import plural
+from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError
 
 _COPIES_ON_DISK = 3
@@ -79,11 +79,11 @@ def describe_disk(folder: Path, needed_gib: float) -> str:
     Raises:
         ConfigError: if it has too little room.
     """
-    free_gib = shutil.disk_usage(folder).free / 2**30
-    if free_gib < needed_gib:
+    free = shutil.disk_usage(folder).free
+    if free < needed_gib * 2**30:
         raise ConfigError(
-            f"{folder.parent}: {free_gib:.1f} GiB free, expected {needed_gib:.1f}. Give smaller tables, or another "
-            "--folder."
+            f"{folder.parent}: {show_bytes(free)} free, expected {show_bytes(needed_gib * 2**30)}. "
+            "Give smaller tables, or another --folder."
         )
     mounts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown file system"

@@ -14,8 +14,9 @@ from dlrm.bench.config import (
     ProductsBench,
     TrainBench,
 )
+from dlrm.console import result_alone
 from dlrm.errors import EXIT_USER_ERROR, ConfigError
-from dlrm.flags import parse_flags
+from dlrm.flags import parse_flags, value_of
 
 CASES: dict[str, tuple[type[Any], str]] = {
     "train": (TrainBench, "samples/s of training, against a plain TorchRec loop in fp32"),
@@ -59,5 +60,6 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{name}: no such case. Expected one of {', '.join(CASES)}.")
     config = parse_flags(CASES[name][0], rest, f"dlrm bench {name}")
     config.validate()
-    importlib.import_module(f"dlrm.bench.{name}").run(config)
+    with result_alone(value_of(rest, "json")):
+        importlib.import_module(f"dlrm.bench.{name}").run(config)
     return 0

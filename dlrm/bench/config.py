@@ -49,7 +49,7 @@ class Rounds:
     """Times that each side has its turn. The ratio is the median over rounds."""
 
     json: Annotated[str | None, optional("not written", "FILE")] = None
-    """File to write: every step's time, resolved config, commit, machine, versions."""
+    """File to write: every step's time, resolved config, commit, machine, versions. - is standard output."""
 
     def validate(self) -> None:
         """Refuses a file that could not be written once all is measured.
@@ -59,7 +59,7 @@ class Rounds:
         """
         check_ranges(self)
         if self.json is not None:
-            check_output_file("json", self.json)
+            check_output_file("json", self.json, may_be_stream=True)
 
 
 _BF16_UNITS = "bf16 where the CPU has AMX or AVX-512 BF16"

@@ -23,6 +23,7 @@ from dlrm.bench.rounds import best_ceilings, take_turns
 from dlrm.bench.shape import make_config, table_rows
 from dlrm.bench.workers import Side, Turns
 from dlrm.config import Config
+from dlrm.console import show_bytes
 from dlrm.data.random_source import RandomSource
 from dlrm.data.splits import open_run_splits
 from dlrm.runtime import start_runtime
@@ -40,7 +41,7 @@ def run(bench: LoaderBench) -> dict[str, Any]:
     """
     shape = bench.shape
     with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
-        print(f"Writing {bench.num_rows:,} rows, {bench.num_rows * RECORD / 2**30:.2f} GiB.", flush=True)
+        print(f"Writing {bench.num_rows:,} rows, {show_bytes(bench.num_rows * RECORD)}.", flush=True)
         write_days(Path(folder), bench.num_rows, shape)
         config = make_loader_config(bench, Path(folder))
         sides = [

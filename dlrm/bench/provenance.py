@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dlrm.artifacts import write_json
+from dlrm.artifacts import is_stream
+from dlrm.artifacts import write_result as write_document
 from dlrm.errors import DatasetError
 from dlrm.train.run_directory import describe_software
 
@@ -21,11 +22,9 @@ def write_result(path: Path | str | None, result: dict[str, Any]) -> None:
     """Writes `result` beside the command, the commit, the machine and the versions. None: nowhere."""
     if path is None:
         return
-    path = Path(path)
     software = describe_software()
     machine = {"cpu": cpu_model(), "cpu_count": os.cpu_count(), "system": platform.platform()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
+    write_document(
         path,
         {
             "command": command_line(),
@@ -34,7 +33,8 @@ def write_result(path: Path | str | None, result: dict[str, Any]) -> None:
             **result,
         },
     )
-    print(f"{path} written")
+    if not is_stream(path):
+        print(f"{path} written")
 
 
 class _Content(dict[str, Any]):

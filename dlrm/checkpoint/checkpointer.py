@@ -18,7 +18,7 @@ from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.state import Part, State, blocks
 from dlrm.checkpoint.storage import ShardPlanner, Writer
 from dlrm.checkpoint.store import Store
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, reason_of
 from dlrm.host import give_way
 from dlrm.runtime import Runtime, new_gloo_group, on_main_rank
 
@@ -219,7 +219,9 @@ class Checkpointer:
                 try:
                     self._store.remove(name)
                 except OSError as error:
-                    print(f"{self._store.address}/{name}: an old checkpoint that can't be removed ({error.strerror}).")
+                    print(
+                        f"{self._store.address}/{name}: an old checkpoint that can't be removed ({reason_of(error)})."
+                    )
 
     def _remove_leftovers(self) -> None:
         try:
@@ -261,6 +263,6 @@ def _explain(store: Store, error: CheckpointException) -> CheckpointError:
 
 def _unwritable(store: Store, who: str, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{store.address}{who}: can't be written ({error.strerror or error}). Earlier checkpoints are as they were. "
-        "Make room or mend what is wrong, and start the same command again: it goes on from the newest."
+        f"{store.address}{who}: can't be written ({reason_of(error)}). Earlier checkpoints are as they were. "
+        "Make room or fix what is wrong, and start the same command again: it continues from the newest."
     )

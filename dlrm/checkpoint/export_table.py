@@ -3,7 +3,6 @@
 Shapes: R rows, D columns of a table.
 """
 
-import errno
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from dlrm.checkpoint.find import check_files
 from dlrm.checkpoint.pick import Picked, pick
 from dlrm.checkpoint.tables import Table, read_blocks, tables_of
 from dlrm.console import Progress, show_bytes
-from dlrm.errors import CheckpointError, ConfigError, DlrmError
+from dlrm.errors import CheckpointError, ConfigError, reason_of, system_error_in
 from dlrm.flags import parse_flags
 
 IF_INTERRUPTED = "Nothing was written."
@@ -85,9 +84,9 @@ def export_table(config: ExportConfig) -> None:
     try:
         write_atomically(output, lambda file: write(file, table, blocks()))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(f"{output}: the disk is full, nothing was written. Choose another folder.") from None
-        raise ConfigError(f"{output}: can't be written ({error.strerror or error}).") from None
+        raise ConfigError(
+            f"{output}: can't be written ({reason_of(error)}), and nothing was. Fix that, or choose another folder."
+        ) from None
     finally:
         progress.close()
     print(
@@ -165,17 +164,8 @@ def _write_parquet(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np
     frame = register_io_source(frames, schema={"id": pl.Int64, "embedding": embedding})
     try:
         frame.sink_parquet(file, compression="uncompressed", row_group_size=table.rows_at_once, maintain_order=True)
-    except pl.exceptions.ComputeError as error:
-        raise _explain(error) from None
-
-
-def _explain(error: Exception) -> DlrmError | OSError:
-    """The system's error that polars tells of as text."""
-    text = " ".join(str(error).split())
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        if f"(os error {number})" in text:
-            return OSError(number, os.strerror(number))
-    return ConfigError(f"parquet: {text}")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise system_error_in(error) or ConfigError(f"parquet: {' '.join(str(error).split())}") from None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -25,6 +25,8 @@ from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kagg
 
 Stage = Literal["train", "val", "test"]
 
+NO_LABEL = -1
+"""The label of rows that have none, as `dlrm preprocess` writes them for a trained model."""
 _PARTS = {
     "dense": (NUM_INTEGER_FEATURES, (np.dtype("<f4"),)),
     "sparse": (NUM_CATEGORICAL_FEATURES, (np.dtype("<i4"), np.dtype("<i8"))),
@@ -213,6 +215,11 @@ def _open_day(folder: Path, name: str, multi_hot_folder: Path | None) -> Day:
                 f"{paths[part]}: {len(array):,} rows, expected {len(dense):,} as in {paths['dense'].name}. "
                 "The files of a day belong together: write them anew."
             )
+    if len(labels) and labels[0, 0] == NO_LABEL:
+        raise DatasetError(
+            f"{paths['labels']}: its rows have no labels ({NO_LABEL}), so they can't be trained on or scored. "
+            "Give rows with labels."
+        )
     return Day(dense, ids, labels, paths)
 
 

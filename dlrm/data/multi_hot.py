@@ -25,6 +25,12 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
     written = "Write it with `dlrm materialize`, or np.savez."
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            members = {f"{feature}.npy" for feature in range(NUM_CATEGORICAL_FEATURES)}
+            if more := sorted(set(archive.namelist()) - members):
+                raise DatasetError(
+                    f"{path}: has a member {more[0].removesuffix('.npy')!r}, expected 0 to "
+                    f"{NUM_CATEGORICAL_FEATURES - 1} and no other. {written}"
+                )
             for feature in range(NUM_CATEGORICAL_FEATURES):
                 info = archive.getinfo(f"{feature}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:

@@ -265,8 +265,8 @@ def _check_sizes(
     needed = rows * bytes_per_row(widths)
     if needed > available:
         raise DatasetError(
-            f"{data.folder}: {needed / 2**30:.1f} GiB of rows a rank, "
-            f"{max(0, available) / 2**30:.1f} GiB free. Use --mmap_mode, or more hosts."
+            f"{data.folder}: {show_bytes(needed)} of rows a rank, {show_bytes(max(0, available))} free. "
+            "Use --mmap_mode, or more hosts."
         )
 
 

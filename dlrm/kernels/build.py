@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from dlrm.errors import reason_of
 from dlrm.host import available_cores
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -131,7 +132,7 @@ def main() -> int:
         first = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
         print(f"{compiler} failed: {first}\n{_WITHOUT}")
     except OSError as error:
-        print(f"{library_path()}: can't be written ({error.strerror}). {_WITHOUT}")
+        print(f"{library_path()}: can't be written ({reason_of(error)}). {_WITHOUT}")
     return 0
 
 

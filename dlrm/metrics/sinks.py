@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dlrm.errors import RunDirectoryError
+from dlrm.errors import RunDirectoryError, reason_of
 
 T = TypeVar("T")
 
@@ -44,6 +44,6 @@ def reported(path: Path, write: Callable[[], T]) -> T:
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
     """What to tell the user of a folder that can't be written."""
     return RunDirectoryError(
-        f"{path}: can't be written ({error.strerror}). Mend that and start the same command again, "
-        "or choose another --run_dir."
+        f"{path}: can't be written ({reason_of(error)}). Fix that and start the same command again, or choose another "
+        "--run_dir."
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from dlrm.artifacts import write_atomically
 from dlrm.config_checks import check_output_file
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, reason_of
 from dlrm.plan.report import PARTS
 
 _SUFFIXES = (".html", ".svg")
@@ -64,7 +64,7 @@ def draw(facts: Mapping[str, Any], path: str, recipe: str | None = None) -> None
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda file: file.write(drawn.getvalue().encode()))
     except OSError as error:
-        raise ConfigError(f"--plot {path}: can't be written ({error.strerror or error}).") from None
+        raise ConfigError(f"--plot {path}: can't be written ({reason_of(error)}).") from None
 
 
 def _memory_chart(facts: Mapping[str, Any]) -> Any:

@@ -1,15 +1,16 @@
 """`dlrm preprocess`: what it checks before it starts, and what it says."""
 
-import errno
 import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dlrm import __version__
+from dlrm.artifacts import writing
 from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
@@ -19,10 +20,11 @@ from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import Sample, check_raw, sample
 from dlrm.preprocess.verify import read_manifest
 from dlrm.preprocess.workspace import Workspace
-from dlrm.schema import CATEGORICAL_NAMES
+from dlrm.schema import CATEGORICAL_NAMES, NUM_COLUMNS
 
-IF_INTERRUPTED = "Go on with --resume."
+IF_INTERRUPTED = "Continue with --resume."
 KEPT_BYTES_PER_ROW = 160
+_IF_UNWRITABLE = "Fix that, and continue with --resume: what is finished is kept."
 _COLUMN_BYTES_PER_ROW, _RECORD_BYTES_PER_ROW = 261, 168
 _STAGES_OVER_PARSE = 4.0
 """Time of all stages over that of parsing, as `dlrm bench preprocess` measures it."""
@@ -35,6 +37,10 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
         ConfigError: if the output is there already, or the flags don't fit each other or an unfinished run.
         DatasetError: if a file is missing, damaged or not Criteo text, or the disk too small.
     """
+    if config.frequency_threshold == 0:
+        config = replace(config, frequency_threshold=1)
+        if ranks.is_main:
+            print("--frequency_threshold 0 is the same as 1: every id that was counted has an index of its own.")
     output = Path(config.output).resolve()
     if output.exists() or Path(config.output).is_symlink():
         if config.resume and output.is_dir() and read_manifest(output):
@@ -54,30 +60,45 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     from dlrm.preprocess.run import Run
 
     names = ("train",) if config.dataset_name == "criteo_kaggle" else tuple(f"day_{day}" for day in range(len(raw)))
-    with Workspace(output) as workspace:
+    with writing(output, _IF_UNWRITABLE), Workspace(output) as workspace:
         lines = [sample(path, config.rows) for path in raw]
+        labelled = _check_labels(config, raw, lines)
         warm_up(lines[0])
-        resources = Resources.within(config.memory_gib, config.workers)
+        resources = Resources.within(config.memory_gib, config.workers, max(one.window_bytes for one in lines))
         resumed = False
         if ranks.is_main:
             estimate = _estimate(config, lines, workspace, ranks, resources)
-            if resumed := workspace.open(_plan(config, raw, applied), config.resume):
-                print(f"Going on in {workspace.root}; what is finished is kept.")
+            changed = workspace.open(_plan(config, raw, applied), config.resume, names)
+            if resumed := changed is not None:
+                print(f"Continuing in {workspace.root}; what is finished is kept.")
+            for path in changed or ():
+                print(f"{path} has changed since the run began: it is read again.")
             print(estimate, flush=True)
         ranks.barrier()
         started = time.monotonic()
         with ThreadPoolExecutor(resources.workers) as pool:
-            run = Run(config, raw, names, workspace, resources, ranks, pool)
-            try:
-                layout = run_stages(run, sum(one.total_lines for one in lines))
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise DatasetError(
-                    f"{workspace.root}: the disk is full. Free some of it, and go on with --resume."
-                ) from None
+            run = Run(config, raw, names, workspace, resources, ranks, pool, labelled)
+            layout = run_stages(run, sum(one.total_lines for one in lines))
     if ranks.is_main:
         _conclude(config, layout, time.monotonic() - started, run.seconds, resumed)
+
+
+def _check_labels(config: PreprocessConfig, raw: Sequence[Path], samples: Sequence[Sample]) -> bool:
+    """Whether rows have labels.
+
+    Raises:
+        DatasetError: if they have none and are not a file by itself for a trained model.
+    """
+    # Here and not above, as numba loads with it.
+    from dlrm.preprocess.parse import has_labels
+
+    unlabelled = [path for path, one in zip(raw, samples, strict=True) if not has_labels(one.block)]
+    if unlabelled and (config.vocabulary is None or len(raw) > 1):
+        raise DatasetError(
+            f"{unlabelled[0]}: {NUM_COLUMNS - 1} columns, so its rows have no labels: they can't be trained on or "
+            "scored. To have them indexed for a trained model, give this file alone, with --vocabulary FOLDER."
+        )
+    return not unlabelled
 
 
 def _check_finished(config: PreprocessConfig, manifest: dict[str, Any]) -> None:
@@ -112,8 +133,8 @@ def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any]
     return {
         "software": f"dlrm {__version__}",
         **{name: getattr(config, name) for name in fields},
-        "order of raw files": [str(path) for path in raw],
-        "raw files": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in raw},
+        "order of raw files": [str(path.absolute()) for path in raw],
+        "raw files": {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in raw},
         "vocabulary's manifest": applied,
     }
 
@@ -177,6 +198,9 @@ def _conclude(
     table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
     print(f"{config.output}: {show_bytes(size)}, with manifest.json.", end="")
     path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}{kaggle}"
+    if any(day.get("labels") is False for day in manifest["days"].values()):
+        print(" Its rows have no labels: a model can predict them, but not be trained or scored on them.")
+        return
     if config.vocabulary is not None:
         print(f" Score it with a model of {config.vocabulary}:\ndlrm evaluate --checkpoint RUN {path}")
         return

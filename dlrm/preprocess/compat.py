@@ -1,11 +1,13 @@
 """What torchrec's public functions do to ids and rows, where it differs from our own way."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.artifacts import naming
 from dlrm.preprocess.vocabulary import FIRST_INDEX
 
 
@@ -43,9 +45,15 @@ def numpy_shuffle_positions(rows: int, seed: int, folder: Path, memory_bytes: in
     if 16 * rows <= memory_bytes or rows == 0:
         order, positions = np.arange(rows), np.empty(shape, dtype)
     else:
-        order = np.memmap(folder / "order", dtype, "w+", shape=shape).view(np.ndarray)
-        positions = np.memmap(folder / "positions", dtype, "w+", shape=shape).view(np.ndarray)
+        order, positions = (_mapped(folder / name, dtype, rows) for name in ("order", "positions"))
         order[:] = np.arange(rows)
     np.random.RandomState(seed).shuffle(order)
     positions[order] = np.arange(rows)
     return positions
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], rows: int) -> npt.NDArray[Any]:
+    """An array in a new file. It takes its room on the disk first: if that fills later, SIGBUS ends the process."""
+    with naming(path), path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, dtype.itemsize * rows)
+    return np.memmap(path, dtype, "r+", shape=(rows,)).view(np.ndarray)

@@ -9,9 +9,10 @@ import psutil
 import tyro
 
 from dlrm.config import optional
-from dlrm.console import plural
+from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.host import available_cores
+from dlrm.preprocess.raw import USUAL_WINDOW_BYTES
 from dlrm.preprocess.verify import check_vocabulary, read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
 
@@ -43,7 +44,7 @@ class PreprocessConfig:
     """Go on with the unfinished run of the same flags, if there is one."""
 
     frequency_threshold: int = 3
-    """Ids seen fewer times become 1."""
+    """Ids seen fewer times become 1. 0 counts as 1: every id that was counted has an index."""
 
     max_embeddings: Annotated[int | None, optional("no limit", "INT")] = None
     """Most table rows of a column; larger indices are reduced modulo it, as the trainer would."""
@@ -132,7 +133,7 @@ class PreprocessConfig:
         Raises:
             ConfigError: naming the flag.
         """
-        least = {"frequency_threshold": 1, "max_embeddings": 3, "seed": 0, "days": 1, "rows": 1, "workers": 1}
+        least = {"frequency_threshold": 0, "max_embeddings": 3, "seed": 0, "days": 1, "rows": 1, "workers": 1}
         for name, low in least.items():
             if (value := getattr(self, name)) is not None and not low <= value < 2**63:
                 raise ConfigError(f"--{name} {value}: expected {low} or more")
@@ -187,22 +188,31 @@ class Resources:
     workers: int
     bytes_per_worker: int
     blocks_ahead: int
+    window_bytes: int = USUAL_WINDOW_BYTES
 
     @staticmethod
-    def within(memory_gib: float, workers: int | None) -> "Resources":
+    def within(memory_gib: float, workers: int | None, window_bytes: int = USUAL_WINDOW_BYTES) -> "Resources":
         """A share for each worker of what the process does not hold already.
+
+        Args:
+            window_bytes: largest window of the raw files' zstd frames.
 
         Raises:
             ConfigError: if that is too little.
         """
-        held = psutil.Process().memory_info().rss + _MARGIN_BYTES
+        window_bytes = max(window_bytes, USUAL_WINDOW_BYTES)
+        large_window = window_bytes - USUAL_WINDOW_BYTES
+        held = psutil.Process().memory_info().rss + _MARGIN_BYTES + large_window
         free = int(memory_gib * 2**30) - held
         most = max(1, free // _LEAST_BYTES_PER_WORKER)
         if free < _LEAST_BYTES_PER_WORKER or (workers or 1) > most:
             needed = (held + (workers or 1) * _LEAST_BYTES_PER_WORKER) / 2**30
+            window = f" and a zstd window of {show_bytes(window_bytes)}" if large_window else ""
+            remedy = ", or pack again: zstd -dc --long=31 OLD.zst | zstd > NEW.zst" if large_window else ""
             raise ConfigError(
-                f"--memory_gib {memory_gib:g} is too little for {plural(workers or 1, 'worker')}: expected "
-                f"{needed:.1f} or more. Give more, or fewer --workers."
+                f"--memory_gib {memory_gib:g} is too little for {plural(workers or 1, 'worker')}{window}: expected "
+                f"{needed:.1f} or more. Give more, or fewer --workers{remedy}."
             )
         count = workers or min(available_cores(), most)
-        return Resources(count, free // count, min(2 * count, max(1, free // (64 << 20) - count)))
+        ahead = min(2 * count, max(1, free // (64 << 20) - count))
+        return Resources(count, free // count, ahead, window_bytes)

@@ -22,6 +22,8 @@ def compiled(function: Function) -> Function:
 
 
 MAX_ID_DIGITS = 8
+NO_LABEL = np.uint8(255)
+"""-1 in int8, as which labels are read again."""
 _TAB, _NEWLINE, _RETURN, _MINUS, _ZERO, _ONE = (np.uint8(byte) for byte in b"\t\n\r-01")
 _NO_DIGIT = 255
 _HEX = np.full(256, _NO_DIGIT, np.uint8)
@@ -40,6 +42,7 @@ def parse_rows(
     ids_FR: npt.NDArray[np.uint32],
     missing_R: npt.NDArray[np.uint16],
     rejected: npt.NDArray[np.int64],
+    has_labels: bool,
 ) -> tuple[int, int]:
     """Parses whole lines of Criteo text. A missing integer or id is 0.
 
@@ -48,6 +51,7 @@ def parse_rows(
         missing_R: takes a bit for each integer that is missing, the first column's the lowest.
         rejected: takes (line, start, stop) of each line that is not a row: bytes [start, stop) without the newline.
             Parsing ends where it is full.
+        has_labels: whether a line begins with its label; labels are NO_LABEL otherwise.
 
     Returns:
         Numbers of rows and of rejected lines. The rows' values are in front in the arrays.
@@ -55,10 +59,12 @@ def parse_rows(
     row = line = num_rejected = at = 0
     while at < size:
         start = at
-        good = (text[at] == _ZERO or text[at] == _ONE) and text[at + 1] == _TAB
+        good = not has_labels or ((text[at] == _ZERO or text[at] == _ONE) and text[at + 1] == _TAB)
         if good:
-            labels_R[row] = text[at] - _ZERO
-            at += 2
+            labels_R[row] = NO_LABEL
+            if has_labels:
+                labels_R[row] = text[at] - _ZERO
+                at += 2
             missing = np.uint16(0)
             for column in range(NUM_INTEGER_FEATURES):
                 negative = text[at] == _MINUS

@@ -19,10 +19,20 @@ import numpy.typing as npt
 import tyro
 
 from dlrm import __version__
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of, sync, write_json
+from dlrm.artifacts import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    naming,
+    read_npy_header,
+    sha256_of,
+    sync,
+    write_array,
+    write_json,
+    writing,
+)
 from dlrm.companions import COMPANIONS_SEED, draw_table
 from dlrm.config import IntList, optional
-from dlrm.console import Progress
+from dlrm.console import Progress, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
@@ -31,6 +41,7 @@ from dlrm.preprocess.verify import read_manifest
 from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
 from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
 
+_IF_UNWRITABLE = "Fix that, or choose another folder, and start again: nothing was written."
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES, _EXTRA_HEADER_BYTES = 30, 20, 4
 _ALIGNMENT_EXTRA_ID = 0xD935
@@ -132,7 +143,10 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--output {config.output}: can't be made ({error.strerror}). Choose another.") from None
     _check_disk(config, table_rows, list(days.values()), output)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+    with (
+        writing(output, _IF_UNWRITABLE),
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch,
+    ):
         finished = Path(scratch, "days")
         finished.mkdir()
         workers = config.workers or available_cores()
@@ -212,10 +226,10 @@ def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], day_rows: 
     needed += 4 * sum(size * (hot - 1) for size, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
     free = shutil.disk_usage(output.parent).free
     ids = f"{rows:,} rows of {sum(config.multi_hot_sizes)} ids"
-    print(f"{ids}; {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB free.", flush=True)
+    print(f"{ids}; {show_bytes(needed)} of disk, {show_bytes(free)} free.", flush=True)
     if needed > free:
         raise DatasetError(
-            f"--output {config.output}: {needed / 2**30:.1f} GiB of disk needed, {free / 2**30:.1f} GiB free. Choose a "
+            f"--output {config.output}: {show_bytes(needed)} of disk needed, {show_bytes(free)} free. Choose a "
             "folder on another disk, or smaller --multi_hot_sizes."
         )
 
@@ -228,9 +242,9 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
     features = []
     for number, (rows, hot) in enumerate(zip(table_rows, config.multi_hot_sizes, strict=True)):
         path = folder / f"companions_{number}"
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             for ids in draw_table(generator, config.multi_hot_distribution_type, rows, hot - 1):
-                ids.tofile(file)
+                write_array(file, ids)
                 progress.advance(len(ids))
         # A block's ids, and the pages of the table that they touch, on each thread.
         free = int(config.memory_gib * 2**30) - _BASE_BYTES
@@ -257,7 +271,8 @@ def _split_columns(source: Path, scratch: Path) -> list[Path]:
                     "Preprocess the logs anew."
                 )
             for number, target in enumerate(targets):
-                np.ascontiguousarray(ids_RF[:, number]).tofile(target)
+                with naming(columns[number]):
+                    write_array(target, ids_RF[:, number])
     return columns
 
 
@@ -269,14 +284,14 @@ def _write_day(
     pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with naming(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for number, (column, feature) in enumerate(zip(columns, features, strict=True)):
             with open_member(archive, str(number)) as member:
                 header = {"descr": "<i4", "fortran_order": False, "shape": (rows, feature.hotness)}
                 np.lib.format.write_array_header_1_0(member, header)
                 starts = range(0, rows, feature.block_rows)
                 for _, ids_RH in in_order(pool, starts, partial(_expand, column, feature), feature.blocks_ahead):
-                    member.write(memoryview(ids_RH).cast("B"))  # type: ignore[arg-type]
+                    write_array(member, ids_RH)
                     progress.advance(len(ids_RH))
     sync(path)
 
@@ -301,6 +316,4 @@ def main(argv: Sequence[str]) -> None:
     manifest = materialize(config)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     rows = sum(day["rows"] for day in manifest["days"].values())
-    print(
-        f"{config.output}: {rows:,} rows in {len(manifest['days'])} days, {size / 2**20:,.1f} MiB, with {MANIFEST_NAME}"
-    )
+    print(f"{config.output}: {rows:,} rows in {len(manifest['days'])} days, {show_bytes(size)}, with {MANIFEST_NAME}")

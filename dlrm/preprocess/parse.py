@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.artifacts import naming, write_array
+from dlrm.console import plural
 from dlrm.preprocess.kernels import MAX_ID_DIGITS, parse_rows
 from dlrm.preprocess.raw import TextBlock
 from dlrm.schema import (
@@ -22,11 +24,12 @@ from dlrm.schema import (
     NUM_INTEGER_FEATURES,
 )
 
-MIN_ROW_BYTES = NUM_COLUMNS + 1  # a label, 39 tabs, a newline, and nothing between
+MIN_ROW_BYTES = NUM_COLUMNS - 1  # 38 tabs, a newline, and nothing between, not even a label
 PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 2 + 1
 _INTEGERS_OFFSET = 4 * NUM_CATEGORICAL_FEATURES
 _MISSING_OFFSET = _INTEGERS_OFFSET + 4 * NUM_INTEGER_FEATURES
 _LABELS_OFFSET = _MISSING_OFFSET + 2
+_LABELS_SOUGHT_BYTES = 64 << 10
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -72,10 +75,13 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def parse_block(block: TextBlock, max_rejected: int) -> Columns:
+def parse_block(block: TextBlock, max_rejected: int, has_labels: bool = True) -> Columns:
     """The block's rows, as views of arrays that the thread's next call overwrites, and the lines that are not rows.
 
     Parsing ends at line `max_rejected` of the latter.
+
+    Args:
+        has_labels: whether the rows begin with a label.
     """
     _buffers.reserve(block.size // MIN_ROW_BYTES + 1)  # of which only what rows fill takes memory
     spans = np.empty((max_rejected, 3), np.int64)
@@ -87,6 +93,7 @@ def parse_block(block: TextBlock, max_rejected: int) -> Columns:
         _buffers.ids,
         _buffers.missing,
         spans,
+        has_labels,
     )
     rejected = [
         RejectedLine(line, block.text[start:stop].tobytes()) for line, start, stop in spans[:num_rejected].tolist()
@@ -102,14 +109,14 @@ def parse_block(block: TextBlock, max_rejected: int) -> Columns:
 
 def write_columns(path: Path, columns: Columns) -> None:
     """Writes ids, integers, which of these are missing, and labels, column after column."""
-    with path.open("wb", buffering=0) as file:
+    with naming(path), path.open("wb") as file:
         for part in (*columns.ids_FR, *columns.integers_IR, columns.missing_R, columns.labels_R):
-            part.tofile(file)
+            write_array(file, part)
 
 
 def write_rejected(path: Path, rejected: Sequence[RejectedLine]) -> None:
     """Writes lines with their numbers."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.writelines(b"%d\t%s\n" % (line.line, line.text) for line in rejected)
 
 
@@ -139,26 +146,48 @@ def read_missing(path: Path, rows: int) -> npt.NDArray[np.bool_]:
 
 
 def read_labels(path: Path, rows: int) -> npt.NDArray[np.uint8]:
-    """The labels of a block of `rows` rows."""
+    """The labels of a block of `rows` rows; NO_LABEL for all if they have none."""
     return np.fromfile(path, np.uint8, rows, offset=_LABELS_OFFSET * rows)
 
 
-def explain(text: bytes) -> str | None:
+def has_labels(block: TextBlock) -> bool:
+    """Whether most of the first lines have a label: as many columns as a row with one."""
+    lines = block.text[: min(block.size, _LABELS_SOUGHT_BYTES)].tobytes().split(b"\n")
+    columns = [line.count(b"\t") + 1 for line in lines]
+    return columns.count(NUM_COLUMNS - 1) <= columns.count(NUM_COLUMNS)
+
+
+def explain(text: bytes, has_labels: bool = True) -> str | None:
     """What keeps a line from being a row, column named from 1; None if it is one. The plain twin of `parse_rows`."""
     fields = text.removesuffix(b"\r").split(b"\t")
-    if len(fields) != NUM_COLUMNS:
-        return f"{len(fields)} columns, expected {NUM_COLUMNS}: label, 13 integers, 26 hexadecimal ids, tab separated"
+    if len(fields) != NUM_COLUMNS - (not has_labels):
+        return _explain_columns(len(fields), has_labels)
+    if not has_labels:
+        fields.insert(0, b"0")
+    first = 2 if has_labels else 1
     label, integers, ids = fields[0], fields[1 : 1 + NUM_INTEGER_FEATURES], fields[1 + NUM_INTEGER_FEATURES :]
     if label not in (b"0", b"1"):
         return f"column 1 (label): {_show(label)}, expected 0 or 1"
     for i, field in enumerate(integers):
         if field and not (re.fullmatch(rb"-?[0-9]{1,11}", field) and int(field) in _INT32):
-            return f"column {2 + i} ({INTEGER_NAMES[i]}): {_show(field)}, expected an integer of 32 bits, or nothing"
+            return (
+                f"column {first + i} ({INTEGER_NAMES[i]}): {_show(field)}, expected an integer of 32 bits, or nothing"
+            )
     for i, field in enumerate(ids):
         if field and not re.fullmatch(rb"[0-9a-fA-F]{1,%d}" % MAX_ID_DIGITS, field):
-            where = f"column {2 + NUM_INTEGER_FEATURES + i} ({CATEGORICAL_NAMES[i]})"
+            where = f"column {first + NUM_INTEGER_FEATURES + i} ({CATEGORICAL_NAMES[i]})"
             return f"{where}: {_show(field)}, expected at most {MAX_ID_DIGITS} hexadecimal digits, or nothing"
     return None
+
+
+def _explain_columns(found: int, has_labels: bool) -> str:
+    if has_labels:
+        hint = "; a line without its label belongs into a file of such lines" if found == NUM_COLUMNS - 1 else ""
+        expected = f"expected {NUM_COLUMNS}: label, 13 integers, 26 hexadecimal ids, tab separated{hint}"
+    else:
+        hint = "; a line with a label belongs into a file of such lines" if found == NUM_COLUMNS else ""
+        expected = f"expected {NUM_COLUMNS - 1} as in the other lines: no label, 13 integers, 26 hexadecimal ids{hint}"
+    return f"{plural(found, 'column')}, {expected}"
 
 
 def _show(field: bytes) -> str:

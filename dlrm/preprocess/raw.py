@@ -16,9 +16,15 @@ import numpy.typing as npt
 import zstandard
 from typing_extensions import Buffer
 
+from dlrm.console import show_bytes
 from dlrm.errors import DatasetError
+from dlrm.preprocess.formats import HEAD_BYTES, check_kind, packing_of
 
 BLOCK_BYTES = 16 << 20
+USUAL_WINDOW_BYTES = 128 << 20
+"""zstd's largest window without --long=28 or more."""
+_MAX_WINDOW_BYTES = 1 << 31
+_MOST_HEADER_BYTES = 18
 PADDING = 16
 """Bytes behind the text in its buffer, so that the parser may read a whole id at once."""
 MAX_LINE_BYTES = 64 << 10
@@ -53,15 +59,20 @@ def check_raw(path: Path) -> None:
         raise DatasetError(f"{path}: no rows. Expected raw Criteo text.")
 
 
-def read_blocks(path: Path, max_lines: int | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[TextBlock]:
+def read_blocks(
+    path: Path, max_lines: int | None = None, block_bytes: int = BLOCK_BYTES, window_bytes: int = USUAL_WINDOW_BYTES
+) -> Iterator[TextBlock]:
     """The file's lines, in blocks of about `block_bytes`; the same blocks each time.
+
+    Args:
+        window_bytes: largest window of a zstd frame.
 
     Raises:
         DatasetError: if the file is cut short or damaged, or has a line that is too long to be a row.
     """
     lines_left = max_lines
     carry = b""
-    with reading(path), path.open("rb") as packed, _unpack(packed, path.suffix) as file:
+    with reading(path), path.open("rb") as packed, _unpack(packed, path, window_bytes) as file:
         while lines_left is None or lines_left > 0:
             text = np.empty(block_bytes + 1 + PADDING, np.uint8)
             size, carry = _fill(file, text, carry, block_bytes, path)
@@ -98,29 +109,39 @@ def _fill(
 
 @dataclass(frozen=True)
 class Sample:
-    """The head of a file, and at a guess how many lines the whole has."""
+    """The head of a file, and at a guess how many lines the whole has.
+
+    Attributes:
+        window_bytes: what unpacking its first zstd frame holds in memory; 0 for other files.
+    """
 
     block: TextBlock
     num_lines: int
     total_lines: int
+    window_bytes: int = 0
 
 
 def sample(path: Path, max_lines: int | None) -> Sample:
     """The first 4 MiB of text, and from them the number of lines in the whole file.
 
     Raises:
-        DatasetError: as `read_blocks`.
+        DatasetError: as `read_blocks`, or if it is another kind of file.
     """
     text, size = np.empty(_SAMPLE_BYTES + 1 + PADDING, np.uint8), path.stat().st_size
-    with reading(path), path.open("rb") as packed, _unpack(packed, path.suffix) as file:
+    with reading(path), path.open("rb") as packed, _unpack(packed, path, _MAX_WINDOW_BYTES) as file:
+        packing = packing_of(head := packed.peek(HEAD_BYTES), path.suffix)
+        if packing is None:
+            check_kind(path, head[:HEAD_BYTES], None)
+        window = _window_of(head) if packing == "zstd" else 0
         filled, carry = _fill(file, text, b"", _SAMPLE_BYTES, path)
         is_whole = filled < _SAMPLE_BYTES and not carry
         share = 1.0 if is_whole else packed.tell() / size * filled / (filled + len(carry))
+    check_kind(path, text[: min(filled, HEAD_BYTES)].tobytes(), packing)
     lines = int(np.count_nonzero(text[:filled] == _NEWLINE))
     if lines == 0:
         raise DatasetError(f"{path}: no rows. Expected raw Criteo text.")
     total = round(lines / share)
-    return Sample(TextBlock(text, filled), lines, total if max_lines is None else min(total, max_lines))
+    return Sample(TextBlock(text, filled), lines, total if max_lines is None else min(total, max_lines), window)
 
 
 @contextmanager
@@ -132,28 +153,53 @@ def reading(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # the output's fault, not the input's
         raise DatasetError(
-            f"{path}: can't be read to its end ({error}). It may be cut short: fetch it again."
+            f"{path}: can't be read to its end ({error}). It may be cut short: fetch it again, and continue with "
+            "--resume."
         ) from None
 
 
-def _unpack(packed: BinaryIO, suffix: str) -> IO[bytes]:
+def _unpack(packed: io.BufferedReader, path: Path, window_bytes: int) -> IO[bytes]:
     """The text in an open file."""
-    match suffix:
-        case ".gz":
+    match packing_of(packed.peek(HEAD_BYTES)[:HEAD_BYTES], path.suffix):
+        case "gzip":
             return io.BufferedReader(gzip.GzipFile(fileobj=packed), _READ_BYTES)  # type: ignore[arg-type]
-        case ".zst":
-            return io.BufferedReader(_ZstdFile(packed), _READ_BYTES)
+        case "zstd":
+            return io.BufferedReader(_ZstdFile(packed, path, window_bytes), _READ_BYTES)
     return packed
 
 
-class _ZstdFile(io.RawIOBase):
-    """Reads all frames of a .zst file. Unlike zstandard's own reader it raises where the last frame is cut short."""
+def _dictionary_of(head: bytes) -> int:
+    """Number of the dictionary that a zstd frame was packed with; 0 without one, or if the header is not whole."""
+    try:
+        return zstandard.get_frame_parameters(head).dict_id
+    except zstandard.ZstdError:
+        return 0
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._is_begun = False
+
+def _window_of(head: bytes) -> int:
+    """Bytes that unpacking a zstd frame holds in memory, from its header; 0 if that is not whole."""
+    try:
+        return zstandard.get_frame_parameters(head).window_size
+    except zstandard.ZstdError:
+        return 0
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads all frames of a .zst file, and zeros behind them.
+
+    Unlike zstandard's own reader it raises if the last frame is cut short, and reads frames with a window of more than
+    128 MiB, which `zstd --long=28` and above write.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, window_bytes: int) -> None:
+        self._file, self._path = file, path
+        self._window_bytes = max(window_bytes, USUAL_WINDOW_BYTES)
+        self._begin_frame()
         self._ready = b""
+
+    def _begin_frame(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+        self._is_begun = False
 
     def readable(self) -> bool:
         return True
@@ -162,7 +208,9 @@ class _ZstdFile(io.RawIOBase):
         while not self._ready:
             packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
-                self._frame, self._is_begun = zstandard.ZstdDecompressor().decompressobj(), False
+                self._begin_frame()
+            if not self._is_begun:
+                packed = self._read_header(packed)
             packed = packed or self._file.read(_READ_BYTES)
             if not packed:
                 if self._is_begun:
@@ -173,3 +221,20 @@ class _ZstdFile(io.RawIOBase):
         size = min(len(view), len(self._ready))
         view[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
+
+    def _read_header(self, packed: bytes) -> bytes:
+        """Enough of a frame to have its header, checked; empty at the end of the file."""
+        packed = packed.lstrip(b"\0")
+        while len(packed) < _MOST_HEADER_BYTES and (more := self._file.read(_READ_BYTES)):
+            packed = packed + more if packed else more.lstrip(b"\0")
+        window = _window_of(packed)
+        if window > self._window_bytes:
+            raise DatasetError(
+                f"{self._path}: a zstd frame in it needs a window of {show_bytes(window)}, its first one less. Pack it "
+                f"again: zstd -dc --long=31 OLD.zst | zstd > NEW.zst."
+            )
+        if packed.startswith(zstandard.FRAME_HEADER) and (number := _dictionary_of(packed)):
+            raise DatasetError(
+                f"{self._path}: is packed with zstd dictionary {number}. Unpack it with that: zstd -dc -D DICTIONARY."
+            )
+        return packed

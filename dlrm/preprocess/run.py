@@ -30,6 +30,7 @@ class Run:
 
     Attributes:
         raw: raw files, one a day.
+        has_labels: whether their rows have labels; otherwise all rows are held out.
         names: of the days' files.
         seconds: that each finished stage took.
     """
@@ -41,6 +42,7 @@ class Run:
     resources: Resources
     ranks: Ranks
     pool: ThreadPoolExecutor
+    has_labels: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

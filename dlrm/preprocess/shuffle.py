@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.artifacts import naming
 from dlrm.preprocess.kernels import bucket_sizes, gather_rows, scatter_rows, shuffle_keys
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
 
@@ -98,7 +99,7 @@ class ArrayFiles:
     def create(self) -> None:
         """Makes files of their full size, with headers."""
         for path, dtype, columns in self._parts():
-            with path.open("r+b" if path.exists() else "w+b") as file:
+            with naming(path), path.open("r+b" if path.exists() else "w+b") as file:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": (self.rows, columns)}
                 np.lib.format.write_array_header_1_0(file, header)
                 file.truncate(file.tell() + self.rows * columns * dtype.itemsize)
@@ -117,9 +118,10 @@ def write_at(path: Path, offset: int, data: npt.NDArray[Any]) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        while view:
-            count = os.pwrite(handle, view, offset)
-            offset, view = offset + count, view[count:]
+        with naming(path):
+            while view:
+                count = os.pwrite(handle, view, offset)
+                offset, view = offset + count, view[count:]
     finally:
         os.close(handle)
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.artifacts import sync, write_atomically, write_json
+from dlrm.artifacts import sync, write_atomically, write_json, writing
 from dlrm.config import optional
-from dlrm.console import Progress
+from dlrm.console import Progress, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
@@ -28,6 +28,7 @@ from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 Floats = npt.NDArray[np.float64]
 
+_IF_UNWRITABLE = "Fix that, or choose another folder, and start again: nothing was written."
 _CHUNK_ROWS = 50_000
 _PILOT_ROWS, _PILOT_BINS = 400_000, 20_000
 _PILOT_STREAM, _FIRST_DAY_STREAM = 1, 2
@@ -123,12 +124,15 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
     needed, free = config.rows * _TEXT_BYTES_PER_ROW, shutil.disk_usage(folder.parent).free
     if needed > free:
         raise DatasetError(
-            f"{folder}: about {needed / 2**30:.1f} GiB of disk needed, {free / 2**30:.1f} GiB free. Take fewer --rows."
+            f"{folder}: about {show_bytes(needed)} of disk needed, {show_bytes(free)} free. Take fewer --rows."
         )
     planted = Planted.calibrated(config)
     held_out: tuple[Floats, npt.NDArray[np.uint8]] = (np.empty(0), np.empty(0, np.uint8))
     progress = Progress("Synthesizing", config.rows, "rows")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    with (
+        writing(folder, _IF_UNWRITABLE),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch,
+    ):
         finished = Path(scratch, "raw")
         finished.mkdir()
         workers = config.workers or available_cores()

@@ -5,19 +5,20 @@ column don't fit into memory, those whose mixed values share the first bits are 
 `mix(id) << 32 | value`. Shapes: R rows of a block.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from dlrm.artifacts import write_atomically
-from dlrm.errors import DatasetError
+from dlrm.errors import DatasetError, system_error_in
 from dlrm.preprocess.kernels import count_ids, insert_slots, look_up_ids, mix_ids, unmix_ids
 
 MISSING_INDEX = 0
@@ -247,7 +248,14 @@ def _write_vocabulary(path: Path, entries: Entries, indices: npt.NDArray[np.int6
     unmix_ids(mixed, ids)
     counts = (entries & _VALUE).astype(np.uint32)
     frame = pl.DataFrame({"id": ids, "index": indices.astype(np.int32), "count": counts}).sort("index")
-    write_atomically(path, frame.write_parquet)
+
+    def write(file: BinaryIO) -> None:
+        try:
+            frame.write_parquet(file)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise system_error_in(error) or error from None
+
+    write_atomically(path, write)
 
 
 def vocabulary_files(folder: Path, column: str) -> list[Path]:
@@ -267,8 +275,8 @@ def load_entries(
     for path in files:
         rows = count_rows(path)
         for start in range(0, rows, _CHUNK_ENTRIES):
-            with _reading(path):
-                frame = pl.scan_parquet(path).select(columns).slice(start, _CHUNK_ENTRIES).collect()
+            with _reading(path) as name:
+                frame = pl.scan_parquet(name).select(columns).slice(start, _CHUNK_ENTRIES).collect()
                 if frame["id"].null_count() or frame["index"].null_count() or frame["index"].min() < FIRST_INDEX:  # type: ignore[operator]
                     raise ValueError("a missing value, or an index below 2")
             ids, indices = frame["id"].to_numpy(), frame["index"].to_numpy().astype(np.uint64)
@@ -288,14 +296,17 @@ def count_rows(path: Path) -> int:
     Raises:
         DatasetError: if it is not one.
     """
-    with _reading(path):
-        return pl.scan_parquet(path).select(pl.len()).collect().item()
+    with _reading(path) as name:
+        return pl.scan_parquet(name).select(pl.len()).collect().item()
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[Path]:
+    """A name of the file that polars takes, which knows no names that are not UTF-8."""
     try:
-        yield
+        with path.open("rb") as file:
+            is_utf8 = os.fsencode(path).decode(errors="replace") == str(path)
+            yield path if is_utf8 else Path(f"/proc/self/fd/{file.fileno()}")
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise DatasetError(

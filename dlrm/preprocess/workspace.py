@@ -1,20 +1,21 @@
 """The folder in which a preprocessing run does its work, and which remembers what is finished."""
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from typing_extensions import Self
 
 from dlrm.artifacts import sync, write_json
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, reason_of
+from dlrm.lock import FileLock
 
 _LOCK_TEXT = "dlrm preprocess\n"
+_RAW_FILES = "raw files"
 
 
 class Workspace:
@@ -28,19 +29,21 @@ class Workspace:
         self.root = output.with_name(output.name + ".partial")
         self.days = self.root / "days"
         self._plan = self.root / "plan.json"
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(self.root / "lock")
         self._facts: dict[tuple[str, str], dict[str, Any]] = {}
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._failure: OSError | None = None
 
-    def open(self, plan: Mapping[str, Any], resume: bool) -> bool:
-        """Begins a run, or goes on with the unfinished one. For one rank only.
-
-        Returns:
-            Whether it goes on.
+    def open(self, plan: Mapping[str, Any], resume: bool, names: Sequence[str] = ()) -> list[str] | None:
+        """Begins a run, or continues the unfinished one. For one rank only.
 
         Args:
-            plan: all that the output depends on. An unfinished run goes on under the same plan only.
+            plan: all that the output depends on. An unfinished run is continued under the same plan only, but raw files
+                may have changed: they are read again.
+            names: of the raw files' days.
+
+        Returns:
+            None for a new run; the raw files that have changed since the unfinished one began.
 
         Raises:
             ConfigError: if there is an unfinished run and `resume` is false, its plan differs, or it is at work.
@@ -51,17 +54,17 @@ class Workspace:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"--output {self.output}: can't be made ({error.strerror}). Choose another folder."
+                f"--output {self.output}: can't be made ({reason_of(error)}). Choose another folder."
             ) from None
-        if not self._take_lock():
-            raise ConfigError(f"{self.root}: another process is at work there. Wait for it, or end it.")
+        if (obstacle := self._take_lock()) is not None:
+            raise ConfigError(f"{self.root}: {obstacle}. Wait for it, or end it.")
         if self.output.exists():
             raise ConfigError(f"--output {self.output}: another process has just written it.")
         if not (self._plan.exists() and self.days.exists()):
             self._clear()
             self.days.mkdir()
             write_json(self._plan, plan)
-            return False
+            return None
         if not resume:
             raise ConfigError(
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
@@ -72,51 +75,43 @@ class Workspace:
             raise ConfigError(f"{self._plan}: not readable ({error}). Remove {self.root} to start again.") from None
         now = json.loads(json.dumps(plan))
         differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        if changed := [path for path, facts in now["raw files"].items() if before["raw files"].get(path) != facts]:
-            raise ConfigError(
-                f"--resume: {changed[0]} is not the file that the run began with. Remove {self.root} to start from the "
-                "beginning."
-            )
-        if differing:
-            name = differing[0]
+        if [name for name in differing if name != _RAW_FILES]:
+            name = next(name for name in differing if name != _RAW_FILES)
             raise ConfigError(
                 f"--resume: {name} was {before.get(name)!r} and is {now.get(name)!r}. "
                 f"Run with what was, or remove {self.root} to start from the beginning."
             )
         for half_written in self.root.rglob(".*"):
             half_written.unlink()
-        return True
+        changed = [path for path, facts in now[_RAW_FILES].items() if before[_RAW_FILES].get(path) != facts]
+        for path in changed:
+            self.forget("parse", names[list(now[_RAW_FILES]).index(path)])
+        if changed:
+            write_json(self._plan, plan)
+        return changed
 
     def _is_ours(self) -> bool:
         """Whether the folder is empty or was made by this class."""
         if not self.root.is_dir():
             return False
-        lock = self.root / "lock"
-        return lock.read_text() == _LOCK_TEXT if lock.is_file() else not any(self.root.iterdir())
+        lock = self._lock.path
+        if all(path in self._lock.files for path in self.root.iterdir()):
+            return True
+        return lock.is_file() and lock.read_text() == _LOCK_TEXT
 
     def _clear(self) -> None:
         """Removes what a run left that was killed while it began or ended; the lock stays."""
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path not in self._lock.files:
                 path.unlink()
 
-    def _take_lock(self) -> bool:
-        """Whether the folder is this process's alone from now on."""
-        path = self.root / "lock"
-        self._lock = path.open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Of a run that has just ended, the file may be gone by now.
-            if os.fstat(self._lock.fileno()).st_ino != path.stat().st_ino:
-                return False
-            self._lock.truncate(0)
-            self._lock.write(_LOCK_TEXT)
-            self._lock.flush()
-            return True
-        except OSError:
-            return False
+    def _take_lock(self) -> str | None:
+        """Has the folder for this process alone from now on; if another one has it, what is known of that."""
+        if (obstacle := self._lock.take()) is None:
+            self._lock.path.write_text(_LOCK_TEXT)
+        return obstacle
 
     def __enter__(self) -> Self:
         return self
@@ -124,8 +119,7 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         """Lets what was recorded be marked, also after an error, and the next run in."""
         self._syncer.shutdown()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.release()
 
     def folder(self, *names: str) -> Path:
         """A folder of scratch files, made where it is missing."""
@@ -157,6 +151,21 @@ class Workspace:
             write_json(path, facts)
 
         self._later(mark)
+
+    def forget(self, stage: str, part: str | None = None) -> None:
+        """Has a part of a stage, or all of it, be done again."""
+        parts = [part] if part is not None else [mark.stem for mark in (self.root / "done" / stage).glob("*.json")]
+        for one in parts:
+            self._mark(stage, one).unlink(missing_ok=True)
+            self._facts.pop((stage, one), None)
+
+    def empty(self, *names: str) -> None:
+        """Removes what is in a folder, at once."""
+        for path in self.folder(*names).iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _mark(self, stage: str, part: str) -> Path:
         return self.root / "done" / stage / f"{part}.json"
@@ -206,10 +215,11 @@ class Workspace:
 
     def discard_leftovers(self) -> None:
         """Removes what is left of a run that was killed after it had given the days their name."""
-        if self.root.exists() and self._is_ours() and self._take_lock() and not self.days.exists():
+        if self.root.exists() and self._is_ours() and self._take_lock() is None and not self.days.exists():
             self._remove()
 
     def _remove(self) -> None:
         self._clear()
-        (self.root / "lock").unlink()  # last, as the sign that what is left is ours
-        self.root.rmdir()
+        self._lock.remove()  # last, as the sign that what is left is ours
+        with suppress(OSError):  # another run may have begun there
+            self.root.rmdir()

@@ -15,6 +15,7 @@ from dlrm.checkpoint.fit import Difference, differences, model_misfits
 from dlrm.checkpoint.pick import open_address, pick
 from dlrm.config import Config, EvaluationConfig, optional
 from dlrm.config_checks import check_config, check_output_file, check_ranges, fields_without_effect
+from dlrm.console import result_alone
 from dlrm.errors import CheckpointError, ConfigError
 from dlrm.flags import is_named, parse_flags, reset, value_of
 from dlrm.train.main import end_with_launcher, errors_as_one_line, on_each_rank, quieten_libraries
@@ -77,7 +78,7 @@ class EvaluateConfig:
     """Which of the held-out sets to score."""
 
     json: Annotated[str | None, optional("not written", "FILE")] = None
-    """File to write: the metrics, and what they were scored with."""
+    """File to write: the metrics, and what they were scored with. - is standard output, which then has nothing else."""
 
     run: Config = field(default_factory=Config)
 
@@ -97,7 +98,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
         if is_named(argv, flag):
             raise ConfigError(f"--{flag}: a checkpoint has its own config. Leave it out.")
     if asked.json is not None:
-        check_output_file("json", asked.json)
+        check_output_file("json", asked.json, may_be_stream=True)
     open_address(asked.checkpoint)
     with suppress(CheckpointError):  # of what is damaged the ranks tell, or they take another
         config_on_top(_read_config(asked.checkpoint), argv)
@@ -213,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
     """
     keep_freed_memory()
     end_with_launcher()
-    with errors_as_one_line():
+    with errors_as_one_line(), result_alone(value_of(argv, "json")):
         asked = on_each_rank(lambda: parse_evaluate(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from dlrm.allocator import keep_freed_memory
-from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
+from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError, reason_of
 from dlrm.flags import parse_args
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def errors_as_one_line() -> Iterator[None]:
         raise SystemExit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _leave_alone(f"{where}{error.strerror or error}", EXIT_USER_ERROR)
+        _leave_alone(f"{where}{reason_of(error)}", EXIT_USER_ERROR)
     except RuntimeError as error:
         if not _has_peers() or not _is_lost_peer(error):
             raise

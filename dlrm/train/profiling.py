@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from dlrm.artifacts import write_atomically
 from dlrm.config import PROFILE_WARM_UP_STEPS, Config
 from dlrm.console import plural
-from dlrm.errors import ConfigError, RunDirectoryError
+from dlrm.errors import ConfigError, RunDirectoryError, reason_of
 from dlrm.runtime import Runtime
 
 
@@ -93,5 +93,5 @@ class StepProfiler:
             write_atomically(self.path, lambda file: file.write(packed))
         except OSError as error:
             raise RunDirectoryError(
-                f"{self.path}: can't be written ({error.strerror}). Choose another --run_dir, or leave out --profile."
+                f"{self.path}: can't be written ({reason_of(error)}). Choose another --run_dir, or leave out --profile."
             ) from None

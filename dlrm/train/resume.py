@@ -14,7 +14,7 @@ from dlrm.checkpoint.store import LocalStore, make_folder, open_store
 from dlrm.config import Config
 from dlrm.console import plural
 from dlrm.data.fingerprint import fingerprint
-from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError
+from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError, reason_of
 from dlrm.lock import Locks
 from dlrm.metrics.sinks import reported
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank
@@ -163,7 +163,7 @@ def _prepare_store(config: Config, path: Path, locks: Locks, *, is_auto: bool) -
             locks.take(store.root, f"--checkpoint_dir {address}")
     except OSError as error:
         raise CheckpointError(
-            f"{address}: can't be written ({error.strerror or error}). Choose another --checkpoint_dir."
+            f"{address}: can't be written ({reason_of(error)}). Choose another --checkpoint_dir."
         ) from None
 
 

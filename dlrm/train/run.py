@@ -5,7 +5,7 @@ import importlib.util
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,17 @@ def _run_from(
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
+        if (target := config.evaluation.validation_auroc) is not None and not trainer.reached_target:
+            print(_explain_target(target, [result.auroc for result in trainer.val_results]), flush=True)
+
+
+def _explain_target(target: float, aurocs: Sequence[float | None]) -> str:
+    """Why training has not ended at --validation_auroc."""
+    defined = [auroc for auroc in aurocs if auroc is not None]
+    if defined:
+        return f"The target was not reached: --validation_auroc {target:g}, the best validation has {max(defined):.6f}."
+    why = "nothing was validated" if not aurocs else "AUROC is undefined, as the validation set has one class only"
+    return f"The target was not reached: --validation_auroc {target:g}, and {why}."
 
 
 def _describe_samples(trainer: Trainer, start: Start) -> str:

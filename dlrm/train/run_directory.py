@@ -288,8 +288,9 @@ def _versions() -> dict[str, str]:
 def _commit() -> str | None:
     """Commit of this source tree, with `-dirty` where it has changes; None outside a checkout."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]  # killed, it would leave its lock
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from dlrm.artifacts import write_json
+from dlrm.artifacts import write_result
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import Source, find_given, restore
@@ -14,7 +13,7 @@ from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.console import plural
 from dlrm.data.binary_days import Stage
 from dlrm.data.fingerprint import fingerprint
-from dlrm.errors import ConfigError
+from dlrm.errors import ConfigError, reason_of
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.runtime import Runtime, on_main_rank
 from dlrm.train.assemble import Foundation, lay_foundation
@@ -42,7 +41,7 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     restore(source, model_state(base.model, runtime.world_size), runtime)
     results = _score(config, base, stages)
     if asked.json is not None:
-        path, facts = Path(asked.json), _describe(source, config, runtime, data, results)
+        path, facts = asked.json, _describe(source, config, runtime, data, results)
         on_main_rank(runtime, lambda: _write(path, facts))
 
 
@@ -115,9 +114,10 @@ def _describe(
     }
 
 
-def _write(path: Path, facts: Mapping[str, Any]) -> None:
+def _write(path: str, facts: Mapping[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, facts)
+        write_result(path, facts)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise ConfigError(f"--json {path}: can't be written ({error.strerror or error}).") from None
+        raise ConfigError(f"--json {path}: can't be written ({reason_of(error)}).") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dlrm.artifacts import naming, write_array
 from dlrm.console import Progress
 from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
@@ -61,13 +62,13 @@ def _count_column(run: Run, layout: Layout, progress: Progress, column: int, mem
                 progress.advance(rows)
 
     order: Order = "first_seen" if run.config.is_compat else "frequency"
-    with counts.open("wb") as counts_file, first_rows.open("wb") as first_rows_file:
+    with naming(counts), counts.open("wb") as counts_file, first_rows.open("wb") as first_rows_file:
         if run.config.is_compat and (zeros := _count_zeros(blocks)) is not None:
-            np.array([zeros[0]], np.uint64).tofile(counts_file)
-            np.array([zeros[1]], np.int64).tofile(first_rows_file)
+            write_array(counts_file, np.array([zeros[0]], np.uint64))
+            write_array(first_rows_file, np.array([zeros[1]], np.int64))
         for counted in count_column(blocks, order, memory, may_split):
-            counted.entries.tofile(counts_file)
-            counted.first_rows.tofile(first_rows_file)
+            write_array(counts_file, counted.entries)
+            write_array(first_rows_file, counted.first_rows)
     threshold = run.config.frequency_threshold
     if run.config.is_compat:
         choice = choose_by_first_row(counts, first_rows, threshold, finished, name, layout.num_rows, memory)
@@ -118,7 +119,7 @@ def _encode_column(run: Run, layout: Layout, progress: Progress, column: int, me
     for turn, table in enumerate(lookup_tables(files, max_embeddings, memory, may_split)):
         progress.begin_pass(name, layout.num_rows)
         for path, blocks in zip(paths, layout.days, strict=True):
-            with path.open("r+b") as file:
+            with naming(path), path.open("r+b") as file:
                 for block in blocks:
                     ids_R = read_ids(run.parsed_path(block), column, block.rows)
                     if turn == 0:
@@ -127,7 +128,7 @@ def _encode_column(run: Run, layout: Layout, progress: Progress, column: int, me
                         indices_R = np.fromfile(path, np.int32, block.rows, offset=4 * block.day_row)
                     table.look_up(ids_R, indices_R)
                     file.seek(4 * block.day_row)
-                    file.write(memoryview(indices_R))  # type: ignore[arg-type]
+                    write_array(file, indices_R)
                     progress.advance(block.rows)
                 file.flush()
     return {}, paths

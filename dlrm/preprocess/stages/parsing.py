@@ -1,8 +1,13 @@
 """Text to columns, a block of lines at a time."""
 
+import hashlib
+import json
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dlrm.console import Progress
 from dlrm.errors import DatasetError
@@ -20,12 +25,14 @@ def parse(run: Run, estimated_rows: int) -> Layout:
     Raises:
         DatasetError: at a line that is not a row, unless such lines are skipped and few.
     """
-    with run.stage("Parsing", "rows", estimated_rows) as progress:
-        for day, name in run.ranks.share(list(enumerate(run.names))):
-            if run.workspace.facts("parse", name) is None:
-                _parse_day(run, day, progress)
-            else:
-                progress.advance(sum(facts["rows"] for facts in run.parsed_blocks(day)))
+    _parse_days(run, estimated_rows)
+    if _content_is_other(run):
+        _start_again(run)
+        _parse_days(run, estimated_rows)
+    content = {"digest": _digest(run)}
+    if run.ranks.is_main and run.workspace.facts("content", "days") != content:
+        run.workspace.finish("content", "days", content)
+    run.meet()
     parsed = [[(facts["rows"], facts["minimum"]) for facts in run.parsed_blocks(day)] for day in range(len(run.names))]
     layout = Layout.build(parsed, run.config.dataset_name == "criteo_kaggle")
     held_out = layout.num_rows - layout.num_train_rows
@@ -34,11 +41,51 @@ def parse(run: Run, estimated_rows: int) -> Layout:
     return layout
 
 
+def _parse_days(run: Run, estimated_rows: int) -> None:
+    with run.stage("Parsing", "rows", estimated_rows) as progress:
+        for day, name in run.ranks.share(list(enumerate(run.names))):
+            if run.workspace.facts("parse", name) is None:
+                _parse_day(run, day, progress)
+            else:
+                progress.advance(sum(facts["rows"] for facts in run.parsed_blocks(day)))
+
+
+def _digest(run: Run) -> str:
+    """Of what was parsed: of another one, all later stages are to be done again."""
+    blocks = [[facts.get("crc32") for facts in run.parsed_blocks(day)] for day in range(len(run.names))]
+    return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
+
+
+def _content_is_other(run: Run) -> bool:
+    """Whether later stages have seen other rows, those of a raw file that has changed since."""
+    before = run.workspace.facts("content", "days")
+    return before is not None and before["digest"] != _digest(run)
+
+
+def _start_again(run: Run) -> None:
+    """Forgets what depends on all days. Days that were parsed stay so, unless their columns are gone. Collective."""
+    missing = [name for day, name in enumerate(run.names) if not _has_columns(run, day)]
+    run.ranks.barrier()
+    if run.ranks.is_main:
+        for folder in ("days", "counts", "encoded", "buckets", "positions"):
+            run.workspace.empty(folder)
+    for stage in ("count", "encode", "create", "scatter", "gather", "verify"):
+        run.workspace.forget(stage)
+    for stage, part in (("plan", "buckets"), ("plan", "minima"), *(("parse", name) for name in missing)):
+        run.workspace.forget(stage, part)
+    run.ranks.barrier()
+
+
+def _has_columns(run: Run, day: int) -> bool:
+    folder = run.workspace.root / "parsed" / run.names[day]
+    return all((folder / f"{number:06d}").exists() for number, _ in enumerate(run.parsed_blocks(day)))
+
+
 def _parse_day(run: Run, day: int, progress: Progress) -> None:
     raw, name = run.raw[day], run.names[day]
     lines = rows = num_blocks = 0
     before = raw.stat()
-    blocks = enumerate(read_blocks(raw, run.config.rows))
+    blocks = enumerate(read_blocks(raw, run.config.rows, window_bytes=run.resources.window_bytes))
     for (number, _), facts in run.in_order(blocks, partial(_parse_block, run, name), run.resources.blocks_ahead):
         _check_rejected(run, name, number, lines, facts)
         lines += facts["lines"]
@@ -46,29 +93,32 @@ def _parse_day(run: Run, day: int, progress: Progress) -> None:
         num_blocks = number + 1
         progress.advance(facts["rows"])
     if (raw.stat().st_size, raw.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise DatasetError(
-            f"{raw}: changed while it was read. Remove {run.workspace.root}, and start again once it is complete."
-        )
-    if rows == 0:
-        raise DatasetError(f"{raw}: all {lines:,} lines are bad. Expected raw Criteo text.")
+        raise DatasetError(f"{raw}: changed while it was read. Continue with --resume once it is complete.")
+    if _is_mostly_bad(lines - rows, lines):
+        raise DatasetError(f"{raw}: {_count_bad(lines - rows, lines)}. Expected raw Criteo text.")
     run.workspace.finish("parse", name, {"blocks": num_blocks}, [run.workspace.folder("parsed", name)])
 
 
 def _parse_block(run: Run, name: str, item: tuple[int, TextBlock]) -> dict[str, Any]:
     number, text = item
     part = f"{name}.{number:06d}"
-    if (finished := run.workspace.facts("parse", part)) is not None:
+    path = run.workspace.folder("parsed", name) / f"{number:06d}"
+    checksum = zlib.crc32(memoryview(text.text)[: text.size])  # type: ignore[arg-type]
+    finished = run.workspace.facts("parse", part)
+    is_there = path.exists() or run.workspace.facts("scatter", name) is not None
+    if finished is not None and finished.get("crc32") == checksum and is_there:
         return finished
-    skips = run.config.bad_rows == "skip"
-    columns = parse_block(text, MAX_REJECTED_PER_BLOCK if skips else 1)
+    run.workspace.forget("parse", part)  # its columns are about to be written over
+    columns = parse_block(text, MAX_REJECTED_PER_BLOCK, run.has_labels)
     facts = {
         "rows": columns.num_rows,
         "lines": columns.num_rows + len(columns.rejected),
         "minimum": int(columns.integers_IR.min(initial=2**31 - 1)),
-        "positives": int(columns.labels_R.sum()),
+        "positives": int(np.count_nonzero(columns.labels_R == 1)),
         "rejected": len(columns.rejected),
+        "crc32": checksum,
     }
-    files = [run.workspace.folder("parsed", name) / f"{number:06d}"]
+    files = [path]
     if columns.rejected:
         files.append(rejected_path(run, part))
         write_rejected(files[1], columns.rejected)
@@ -92,13 +142,21 @@ def _check_rejected(run: Run, name: str, number: int, lines: int, facts: dict[st
     if not _is_too_bad(run, facts):
         return
     raw = run.raw[run.names.index(name)]
-    *_, last = read_rejected(rejected_path(run, f"{name}.{number:06d}"))
-    if run.config.bad_rows == "refuse":
-        raise DatasetError(
-            f"{raw}: line {lines + last.line + 1:,}: {explain(last.text)}. Leave such lines out with --bad_rows skip "
-            f"--resume, or mend the file, remove {run.workspace.root}, and start again."
-        )
-    raise DatasetError(
-        f"{raw}: {facts['rejected']:,} bad lines among the {facts['lines']:,} from line {lines + 1:,} on; the last: "
-        f"{explain(last.text)}. Expected raw Criteo text."
-    )
+    first, *_ = read_rejected(rejected_path(run, f"{name}.{number:06d}"))
+    where = f"{raw}: line {lines + first.line + 1:,}: {explain(first.text, run.has_labels)}"
+    if run.config.bad_rows == "skip" or _is_mostly_bad(facts["rejected"], facts["lines"]):
+        count = _count_bad(facts["rejected"], facts["lines"])
+        raise DatasetError(f"{where}; {count} from line {lines + 1:,} on. Expected raw Criteo text.")
+    remedy = "leave such lines out with --bad_rows skip --resume, or fix the file and continue with --resume"
+    if lines + first.line == 0 and facts["rejected"] == 1:
+        remedy = f"If it is a header, {remedy}"
+    raise DatasetError(f"{where}. {remedy[0].upper()}{remedy[1:]}.")
+
+
+def _is_mostly_bad(rejected: int, lines: int) -> bool:
+    """Whether leaving lines out would hide that they are rows of another kind."""
+    return 2 * rejected > lines
+
+
+def _count_bad(rejected: int, lines: int) -> str:
+    return f"all {lines:,} lines are bad" if rejected == lines else f"{rejected:,} of {lines:,} lines are bad"

@@ -160,7 +160,8 @@ def _scatter_block(run: Run, days: list[ArrayFiles], buckets: Buckets, minima: l
             indices = round_to_float32(indices)
         buckets.scatter(keys_R, places, dense_IR[:, :train], indices, labels_R[:train])
     if train < rows:
-        write_rows(days, block.first_row + train, dense_IR[:, train:].T, indices_FR[:, train:].T, labels_R[train:])
+        held_out_labels = labels_R[train:].view(np.int8)  # -1 where there are none
+        write_rows(days, block.first_row + train, dense_IR[:, train:].T, indices_FR[:, train:].T, held_out_labels)
     return int((integers_IR < minima[block.day]).sum())
 
 

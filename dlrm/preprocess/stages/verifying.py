@@ -1,6 +1,7 @@
 """Reads everything that was written once more, and writes the manifest."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def verify(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:
 
         def one(name: str) -> None:
             if run.workspace.facts("verify", _part(name)) is None:
-                facts = measure_file(files[name], rows_of(name, rows), table_rows, progress)
+                facts = measure_file(files[name], rows_of(name, rows), table_rows, progress, run.has_labels)
                 run.workspace.finish("verify", _part(name), facts)
 
         for _ in run.in_order(run.ranks.share(list(files)), one):
@@ -85,11 +86,11 @@ def _manifest(
         positives += sum(block["positives"] for block in blocks)
         days[name] = {
             "rows": layout.day_rows[day],
-            "positives": measured[f"{name}_labels.npy"]["positives"],
+            **({"positives": measured[f"{name}_labels.npy"]["positives"]} if run.has_labels else {"labels": False}),
             "rejected": sum(block["rejected"] for block in blocks),
             "source": run.raw[day].name,
         }
-    if positives != sum(day["positives"] for day in days.values()):
+    if positives != sum(day.get("positives", 0) for day in days.values()):
         raise DatasetError(f"{run.workspace.root}: labels were lost on the way. Remove it and start again.")
     minima = run.recorded("plan", "minima")["minima"]
     source = config.applied["ids"] if config.applied else dataclasses.asdict(config)
@@ -128,8 +129,8 @@ def _write_rejected(run: Run) -> None:
             for number, block in enumerate(run.parsed_blocks(day)):
                 if block["rejected"]:
                     for line in read_rejected(rejected_path(run, f"{name}.{number:06d}")):
-                        where = f"{raw.name}\t{start + line.line}\t{explain(line.text)}\t"
-                        yield where.encode() + line.text + b"\n"
+                        where = f"{raw.name}\t{start + line.line}\t{explain(line.text, run.has_labels)}\t"
+                        yield os.fsencode(where) + line.text + b"\n"
                 start += block["lines"]
 
     if any(block["rejected"] for day in range(len(run.names)) for block in run.parsed_blocks(day)):
