@@ -219,6 +219,6 @@ def test_a_full_disk_is_told_once(start: Launch, tmp_path: Path) -> None:
     lines = [line for line in job.output.splitlines() if line.startswith("dlrm: error")]
     assert len(lines) == 1, job.output
     assert f"{disk / 'checkpoints'}" in lines[0]
-    assert "can't be written (No space left on device)" in lines[0]
+    assert "can't be written (the disk is full)" in lines[0]
     assert "exitcode  : 2 " in job.output
     assert sorted(names) == [".lock", "step_0000000005"]

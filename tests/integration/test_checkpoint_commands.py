@@ -49,11 +49,12 @@ def test_evaluate(trained: Path, ranks: int, tmp_path: Path) -> None:
 
 def test_evaluate_on_another_day_and_limits(trained: Path) -> None:
     other = ["--in_memory_binary_criteo_path", str(trained / "other"), "--split", "test", "--limit_test_batches", "1"]
-    done = dlrm("evaluate", "--checkpoint", str(trained / "a run"), *other, "--test_batch_size", "8")
+    done = dlrm("evaluate", "--checkpoint", str(trained / "a run"), *other, "--test_batch_size", "8", "--json", "-")
     assert done.returncode == 0, done.stderr
-    assert "The data is not what the checkpoint was trained on" in done.stdout
-    assert "AUROC over val set" not in done.stdout
-    assert "| 8 samples, " in done.stdout
+    assert "The data is not what the checkpoint was trained on" in done.stderr
+    assert "AUROC over val set" not in done.stderr
+    assert "| 8 samples, " in done.stderr
+    assert json.loads(done.stdout)["test"]["num_samples"] == 8  # and nothing else
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_a_target_that_is_missed_is_an_aborted_run(tmp_path: Path) -> None:
     assert lines[-1]["key"] == "run_stop"
     assert lines[-1]["metadata"]["status"] == "aborted"
     assert "AUROC over test set" in done.stdout
+    assert "The target was not reached: --validation_auroc 0.99, the best validation has 0." in done.stdout
     assert find_faults(tmp_path / "run" / "mlperf_log.txt") == {}
 
 

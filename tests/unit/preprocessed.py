@@ -37,6 +37,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def arrays_of(digests_of_files: dict[str, str]) -> dict[str, str]:
+    """All but the manifest, which has the raw files' names."""
+    return {name: digest for name, digest in digests_of_files.items() if name != "manifest.json"}
+
+
 def fields_of(lines: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Integers, ids and labels; 0 where missing."""
     fields = [line.rstrip("\r\n").split("\t") for line in lines]

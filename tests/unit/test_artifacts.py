@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -5,7 +6,8 @@ import stat
 
 import pytest
 
-from dlrm.artifacts import sha256_of, write_atomically, write_json
+from dlrm.artifacts import sha256_of, write_atomically, write_json, write_result, writing
+from dlrm.errors import DatasetError
 
 
 def test_write_atomically_replaces_the_file(tmp_path):
@@ -87,3 +89,29 @@ def test_sha256_of(size, tmp_path):
     content = bytes(i % 251 for i in range(size))
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_results_go_to_files_and_to_open_ones(tmp_path, capsys):
+    write_result(tmp_path / "new" / "result.json", {"a": 1})
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"a": 1}
+    write_result("-", {"a": 2})
+    assert json.loads(capsys.readouterr().out) == {"a": 2}
+    reader, writer = os.pipe()
+    write_result(f"/dev/fd/{writer}", {"a": 3})
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert json.load(file) == {"a": 3}
+
+
+def test_writing_names_the_file_and_the_remedy(tmp_path):
+    output = tmp_path / "days"
+    partial, hidden = str(tmp_path / "days.partial" / "a"), str(tmp_path / ".days.x1" / "a")
+    words = r"days.partial/a: can't be written \(the disk is full\). Make room\.$"
+    with pytest.raises(DatasetError, match=words), writing(output, "Make room."):
+        raise OSError(errno.ENOSPC, "No space left on device", partial)
+    words = r"/days: can't be written \(the disk quota is used up\)"
+    with pytest.raises(DatasetError, match=words), writing(output, "Make room."):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", hidden)
+    for other in (None, "/elsewhere", str(tmp_path / "raw" / "a")):
+        with pytest.raises(OSError, match="No space"), writing(output, "Make room."):
+            raise OSError(errno.ENOSPC, "No space left on device", other)

@@ -297,3 +297,11 @@ def test_a_file_that_can_be_written_is_not_made_yet(name: str, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     check_output_file("json", tmp_path / name)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/dev/stderr", "/dev/fd/63"])
+def test_open_files_are_taken_for_a_result(name: str):
+    check_output_file("json", name, may_be_stream=True)
+    if name != "-":
+        with pytest.raises(ConfigError, match="can't be written"):
+            check_output_file("plot", name)

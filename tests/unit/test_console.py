@@ -1,5 +1,6 @@
 import io
 import os
+import subprocess
 import sys
 import time
 
@@ -44,7 +45,39 @@ def test_what_takes_long_gives_signs_of_life(monkeypatch, capsys):
 
 
 def test_bytes_and_plurals():
-    assert [console.show_bytes(size) for size in (0, 2**20, 2**30, 5 * 2**29)] == [
-        *("0.0 MiB", "1.0 MiB", "1.0 GiB", "2.5 GiB")
+    assert [console.show_bytes(size) for size in (0, 1023, 2**10, 2**20, 2**30, 5 * 2**39)] == [
+        *("0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.0 GiB", "2,560.0 GiB")
     ]
     assert [console.plural(number, "rank") for number in (1, 2, 1000)] == ["1 rank", "2 ranks", "1,000 ranks"]
+
+
+ALONE = """
+import subprocess
+from dlrm import console
+
+with console.result_alone("/dev/stdout"):
+    print("for people")
+    subprocess.run(["echo", "of a child"], check=True)
+    console.print_result('{"auroc": 0.5}')
+print("afterwards")
+"""
+
+
+def test_a_result_is_alone_on_standard_output():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
+    assert done.stdout == '{"auroc": 0.5}\nafterwards\n'
+    assert sorted(done.stderr.splitlines()) == ["for people", "of a child"]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_a_result_is_alone_if_standard_output_is_no_file(name, capsys):
+    with console.result_alone(name):
+        print("for people")
+        console.print_result("5")
+    assert capsys.readouterr() == ("5\n", "for people\n")
+
+
+def test_a_result_in_a_file_leaves_standard_output_as_it_is(capsys):
+    with console.result_alone("file.json"), console.result_alone(None):
+        print("for people")
+    assert capsys.readouterr().out == "for people\n"

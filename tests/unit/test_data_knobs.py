@@ -343,7 +343,7 @@ def test_memory_is_counted_before_it_is_taken(days):
         open_with(tables + counts - 1, collect_multi_hot_freqs_stats=True)
     rows = 160 * sum(ROWS_PER_DAY)
     open_with(tables + rows, mmap_mode=False)
-    with pytest.raises(DatasetError, match="GiB of rows a rank"):
+    with pytest.raises(DatasetError, match="B of rows a rank"):
         open_with(tables + rows - 160, mmap_mode=False)
     open_with(tables + 160 * ROWS_PER_DAY[-1], mmap_mode=False, shuffle_training_set=True)
 

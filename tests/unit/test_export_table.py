@@ -63,7 +63,7 @@ def test_the_newest_of_a_run_directory_with_a_name_of_any_kind(tmp_path, capsys)
     assert export(tmp_path / "Läufe 漢字", "t_cat_2", output) == 0
     shown = capsys.readouterr().out
     assert f"Left out {store}/step_0000000030: manifest.json is missing" in shown
-    assert f"{output}: 37 rows of 12 float32, 0.0 MiB, of t_cat_2 in {store}/step_0000000020" in shown
+    assert f"{output}: 37 rows of 12 float32, 1.9 KiB, of t_cat_2 in {store}/step_0000000020" in shown
     assert export(f"file://{store}/step_0000000010", "t_cat_2", output, "--overwrite") == 0
 
 
@@ -131,7 +131,7 @@ def test_a_disk_that_is_too_small(tmp_path, capsys, monkeypatch):
     path = write_checkpoint(tmp_path / "store")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(export_table.shutil, "disk_usage", lambda _: usage)
-    assert "0.0 MiB of disk needed, 0.0 MiB free" in refusal(capsys, path, "t_cat_2", tmp_path / "out.npy")
+    assert "1.7 KiB of disk needed, 1000 B free" in refusal(capsys, path, "t_cat_2", tmp_path / "out.npy")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up(suffix, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(export_table, "write_atomically", write_elsewhere)
     output = tmp_path / f"out{suffix}"
-    assert f"{output}: the disk is full, nothing was written" in refusal(capsys, path, "t_cat_2", output)
+    assert f"{output}: can't be written (the disk is full), and nothing was" in refusal(capsys, path, "t_cat_2", output)
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
 
 

@@ -24,6 +24,7 @@ FOREIGN_FLAGS = {
     *("--tag", "--wait"),  # docker, sbatch
     *("--logdir", "--ruleset"),  # TensorBoard, MLPerf's checker
     *("--repo-type", "--local-dir"),  # hf
+    "--long",  # zstd
 }
 FOREIGN_MESSAGES = {"dlrm: command not found", "CUDA out of memory", "ChildFailedError", "AVX-512 kernels"}
 

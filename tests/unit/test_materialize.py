@@ -11,6 +11,7 @@ from dlrm.preprocess import materialize as materialize_module
 from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.preprocess.verify import verify
 from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from tests.conftest import file_size_limit
 
 SIZES = (3, 1, 2, 7) + (1,) * 20 + (5, 2)
 TABLE_ROWS = (1000, 3, 50, 70_001) + (20,) * 20 + (1, 400)
@@ -158,7 +159,7 @@ def test_days_that_are_not_there_or_wrong(days):
 
 def test_too_little_disk(days, monkeypatch):
     monkeypatch.setattr(materialize_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    with pytest.raises(DatasetError, match="GiB of disk needed"):
+    with pytest.raises(DatasetError, match="MiB of disk needed, 10 B free"):
         materialize(config_of(days))
 
 
@@ -166,3 +167,11 @@ def test_output_that_is_there_already(days):
     (days.parent / "multi_hot").mkdir()
     with pytest.raises(ConfigError, match="is there already"):
         materialize(config_of(days))
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 100 << 10])  # of the companions, and of a day
+def test_a_limit_of_file_sizes_is_named(limit, days):
+    reason = rf"\(the file-size limit of {limit:,} bytes, `ulimit -f`, is reached\)"
+    with file_size_limit(limit), pytest.raises(DatasetError, match=rf"multi_hot: can't be written {reason}. .* again"):
+        materialize(config_of(days))
+    assert [path.name for path in days.parent.iterdir()] == ["days"]

@@ -12,6 +12,7 @@ from dlrm.preprocess.parse import (
     Columns,
     RejectedLine,
     explain,
+    has_labels,
     parse_block,
     read_ids,
     read_integers,
@@ -160,7 +161,7 @@ def test_the_text_ends_where_it_says(padding):
 
 
 def test_rows_without_any_value():
-    assert len(EMPTY_ROW) + 1 == MIN_ROW_BYTES
+    assert len(EMPTY_ROW) - 1 == MIN_ROW_BYTES  # of a row without a label
     columns = parse_block(block_of((EMPTY_ROW + b"\n") * 1000), 1)
     assert columns.num_rows == 1000
     assert not columns.rejected
@@ -294,17 +295,17 @@ def test_what_is_said_of_a_bad_field(column, field, words):
 @pytest.mark.parametrize(
     ("line", "columns"),
     [
-        (b"", 1),
-        (b"\r", 1),
-        (b"0", 1),
-        (b"\t" * 38, 39),
-        (EMPTY_ROW + b"\t", 41),
-        (b"x" * 99, 1),
-        (EMPTY_ROW.replace(b"\t", b" "), 1),
+        (b"", "1 column"),
+        (b"\r", "1 column"),
+        (b"0", "1 column"),
+        (b"\t" * 37, "38 columns"),
+        (EMPTY_ROW + b"\t", "41 columns"),
+        (b"x" * 99, "1 column"),
+        (EMPTY_ROW.replace(b"\t", b" "), "1 column"),
     ],
 )
 def test_what_is_said_of_a_wrong_number_of_columns(line, columns):
-    words = f"{columns} columns, expected 40: label, 13 integers, 26 hexadecimal ids, tab separated"
+    words = f"{columns}, expected 40: label, 13 integers, 26 hexadecimal ids, tab separated"
     assert explain(line) == words
     assert list(parse_block(block_of(line + b"\n"), 2).rejected) == [RejectedLine(0, line)]
 
@@ -312,3 +313,39 @@ def test_what_is_said_of_a_wrong_number_of_columns(line, columns):
 def test_nothing_is_said_of_a_row(criteo_lines):
     for line in criteo_lines(20):
         assert explain(line.removesuffix("\n").encode()) is None
+
+
+def test_rows_without_labels(criteo_lines):
+    lines = [line.rstrip("\n").encode() for line in criteo_lines(50)]
+    unlabelled = [line.partition(b"\t")[2] for line in lines]
+    expected = parse_block(block_of(b"\n".join(lines) + b"\n"), 1)
+    expected = [array.copy() for array in (expected.integers_IR, expected.ids_FR, expected.missing_R)]
+    block = block_of(b"\r\n".join(unlabelled) + b"\n")
+    assert not has_labels(block)
+    found = parse_block(block, 1, has_labels=False)
+    assert (found.num_rows, len(found.rejected)) == (50, 0)
+    for array, other in zip((found.integers_IR, found.ids_FR, found.missing_R), expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+    assert set(found.labels_R.view(np.int8).tolist()) == {-1}
+    assert has_labels(block_of(b"\n".join(lines) + b"\n"))
+    assert {explain(line, has_labels=False) for line in unlabelled} == {None}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"x" + b"\t" * 38, "column 1 (int_0): 'x', expected an integer of 32 bits, or nothing"),
+        (b"\t" * 38 + b"g", "column 39 (cat_25): 'g', expected at most 8 hexadecimal digits, or nothing"),
+        (
+            EMPTY_ROW,
+            "40 columns, expected 39 as in the other lines: no label, 13 integers, 26 hexadecimal ids; a line ",
+        ),
+        (b"", "1 column, expected 39 as in the other lines"),
+    ],
+)
+def test_lines_that_are_no_row_without_a_label(line, words):
+    rows = b"\t" * 38 + b"\n"
+    found = parse_block(block_of(rows * 2 + line + b"\n" + rows * 3), 9, has_labels=False)
+    assert list(found.rejected) == [RejectedLine(2, line)]
+    assert found.num_rows == 5
+    assert (explain(line, has_labels=False) or "").startswith(words)

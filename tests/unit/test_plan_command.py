@@ -392,7 +392,7 @@ def test_a_picture_that_can_not_be_written_leaves_the_old_one(
     old = tmp_path / "plan.svg"
     old.write_text("old")
     monkeypatch.setattr("os.fsync", refuse)
-    assert f"--plot {old}: can't be written (No space left on device)" in refusal(capsys, *SMALL, "--plot", str(old))
+    assert f"--plot {old}: can't be written (the disk is full)" in refusal(capsys, *SMALL, "--plot", str(old))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 

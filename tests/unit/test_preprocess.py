@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from dlrm.preprocess.command import preprocess
 from dlrm.preprocess.compat import rounded_rows
 from dlrm.preprocess.config import PreprocessConfig
 from dlrm.preprocess.kernels import mix
+from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.stages import parsing, shuffling, verifying
@@ -281,7 +283,7 @@ def with_field(column: int, value: str):
 BAD = [
     (lambda line: line.replace("\t", "", 1), "39 columns, expected 40"),
     (lambda line: "0\t" + line, "41 columns, expected 40"),
-    (lambda _: "\n", "1 columns, expected 40"),
+    (lambda _: "\n", "1 column, expected 40"),
     (with_field(4, "x1"), r"column 5 \(int_3\): 'x1', expected an integer"),
     (with_field(4, "1.5"), r"column 5 \(int_3\): '1.5'"),
     (with_field(4, str(2**40)), r"column 5 \(int_3\)"),
@@ -333,8 +335,73 @@ def test_text_of_another_kind_is_refused_even_if_bad_rows_are_skipped(raw, monke
     monkeypatch.setattr(parsing, "MAX_REJECTED_PER_BLOCK", 50)
     (raw / "day_1.tsv").write_text("a,b,c\n" * 1000)
     assert_refused(
-        raw, "day_1.tsv: 50 bad lines among the 50 from line 1 on.*Expected raw Criteo text", bad_rows="skip"
+        raw,
+        "day_1.tsv: line 1: 1 column, .*; all 50 lines are bad from line 1 on. Expected raw Criteo text",
+        bad_rows="skip",
     )
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_where_most_rows_are_bad_skipping_them_is_no_remedy(bad_rows, raw, lines):
+    bad = ["7" + line[1:] for line in lines[1][:400]]
+    (raw / "day_1.tsv").write_text("".join([*lines[1][400:], *bad]))
+    with pytest.raises(DatasetError, match=r"day_1.tsv: .*400 of 500 lines are bad.*Expected raw Criteo") as caught:
+        write(raw, bad_rows=bad_rows)
+    assert "--bad_rows" not in str(caught.value)
+    assert not (raw.parent / "days").exists()
+
+
+def test_a_header_is_named(raw, lines):
+    header = "\t".join(["label", *(f"column_{i}" for i in range(39))]) + "\n"
+    (raw / "day_0.tsv").write_text(header + "".join(lines[0]))
+    assert_refused(raw, r"line 1: column 1 \(label\): 'label', expected 0 or 1. If it is a header, leave .* skip")
+
+
+def without_labels(lines: list[str]) -> str:
+    return "".join(line.partition("\t")[2] for line in lines)
+
+
+def test_rows_without_labels_are_indexed_for_a_model(raw, lines, capsys):
+    write(raw, output="trained")
+    vocabulary = str(raw.parent / "trained")
+    labelled = write(raw, "day_2.tsv", output="labelled", vocabulary=vocabulary)
+    (raw / "test.txt").write_text(without_labels(lines[2]))
+    folder = write(raw, "test.txt", vocabulary=vocabulary)
+    assert "rows have no labels" in capsys.readouterr().out
+    for found, expected in zip(load(folder, "day_0")[:2], load(labelled, "day_0")[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(load(folder, "day_0")[2], np.full((300, 1), -1, np.int32))
+    assert verify(folder)["days"]["day_0"] == {"rows": 300, "labels": False, "rejected": 0, "source": "test.txt"}
+    assert "positives" in verify(labelled)["days"]["day_0"]
+    np.save(folder / "day_0_labels.npy", np.zeros((300, 1), np.int32))
+    with pytest.raises(DatasetError, match=r"day_0_labels.npy: 0 at row 0, column 0, expected -1 in rows"):
+        verify(folder)
+
+
+def test_rows_without_labels_are_neither_trained_on_nor_scored(raw, lines):
+    write(raw, output="trained")
+    (raw / "test.txt").write_text(without_labels(lines[2]))
+    words = r"test.txt: 39 columns, so its rows have no labels: .*alone, with --vocabulary FOLDER"
+    assert_refused(raw, words, "day_0.tsv", "day_1.tsv", "test.txt")
+    assert_refused(raw, words, "test.txt", dataset_name="criteo_kaggle")
+    assert_refused(raw, words, "day_0.tsv", "test.txt", vocabulary=str(raw.parent / "trained"))
+    folder = write(raw, "test.txt", vocabulary=str(raw.parent / "trained"))
+    with pytest.raises(DatasetError, match=r"day_0_labels.npy: its rows have no labels \(-1\), so they can't be"):
+        open_splits(folder, "criteo_1t", needs_training=False)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_lines_with_and_without_labels_are_told_apart(labelled, raw, lines):
+    write(raw, output="trained")
+    usual, other = [lines[2], [line.partition("\t")[2] for line in lines[2]]][:: 1 if labelled else -1]
+    (raw / "day_2.tsv").write_text("".join([*usual[:200], *other[200:210], *usual[210:]]))
+    words = r"line 201: 39 columns, expected 40: .* a line without its label belongs into a file of such lines"
+    if not labelled:
+        words = r"line 201: 40 columns, expected 39 as in the other lines: .* a line with a label belongs into"
+    assert_refused(raw, f"day_2.tsv: {words}", "day_2.tsv", vocabulary=str(raw.parent / "trained"))
+    folder = write(raw, "day_2.tsv", vocabulary=str(raw.parent / "trained"), bad_rows="skip", resume=True)
+    assert verify(folder)["days"]["day_0"]["rejected"] == 10
+    assert b"\t201\t" + words.split(" columns")[0][-2:].encode() in (folder / "rejected.tsv").read_bytes()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
@@ -364,7 +431,7 @@ def test_files_that_cannot_be(raw):
         ((), {"days": 1}, "1 file for criteo_1t"),
         ((), {"days": 4}, "--days 4: got 3 files"),
         ((), {"rows": 0}, "--rows 0: expected 1 or more"),
-        ((), {"frequency_threshold": 0}, "--frequency_threshold 0"),
+        ((), {"frequency_threshold": -1}, "--frequency_threshold -1"),
         ((), {"max_embeddings": 2}, "--max_embeddings 2: expected 3"),
         ((), {"seed": -1}, "--seed -1"),
         ((), {"workers": 0}, "--workers 0"),
@@ -415,13 +482,13 @@ def test_a_mark_that_cannot_be_written_ends_the_run_and_drops_nothing(raw, monke
 
     def write_mark(path: Path, content: object) -> None:
         if path.parent.name == "scatter" and path.name in failing:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", str(path))
         usual(path, content)
 
     reference = digests(write(raw, output="undisturbed"))
     with monkeypatch.context() as patch:
         patch.setattr(workspace_module, "write_json", write_mark)
-        with pytest.raises(DatasetError, match=r"days.partial: the disk is full. .* --resume"):
+        with pytest.raises(DatasetError, match=r"day_0.json: can't be written \(the disk is full\). .* --resume"):
             write(raw)
     assert list((raw.parent / "days.partial" / "parsed" / "day_0").iterdir())
     assert digests(write(raw, resume=True)) == reference
@@ -435,7 +502,7 @@ def test_a_folder_without_a_vocabulary(raw):
 
 def test_too_little_disk(raw, monkeypatch):
     monkeypatch.setattr(command_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    assert_refused(raw, "MiB of disk needed, 0.0 MiB free")
+    assert_refused(raw, "KiB of disk needed, 10 B free")
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
 
 
@@ -498,3 +565,28 @@ def test_no_row_is_lost_or_invented(rows, seed, buckets, threshold, tmp_path_fac
         assert len(dict(pairs)) == len(pairs)  # an id has one index
         kept = [index for _, index in pairs if index > 1]
         assert len(set(kept)) == len(kept)  # and no two ids share one, but the rare ones
+
+
+def test_a_threshold_of_0_is_the_same_as_1(raw, capsys):
+    reference = digests(write(raw, output="of 1", frequency_threshold=1))
+    capsys.readouterr()
+    assert digests(write(raw, frequency_threshold=0)) == reference
+    assert "--frequency_threshold 0 is the same as 1" in capsys.readouterr().out
+    preprocess(config_of(raw, frequency_threshold=0, resume=True), Ranks())
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8(raw, lines, capsys):
+    sys.stdout.reconfigure(errors="backslashreplace")
+    named = raw / os.fsdecode(b"jour_\xe9.tsv")
+    named.write_text("".join(lines[0]) + "bad\n")
+    names = (named.name, "day_1.tsv", "day_2.tsv")
+    output = os.fsdecode(b"sortie_\xe9")
+    folder = write(raw, *names, output=output, bad_rows="skip")
+    assert verify(folder)["days"]["day_0"]["source"] == named.name
+    assert (folder / "rejected.tsv").read_bytes().startswith(b"jour_\xe9.tsv\t701\t1 column, ")
+    write(raw, "day_2.tsv", output=f"later_{output}", vocabulary=str(folder))
+    config = MaterializeConfig(str(folder), str(raw.parent / f"several_{output}"), multi_hot_sizes=(2,) * 26)
+    assert verify(folder)["num_train_rows"] == 1200
+    materialize(config)
+    assert verify(Path(config.output))["multi_hot_sizes"] == [2] * 26

@@ -251,19 +251,6 @@ def test_junk_behind_the_packed_text_is_seen(suffix, junk, small_text, tmp_path)
     assert_unreadable(write(tmp_path / f"day{suffix}", PACK[suffix](small_text) + junk))
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_plain_text_by_a_packed_name(suffix, small_text, tmp_path):
-    path = write(tmp_path / f"day{suffix}", small_text)
-    assert_unreadable(path)
-    with pytest.raises(DatasetError, match="can't be read to its end"):
-        sample(path, None)
-
-
-def test_the_wrong_kind_of_packing(small_text, tmp_path):
-    assert_unreadable(write(tmp_path / "day.gz", compress_zst(small_text)))
-    assert_unreadable(write(tmp_path / "day.zst", gzip.compress(small_text)))
-
-
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("before", [0, 1, 300, 2000])
 def test_the_longest_line(suffix, before, text, tmp_path):

@@ -147,7 +147,7 @@ def test_a_file_in_the_folders_place(below, tmp_path):
     path = tmp_path / "file" / below
     with pytest.raises(RunDirectoryError, match=f"--run_dir {path}: {tmp_path / 'file'} is not a folder"):
         RunDirectory.check(path, Config(), may_resume=True)
-    expected = rf"{path}: can't be written \(.+\). Mend that and start"
+    expected = rf"{path}: can't be written \(.+\). Fix that and start"
     with Locks() as locks, pytest.raises(RunDirectoryError, match=expected):
         RunDirectory.open(path, Config(), {}, {}, locks, None)
 

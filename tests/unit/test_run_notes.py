@@ -7,7 +7,7 @@ import torch
 
 from dlrm.config import Config
 from dlrm.runtime import Runtime
-from dlrm.train.run import _note_other_ranks
+from dlrm.train.run import _explain_target, _note_other_ranks
 
 
 @pytest.mark.parametrize(("environment", "told"), [({"world_size": 2}, True), ({"world_size": 1}, False), ({}, False)])
@@ -23,3 +23,17 @@ def test_a_config_from_elsewhere(tmp_path, capsys):
     for config in (Config(), Config(config=str(tmp_path / "config.json"))):
         _note_other_ranks(config, Runtime(0, 0, 1, 1, torch.device("cpu")))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("aurocs", "words"),
+    [
+        ([0.7, None, 0.75, 0.6], "the best validation has 0.750000."),
+        ([None], "and AUROC is undefined, as the validation set has one class only."),
+        ([], "and nothing was validated."),
+    ],
+)
+def test_a_target_that_was_not_reached(aurocs, words):
+    told = _explain_target(0.8, aurocs)
+    assert told.startswith("The target was not reached: --validation_auroc 0.8, ")
+    assert told.endswith(words)

@@ -146,7 +146,7 @@ def test_rows_beyond_the_hosts_memory_are_refused_before_they_are_loaded(days):
     runtime = runtime_of(1, 3, ranks_per_host=2)
     open_run_splits(config_of(days[0], batch_size=4), replace(runtime, host_memory_bytes=needed))
     tight = replace(runtime, host_memory_bytes=needed - 2)
-    with pytest.raises(DatasetError, match=f"{days[0]}: .* GiB of rows a rank, .* Use --mmap_mode"):
+    with pytest.raises(DatasetError, match=f"{days[0]}: .*B of rows a rank, .* Use --mmap_mode"):
         open_run_splits(config_of(days[0], batch_size=4), tight)
     open_run_splits(config_of(days[0], batch_size=4, mmap_mode=True), tight)
 

@@ -16,6 +16,7 @@ from dlrm.preprocess import synthesize as synthesize_module
 from dlrm.preprocess.kernels import unmix
 from dlrm.preprocess.synthesize import Planted, SynthesizeConfig, expected_auroc, measure, synthesize
 from dlrm.recipes import FULL_SIZE_ROWS
+from tests.conftest import file_size_limit
 
 ROWS = 24_001
 ROWS_OF_DAY = [8000, 8000, 8001]
@@ -394,7 +395,7 @@ def test_a_file_in_the_folders_place(below, words, tmp_path):
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch, written):
     size = sum(len(content) for content in bytes_of(written.folder).values())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size - 1))
-    with pytest.raises(DatasetError, match=r"raw: about 0\.0 GiB of disk needed, 0\.0 GiB free\. Take fewer --rows"):
+    with pytest.raises(DatasetError, match=r"about \d\.\d MiB of disk needed, \d\.\d MiB free. Take fewer"):
         synthesize(SynthesizeConfig(str(tmp_path / "raw"), rows=ROWS))
     with pytest.raises(DatasetError, match=r"about 232\.8 GiB of disk needed"):
         synthesize(SynthesizeConfig(str(tmp_path / "raw"), rows=10**9))
@@ -421,3 +422,10 @@ def test_an_empty_folder_is_used(tmp_path):
 def test_missing_parents_are_made(tmp_path):
     synthesize(SynthesizeConfig(str(tmp_path / "a" / "b" / "raw"), rows=40))
     assert (tmp_path / "a" / "b" / "raw" / "truth.json").exists()
+
+
+def test_a_limit_of_file_sizes_is_named(tmp_path):
+    reason = r"\(the file-size limit of 1,024 bytes, `ulimit -f`, is reached\)"
+    with file_size_limit(1 << 10), pytest.raises(DatasetError, match=rf"raw: can't be written {reason}. .* again"):
+        synthesize(SynthesizeConfig(str(tmp_path / "raw"), rows=400))
+    assert list(tmp_path.iterdir()) == []

@@ -114,8 +114,8 @@ def test_a_vocabulary_that_is_not_as_its_manifest_says(damage, raw):
 
 
 def test_a_raw_file_that_grows_while_it_is_read(raw, monkeypatch):
-    def grow(path: Path, *arguments):
-        yield from read_blocks(path, *arguments)
+    def grow(path: Path, *arguments, **options):
+        yield from read_blocks(path, *arguments, **options)
         with path.open("a") as file:
             file.write("\n")
 
