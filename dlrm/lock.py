@@ -87,7 +87,7 @@ class FileLock:
             return obstacle
         owner = _describe_this_process()
         try:
-            with self._owner_path.open("x") as file:
+            with self._owner_path.open("x", encoding="utf-8") as file:
                 self._owner = owner
                 file.write(json.dumps(owner))
         except FileExistsError:
@@ -128,7 +128,7 @@ class FileLock:
         """What the file says; None without one."""
         with suppress(FileNotFoundError):
             try:
-                owner = json.loads(self._owner_path.read_text())
+                owner = json.loads(self._owner_path.read_text(encoding="utf-8"))
                 return owner if isinstance(owner, dict) else {}
             except ValueError:
                 return {}
@@ -163,7 +163,7 @@ def _machine() -> str | None:
 def _start_of(pid: int) -> str | None:
     """When a process began, in ticks since the machine did; None if there is no such process."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
     return None
 
 

@@ -56,7 +56,7 @@ def check_raw(path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path}: no permission to read it. Change its mode, or run as its owner.")
     if path.stat().st_size == 0:
-        raise DatasetError(f"{path}: no rows. Expected raw Criteo text.")
+        raise DatasetError(f"{path}: no rows: it is an empty file. Fetch it again, or leave it out.")
 
 
 def read_blocks(
