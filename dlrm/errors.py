@@ -26,6 +26,19 @@ class DlrmError(Exception):
         return " ".join(super().__str__().splitlines())
 
 
+def explain(error: OSError | UnicodeEncodeError) -> str:
+    """What the system says of a file, on one line."""
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"{ascii(error.object[:200])}: this locale's encoding, {error.encoding}, has no such name. "
+            "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        )
+    text = error.strerror or str(error)
+    if text.startswith("No usable temporary directory"):
+        return "TMPDIR: no folder for temporary files can be written. Set it to one that can."
+    return f"{error.filename}: {text}" if error.filename else text
+
+
 class ConfigError(DlrmError):
     """A flag, or a combination of flags, that makes no sense."""
 

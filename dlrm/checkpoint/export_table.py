@@ -6,8 +6,6 @@ Shapes: R rows, D columns of a table.
 import errno
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +178,4 @@ def _explain(error: Exception) -> DlrmError | OSError:
 
 def main(argv: Sequence[str]) -> None:
     """`dlrm export-table`."""
-    config = parse_flags(ExportConfig, argv, "dlrm export-table")
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half-written goes
-    try:
-        export_table(config)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    export_table(parse_flags(ExportConfig, argv, "dlrm export-table"))

@@ -26,7 +26,7 @@ from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank, peak_memory_gib
 from dlrm.sharding.plan import Placement
 from dlrm.train.assemble import assemble
-from dlrm.train.control import StopSignals
+from dlrm.signals import StopSignals
 from dlrm.train.guard import guard
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler

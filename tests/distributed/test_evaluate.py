@@ -21,7 +21,7 @@ from dlrm.config import (
     TrainingConfig,
 )
 from dlrm.runtime import start_runtime
-from dlrm.train.control import StopSignals
+from dlrm.signals import StopSignals
 from dlrm.train.evaluate import parse_evaluate
 from dlrm.train.run import run
 from dlrm.train.score_checkpoint import score_checkpoint
