@@ -159,7 +159,7 @@ def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
     texts = {}
     for name in (*_OF_EVERY_RUN, "summary.json"):
         try:
-            texts[name] = (folder / name).read_text()
+            texts[name] = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:

@@ -545,7 +545,7 @@ class Config:
     @staticmethod
     def load(path: Path) -> "Config":
         """The config in a run directory's config.json."""
-        return Config.from_text(path.read_text())
+        return Config.from_text(path.read_text(encoding="utf-8"))
 
     @staticmethod
     def from_text(text: str) -> "Config":

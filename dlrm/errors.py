@@ -30,7 +30,7 @@ def explain(error: OSError | UnicodeEncodeError) -> str:
     """What the system says of a file, on one line."""
     if isinstance(error, UnicodeEncodeError):
         return (
-            f"{ascii(error.object[:200])}: this locale's encoding, {error.encoding}, has no such name. "
+            f"{error.object[:200]!a}: this locale's encoding, {error.encoding}, has no such name. "
             "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
         )
     text = error.strerror or str(error)

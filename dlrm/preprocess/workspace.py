@@ -67,7 +67,7 @@ class Workspace:
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
             )
         try:
-            before = json.loads(self._plan.read_text())
+            before = json.loads(self._plan.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self._plan}: not readable ({error}). Remove {self.root} to start again.") from None
         now = json.loads(json.dumps(plan))
@@ -92,7 +92,7 @@ class Workspace:
         if not self.root.is_dir():
             return False
         lock = self.root / "lock"
-        return lock.read_text() == _LOCK_TEXT if lock.is_file() else not any(self.root.iterdir())
+        return lock.read_bytes() == _LOCK_TEXT.encode() if lock.is_file() else not any(self.root.iterdir())
 
     def _clear(self) -> None:
         """Removes what a run left that was killed while it began or ended; the lock stays."""
@@ -140,7 +140,7 @@ class Workspace:
             if not path.exists():
                 return None
             try:
-                self._facts[stage, part] = json.loads(path.read_text())
+                self._facts[stage, part] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ConfigError(f"{path}: not readable ({error}). Remove {self.root} to start again.") from None
         return self._facts[stage, part]

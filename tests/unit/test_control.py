@@ -53,7 +53,10 @@ def reach(monkeypatch):
     return step
 
 
-@pytest.mark.parametrize("wishes", [(Wish.SAVE, Wish.SIGUSR1), (Wish.SIGUSR1, Wish.SIGTERM), (Wish.FAIL, Wish.SIGINT), (Wish.GO_ON, Wish.SAVE)])
+@pytest.mark.parametrize(
+    "wishes",
+    [(Wish.SAVE, Wish.SIGUSR1), (Wish.SIGUSR1, Wish.SIGTERM), (Wish.FAIL, Wish.SIGINT), (Wish.GO_ON, Wish.SAVE)],
+)
 def test_the_strongest_wish_reaches_all_at_the_same_step(reach, wishes):
     assert {reach(*wishes)[0] for _ in range(20)} == {Wish.GO_ON, max(wishes)}
 
