@@ -95,16 +95,16 @@ def _fill_descriptors() -> None:
 
 def _open(stream: TextIO | None, number: int) -> TextIO:
     if stream is None:
-        return Path(os.devnull).open("w")
+        return Path(os.devnull).open("w", encoding="utf-8")
     raw = _raw_of(stream)
-    if not isinstance(raw, io.FileIO) or raw.fileno() != number:
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.FileIO) or raw.fileno() != number:
         return stream
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(Stream(number)),
         encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=stream.line_buffering or number == _STDERR,
+        line_buffering=bool(stream.line_buffering) or number == _STDERR,
         write_through=stream.write_through,
     )
 
