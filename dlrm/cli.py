@@ -52,11 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else EXIT_USER_ERROR
+        return exit_code_of("dlrm", lambda: print(USAGE)) or (0 if arguments else EXIT_USER_ERROR)
     if arguments[0] == "--version":
-        print(f"dlrm {__version__}")
-        return 0
+        return exit_code_of("dlrm", lambda: print(f"dlrm {__version__}"))
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"dlrm: error: {name}: no such command. Expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
