@@ -181,8 +181,9 @@ def _day_names(folder: Path, needs_training: bool) -> list[str]:
     )
     if not found and any(folder.glob("day_*_sparse_multi_hot.npz")):
         raise DatasetError(
-            f"{folder}: holds ids alone, as `dlrm materialize` writes them. Give it as --synthetic_multi_hot_criteo_path, "
-            "and the days that they were made from, for integers and labels, as --in_memory_binary_criteo_path."
+            f"{folder}: holds ids alone, as `dlrm materialize` writes them. Give it as "
+            "--synthetic_multi_hot_criteo_path, and the days that they were made from, for integers and labels, as "
+            "--in_memory_binary_criteo_path."
         )
     if not found:
         raise DatasetError(
