@@ -392,7 +392,8 @@ class CheckpointConfig:
 
     checkpoint_every: Annotated[str | None, optional("30m; never for random data", "STEPS|MINUTESm|never")] = None
     """How often a checkpoint is written: 500 is training steps, 30m minutes. One more is written when a validation
-    beats all before it, at the end of training, and when a signal ends the run (SIGTERM, SIGINT, SIGHUP, SIGUSR1, ...)."""
+    beats all before it, at the end of training, and when a signal ends the run (SIGTERM, SIGINT, SIGHUP, SIGUSR1,
+    ...)."""
 
     checkpoint_dir: Annotated[str | None, optional("checkpoints in run_dir", "FOLDER|ADDRESS")] = None
     """Where: a folder that all hosts see, or an address that fsspec knows, such as s3://bucket/run."""

@@ -108,8 +108,8 @@ def check_is_there(store: Store, name: str) -> None:
     """
     if name not in _list(store):
         raise RemovedError(
-            "was removed while it was read. A run keeps its newest checkpoints (--keep): give the run directory, or a "
-            "copy"
+            "the checkpoint was removed while it was read. A run keeps its newest ones (--keep): give the run "
+            "directory, or a copy"
         )
 
 

@@ -281,8 +281,8 @@ def test_one_that_is_named_and_removed_while_it_is_read(store):
     with pytest.raises(RemovedError) as refused:
         find_given(f"{store.address}/{name}", RUNTIME, removing(store, name), print)
     assert str(refused.value) == (
-        f"{store.address}/{name}: was removed while it was read. A run keeps its newest checkpoints (--keep): give the "
-        "run directory, or a copy."
+        f"{store.address}/{name}: the checkpoint was removed while it was read. A run keeps its newest ones (--keep): "
+        "give the run directory, or a copy."
     )
 
 
@@ -298,5 +298,5 @@ def test_what_is_read_of_one_that_goes_is_read_of_the_newest(store):
     assert read_newest(store.address, notes.append, read) == 40
     assert notes == [f"{store.address}/{name} was removed while it was read. Taking the newest one."]
     name = "step_0000000010"
-    with pytest.raises(CheckpointError, match=f"{name}: was removed while it was read"):
+    with pytest.raises(CheckpointError, match=f"{name}: the checkpoint was removed while it was read"):
         read_newest(f"{store.address}/{name}", notes.append, read)
