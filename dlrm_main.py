@@ -2,7 +2,10 @@
 
 import sys
 
+from dlrm import cli
 from dlrm.train.main import main
 
+__all__ = ["main"]
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -33,7 +33,7 @@ def describe_allocator() -> str:
 
 def _chosen_by_user() -> str | None:
     maps = Path("/proc/self/maps")
-    mapped = maps.read_text() if maps.exists() else ""
+    mapped = maps.read_text(encoding="utf-8", errors="replace") if maps.exists() else ""
     if (name := next((name for name in _PRELOADED if f"lib{name}" in mapped), None)) is not None:
         return name
     settings = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from dlrm.checkpoint.find import check_files, read_file
+from dlrm.checkpoint.find import RemovedError, check_files, read_file
 from dlrm.checkpoint.fit import differences
 from dlrm.checkpoint.manifest import step_of
-from dlrm.checkpoint.pick import pick
+from dlrm.checkpoint.pick import Picked, read_newest
 from dlrm.config import Config
 from dlrm.console import align, plural, printable
 from dlrm.errors import CheckpointError, ConfigError, RunDirectoryError
@@ -159,7 +159,7 @@ def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
     texts = {}
     for name in (*_OF_EVERY_RUN, "summary.json"):
         try:
-            texts[name] = (folder / name).read_text()
+            texts[name] = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
@@ -168,12 +168,17 @@ def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
 
 
 def _read_checkpoint(address: str) -> tuple[str, str, dict[str, str]]:
-    picked = pick(address, lambda text: print(text, file=sys.stderr))
+    return read_newest(address, lambda text: print(text, file=sys.stderr), _read_picked)
+
+
+def _read_picked(picked: Picked) -> tuple[str, str, dict[str, str]]:
     manifest = picked.manifest
     try:
         files = [name for name in _OF_EVERY_RUN if name in manifest.files]
         check_files(picked.store, picked.name, manifest, files)
         texts = {name: read_file(picked.store, picked.name, name).decode() for name in files}
+    except RemovedError:
+        raise
     except (CheckpointError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{picked.address}: {error}.") from None
     return picked.address, f"checkpoint of step {manifest.step:,}, written {manifest.created}", texts

@@ -392,7 +392,8 @@ class CheckpointConfig:
 
     checkpoint_every: Annotated[str | None, optional("30m; never for random data", "STEPS|MINUTESm|never")] = None
     """How often a checkpoint is written: 500 is training steps, 30m minutes. One more is written when a validation
-    beats all before it, at the end of training, and when the run is told to stop (SIGTERM, SIGINT)."""
+    beats all before it, at the end of training, and when a signal ends the run (SIGTERM, SIGINT, SIGHUP, SIGUSR1,
+    ...)."""
 
     checkpoint_dir: Annotated[str | None, optional("checkpoints in run_dir", "FOLDER|ADDRESS")] = None
     """Where: a folder that all hosts see, or an address that fsspec knows, such as s3://bucket/run."""
@@ -545,7 +546,7 @@ class Config:
     @staticmethod
     def load(path: Path) -> "Config":
         """The config in a run directory's config.json."""
-        return Config.from_text(path.read_text())
+        return Config.from_text(path.read_text(encoding="utf-8"))
 
     @staticmethod
     def from_text(text: str) -> "Config":

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dlrm.errors import ConfigError
+
 REMEDY = "pip install --no-deps -r requirements/cpu.txt (or cuda.txt), or `make setup` in a fresh checkout"
 
 # torchrec and fbgemm-gpu 1.n are built for torch 2.(n + 5).
@@ -41,9 +43,11 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     """`dlrm doctor`: prints the findings; 0 if all is well, 1 otherwise."""
-    if list(argv) not in ([], ["--no_device"]):
+    if {"-h", "--help"} & set(argv):
         print(_USAGE)
-        return 0 if argv[0] in ("-h", "--help") else 2
+        return 0
+    if foreign := [argument for argument in argv if argument != "--no_device"]:
+        raise ConfigError(f"{foreign[0]}: not a flag. `dlrm doctor --help` lists the flags.")
     findings = diagnose(needs_device=not argv)
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

@@ -91,6 +91,18 @@ def reason_of(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def explain(error: OSError | UnicodeEncodeError) -> str:
+    """What the system says of a file, on one line."""
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"{error.object[:200]!a}: this locale's encoding, {error.encoding}, has no such name. "
+            "Set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+        )
+    if (error.strerror or "").startswith("No usable temporary directory"):
+        return "TMPDIR: no folder for temporary files can be written. Set it to one that can."
+    return f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)
+
+
 def system_error_in(error: Exception) -> OSError | None:
     """The system's error that a library written in Rust, as polars is, tells of as text; None if there is none."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import itertools
+import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
@@ -15,6 +18,10 @@ from dlrm.errors import ConfigError
 from dlrm.recipes import RECIPES
 
 T = TypeVar("T")
+
+_OF_A_VALUE = (tyro_errors.InvalidChoice, tyro_errors.InstantiationFailure)
+_DASHES = "-\N{EN DASH}\N{EM DASH}"
+_FLAG = re.compile(rf"[{_DASHES}]+[A-Za-z]")
 
 PROG = "dlrm_main.py"
 DESCRIPTION = """Trains, validates and tests a Deep Learning Recommendation Model with TorchRec.
@@ -60,7 +67,10 @@ def parse_flags(
     """
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
-        raise ConfigError(f"{_describe(event, kind)}. `{prog} --help` lists the flags.")
+        foreign = _find_foreign(kind, argv)
+        is_theirs = foreign is not None and not isinstance(event, _OF_A_VALUE)
+        text = _describe_foreign(event, foreign, kind, prog) if is_theirs else _describe(event, argv)
+        raise ConfigError(f"{text}. `{prog} --help` lists the flags.")
 
     with tyro_errors.on_parse_error(refuse):
         return tyro.cli(
@@ -144,33 +154,75 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _describe(event: tyro_errors.ParseErrorEvent, kind: type) -> str:
+def _find_foreign(kind: type, argv: Sequence[str]) -> str | None:
+    """The first flag of a command line that the dataclass has not. Where there is one, tyro may blame another flag."""
+    known = {"--h", "--help", *_flags(kind)}
+    for token in itertools.takewhile(lambda token: token != "--", argv):
+        name = token.split("=", 1)[0]
+        plain = _plain(name)
+        is_known = name.startswith("-") and {f"--{plain}", f"--{plain.removeprefix('no_')}"} & known
+        if _FLAG.match(name) and not is_known:
+            return name
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.lstrip(_DASHES).replace("-", "_")
+
+
+def _describe_foreign(event: tyro_errors.ParseErrorEvent, name: str, kind: type, prog: str) -> str:
+    """What to write in place of a flag that is none. A dataclass may have FOREIGN_NAMES, as other programs say it."""
+    plain, known = _plain(name), _flags(kind)
+    meant = getattr(kind, "FOREIGN_NAMES", {}).get(plain, plain)
+    if meant in _positionals(kind):
+        return f"{name}: not a flag; {meant.upper()} is given without one, as in `{prog} {meant.upper()}`"
+    tokens = event.tokens if isinstance(event, tyro_errors.UnrecognizedArgs) else []
+    shown = " ".join(tokens) if tokens[:1] and tokens[0].startswith(name) else name
+    near = difflib.get_close_matches(f"--{meant}", known, n=1) if len(plain) > 1 else []
+    return f"{shown}: not a flag" + (f"; did you mean {near[0]}" if near else "")
+
+
+def _describe(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
     """One line for what tyro would print as a box."""
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
-            near = difflib.get_close_matches(tokens[0].split("=", 1)[0], _flags(kind), n=1)
-            return f"{' '.join(tokens)}: not a flag" + (f"; did you mean {near[0]}" if near else "")
+            given = [part for token in argv for part in token.split("=", 1)]
+            switch = given[given.index(tokens[0]) - 1] if tokens[0] in given[1:] else ""
+            return f"{' '.join(tokens)}: not a flag" + (f", and {switch} takes no value" if _FLAG.match(switch) else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
             # Of a flag that may be left out tyro gives the choices as a set, with None among them.
             allowed = sorted(set(choices) - {"None"}) if "None" in choices else choices
-            return f"--{argument.field.intern_name} {value}: expected one of {', '.join(allowed)}"
+            return f"{_name(argument)} {value}: expected one of {', '.join(allowed)}"
         case tyro_errors.BadValue(argument=argument):
-            return f"--{argument.field.intern_name}: expected a value"
+            return f"{_name(argument)}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
             # Of a type with alternatives tyro lists what each of them said; the last one is what the user meant.
             cause = " ".join(message.split()).rsplit("'>: ", 1)[-1].rsplit(")]: ", 1)[-1]
-            return f"--{argument.field.intern_name}: expected {argument.lowered.metavar} ({cause})"
+            return f"{_name(argument)}: expected {argument.lowered.metavar} ({cause})"
         case tyro_errors.MissingArgs(missing_arguments=missing):
-            arguments = [context.arg for context in missing]
-            names = [("" if a.is_positional() else "--") + a.field.intern_name for a in arguments]
-            return f"missing: {', '.join(names)}"
+            return f"missing: {', '.join(_name(context.arg) for context in missing)}"
     return type(event).__name__
+
+
+def _name(argument: Any) -> str:
+    """As the user writes it: of what has no flag, its name in `--help`."""
+    return argument.field.intern_name if argument.is_positional() else f"--{argument.field.intern_name}"
+
+
+def _positionals(kind: type) -> list[str]:
+    """Fields of a dataclass that are given without a flag."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    marker = tyro.conf.Positional[str].__metadata__[0]  # type: ignore[missing-attribute] # it is an Annotated
+    return [name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())]
 
 
 def _flags(kind: type) -> list[str]:
     """Flags of a dataclass and of the dataclasses in it."""
-    flags = []
+    flags, positional = [], _positionals(kind)
     for field in dataclasses.fields(kind):
         section = field.default_factory
-        flags += _flags(section) if isinstance(section, type) else [f"--{field.name}"]
+        if isinstance(section, type):
+            flags += _flags(section)
+        elif field.name not in positional:
+            flags.append(f"--{field.name}")
     return flags

@@ -99,12 +99,12 @@ def _main(flags: Sequence[str], stdout: str, stderr: str, changes: Mapping[str, 
     for path, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ["OMP_NUM_THREADS"] = "1"
-    from dlrm.train.main import main
+    from dlrm.cli import main
 
     for name, value in changes.items():
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)
-    main(flags)
+    sys.exit(main(["train", *flags]))
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 300) -> None:

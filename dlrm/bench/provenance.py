@@ -55,7 +55,7 @@ def read_result(path: Path) -> dict[str, Any]:
         DatasetError: naming the file, if it is not there, or no JSON object of texts and finite numbers.
     """
     try:
-        content = json.loads(path.read_text(), object_hook=partial(_Content, path))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=partial(_Content, path))
         json.dumps(content, allow_nan=False)
     except FileNotFoundError:
         raise DatasetError(f"{path}: not there. Run the command that measures it, with --json.") from None
@@ -84,7 +84,7 @@ def short_commit(result: dict[str, Any]) -> str:
 
 def cpu_model() -> str:
     """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
@@ -92,4 +92,4 @@ def cpu_model() -> str:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json of a finished run."""
-    return json.loads((run_dir / "summary.json").read_text())
+    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))

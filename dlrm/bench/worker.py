@@ -58,7 +58,7 @@ def _join_group(world_size: int, store: str) -> None:
 
 def peak_rss_gib() -> float:
     """Peak of this process's resident memory. What getrusage says may be the parent's: it outlives exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 

@@ -5,24 +5,24 @@ Shapes: R rows, D columns of a table.
 
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import tyro
 
 from dlrm.artifacts import write_atomically
-from dlrm.checkpoint.find import check_files
-from dlrm.checkpoint.pick import Picked, pick
+from dlrm.checkpoint.find import RemovedError, check_files
+from dlrm.checkpoint.pick import Picked, read_newest
 from dlrm.checkpoint.tables import Table, read_blocks, tables_of
 from dlrm.console import Progress, show_bytes
 from dlrm.errors import CheckpointError, ConfigError, reason_of, system_error_in
 from dlrm.flags import parse_flags
+
+T = TypeVar("T")
 
 IF_INTERRUPTED = "Nothing was written."
 _ID_BYTES = 8
@@ -61,9 +61,13 @@ def export_table(config: ExportConfig) -> None:
         ConfigError: if there is no such table, or the output can't be written.
         CheckpointError: if the checkpoint is not there or damaged.
     """
-    output = Path(config.output)
     write = _writer_of(config)
-    picked = pick(config.path, print)
+    print(read_newest(config.path, print, lambda picked: _export(config, picked, write)))
+
+
+def _export(config: ExportConfig, picked: Picked, write: "Write") -> str:
+    """Writes one table of a checkpoint; says what was written."""
+    output = Path(config.output)
     try:
         tables = tables_of(picked.manifest.tensors)
     except CheckpointError as error:
@@ -89,7 +93,7 @@ def export_table(config: ExportConfig) -> None:
         ) from None
     finally:
         progress.close()
-    print(
+    return (
         f"{output}: {table.rows:,} rows of {table.dim} float32, {show_bytes(output.stat().st_size)}, of {table.name} "
         f"in {picked.address}"
     )
@@ -135,6 +139,8 @@ def _verify(picked: Picked, table: Table) -> None:
     progress = Progress("Verifying", total, "bytes")
     try:
         check_files(picked.store, picked.name, picked.manifest, files, progress.advance)
+    except RemovedError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{picked.address}: {error}.") from None
     finally:
@@ -153,9 +159,11 @@ def _write_parquet(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np
 
     embedding = pl.Array(pl.Float32, table.dim)
 
+    failures: list[CheckpointError] = []
+
     def frames(*_: Any) -> Iterator[pl.DataFrame]:
         start = 0
-        for block_RD in blocks:
+        for block_RD in _noting(blocks, failures):
             ids = np.arange(start, start + len(block_RD), dtype=np.int64)
             yield pl.DataFrame({"id": ids, "embedding": pl.Series(block_RD, dtype=embedding)})
             start += len(block_RD)
@@ -165,14 +173,19 @@ def _write_parquet(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np
     try:
         frame.sink_parquet(file, compression="uncompressed", row_group_size=table.rows_at_once, maintain_order=True)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise system_error_in(error) or ConfigError(f"parquet: {' '.join(str(error).split())}") from None
+        known = failures[0] if failures else system_error_in(error)
+        raise known or ConfigError(f"parquet: {' '.join(str(error).split())}") from None
+
+
+def _noting(blocks: Iterator[T], failures: list[CheckpointError]) -> Iterator[T]:
+    """The blocks. polars tells of what fails in them as text: here is the error itself."""
+    try:
+        yield from blocks
+    except CheckpointError as error:
+        failures.append(error)
+        raise
 
 
 def main(argv: Sequence[str]) -> None:
     """`dlrm export-table`."""
-    config = parse_flags(ExportConfig, argv, "dlrm export-table")
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half-written goes
-    try:
-        export_table(config)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    export_table(parse_flags(ExportConfig, argv, "dlrm export-table"))

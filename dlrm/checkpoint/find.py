@@ -17,6 +17,10 @@ class UnfinishedError(CheckpointError):
     """A checkpoint whose writing was cut short: there is nothing in it to miss."""
 
 
+class RemovedError(CheckpointError):
+    """A checkpoint that was there and is not: the run that wrote it keeps its newest ones alone."""
+
+
 def locate(address: str) -> tuple[Store, str | None]:
     """What an address means: a checkpoint, or a run directory or folder of checkpoints, whose newest is wanted.
 
@@ -88,11 +92,25 @@ def read_file(store: Store, name: str, file: str) -> bytes:
         with store.open(name, file) as opened:
             return opened.read()
     except FileNotFoundError:
+        check_is_there(store, name)
         if file == MANIFEST:
             raise UnfinishedError(f"{file} is missing: it was not finished") from None
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
+
+
+def check_is_there(store: Store, name: str) -> None:
+    """Tells a checkpoint that lacks a file from one that was removed while it was read.
+
+    Raises:
+        RemovedError: if it was removed.
+    """
+    if name not in _list(store):
+        raise RemovedError(
+            "the checkpoint was removed while it was read. A run keeps its newest ones (--keep): give the run "
+            "directory, or a copy"
+        )
 
 
 def read_config(store: Store, name: str, manifest: Manifest) -> Config:
@@ -139,6 +157,7 @@ def check_files(
                     num_bytes += count
                     advance(count)
         except OSError as error:
+            check_is_there(store, name)
             raise CheckpointError(f"{file}: {error.strerror or error}") from None
         if num_bytes != expected.num_bytes:
             raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")

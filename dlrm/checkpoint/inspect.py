@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dlrm.checkpoint.find import best_of, check_files, checkpoint_names, read_manifest
+from dlrm.checkpoint.find import RemovedError, best_of, check_files, check_is_there, checkpoint_names, read_manifest
 from dlrm.checkpoint.manifest import Manifest, Tensor
 from dlrm.checkpoint.pick import Picked, open_address
 from dlrm.checkpoint.position import Position
@@ -47,12 +47,14 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         CheckpointError: if nothing is there, or the checkpoint that was named is not sound.
     """
     store, given = open_address(config.path)
-    names = [given] if given is not None else checkpoint_names(store)
-    found = {name: _examine(store, name, config) for name in names}
     if given is not None:
-        if isinstance(why := found[given], CheckpointError):
+        if isinstance(why := _examine(store, given, config), CheckpointError):
             raise CheckpointError(f"{store.address}/{given}: {why}.")
         return {"checkpoint": describe(Picked(store, given, why))}
+    examined = {name: _examine(store, name, config) for name in checkpoint_names(store)}
+    found = {name: state for name, state in examined.items() if not isinstance(state, RemovedError)}
+    if not found:  # there are newer ones by now
+        return inspect(config)
     sound = {name: manifest for name, manifest in found.items() if isinstance(manifest, Manifest)}
     newest, best = next(iter(sound), None), best_of(list(sound.items()))
     return {
@@ -69,7 +71,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             }
             for name, state in found.items()
         ],
-        "num_unfinished": len(set(store.leftovers()) - set(names)),
+        "num_unfinished": len(set(store.leftovers()) - set(examined)),
         "checkpoint": describe(Picked(store, newest, sound[newest])) if newest is not None else None,
     }
 
@@ -102,6 +104,7 @@ def _check_sizes(store: Store, name: str, manifest: Manifest) -> None:
         try:
             num_bytes = size_of(store, name, file)
         except OSError as error:
+            check_is_there(store, name)
             raise CheckpointError(f"{file}: {error.strerror or error}") from None
         if num_bytes != expected.num_bytes:
             raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")

@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from dlrm.checkpoint.find import checkpoint_names, locate, read_manifest
+from dlrm.checkpoint.find import RemovedError, checkpoint_names, locate, read_manifest
 from dlrm.checkpoint.manifest import Manifest, step_of
 from dlrm.checkpoint.store import Store
 from dlrm.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,33 @@ def pick(address: str, note: Callable[[str], None]) -> Picked:
         CheckpointError: if there is none, or it is damaged.
     """
     store, given = open_address(address)
-    for name in [given] if given is not None else checkpoint_names(store):
+    if given is not None:
+        try:
+            return Picked(store, given, read_manifest(store, given))
+        except CheckpointError as error:
+            raise CheckpointError(f"{store.address}/{given}: {error}.") from None
+    for name in checkpoint_names(store):
         try:
             return Picked(store, name, read_manifest(store, name))
+        except RemovedError:
+            return pick(address, note)  # there are newer ones by now
         except CheckpointError as error:
-            if given is not None:
-                raise CheckpointError(f"{store.address}/{name}: {error}.") from None
             note(f"Left out {store.address}/{name}: {error}.")
     raise CheckpointError(f"{address}: no checkpoint there is complete.")
+
+
+def read_newest(address: str, note: Callable[[str], None], read: Callable[[Picked], T]) -> T:
+    """What `read` makes of the checkpoint at an address. If a run removes it meanwhile, of the one that is newest then.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged; if it was named, and was removed.
+    """
+    _, named = open_address(address)
+    while True:
+        picked = pick(address, note)
+        try:
+            return read(picked)
+        except RemovedError as error:
+            if named is not None:
+                raise CheckpointError(f"{picked.address}: {error}.") from None
+            note(f"{picked.address} was removed while it was read. Taking the newest one.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch.distributed.checkpoint import CheckpointException, load
 
 from dlrm.checkpoint.find import (
+    RemovedError,
     UnfinishedError,
     check_files,
     checkpoint_names,
@@ -61,6 +62,8 @@ def find_newest(address: str, runtime: Runtime, check: Check, note: Callable[[st
     for name in names:
         try:
             source = _open(address, name, runtime, check)
+        except RemovedError:
+            return find_newest(address, runtime, check, note)  # there are newer ones by now
         except CheckpointError as error:
             left_out.append((name, error))
         else:
@@ -167,6 +170,9 @@ def restore(source: Source, state: State, runtime: Runtime) -> State:
             process_group=runtime.control_group,
         )
     except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, RemovedError):
+                raise RemovedError(f"{source.address}: {cause}.").raised_everywhere() from None
         rank, (cause, _) = min(error.failures.items())
         raise CheckpointError(f"{source.address} (rank {rank}): {cause}").raised_everywhere() from None
     return wanted

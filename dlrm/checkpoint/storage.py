@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dlrm.checkpoint import manifest as files
+from dlrm.checkpoint.find import check_is_there
 from dlrm.checkpoint.state import Parts
 from dlrm.checkpoint.store import Hashed, Store, size_of
 from dlrm.errors import CheckpointError
@@ -255,12 +257,19 @@ class Reader(StorageReader):
             tensor, chunk = self._chunks[item.storage_index.fqn, tuple(item.storage_index.offset)]
             wanted[chunk.file].append((chunk.start, tensor.dtype, chunk, item))
         for name, reads in wanted.items():
-            with self._store.open(self._name, name) as file:
+            with self._open(name) as file:
                 for _, dtype, chunk, item in sorted(reads, key=lambda read: read[0]):
                     _read_block(file, np.dtype(dtype), chunk, item, planner.resolve_tensor(item).detach())
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _open(self, file: str) -> BufferedIOBase:
+        try:
+            return self._store.open(self._name, file)
+        except FileNotFoundError:
+            check_is_there(self._store, self._name)
+            raise
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

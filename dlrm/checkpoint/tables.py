@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.checkpoint.find import check_is_there
 from dlrm.checkpoint.manifest import Chunk, Tensor
 from dlrm.checkpoint.pick import Picked
 from dlrm.errors import CheckpointError
@@ -94,6 +95,7 @@ def read_blocks(picked: Picked, table: Table) -> Iterator[npt.NDArray[np.float32
                     _fill(block_RD, start, chunk, opened[chunk.file])
                 yield block_RD
         except OSError as error:
+            check_is_there(picked.store, picked.name)
             raise CheckpointError(f"{picked.address}: {error.strerror or error}.") from None
 
 

@@ -181,6 +181,12 @@ def _day_names(folder: Path, needs_training: bool) -> list[str]:
     found = sorted(
         {int(match[1]) for path in folder.iterdir() if (match := re.match(r"day_(\d+)_\w+\.npy$", path.name))}
     )
+    if not found and any(folder.glob("day_*_sparse_multi_hot.npz")):
+        raise DatasetError(
+            f"{folder}: holds ids alone, as `dlrm materialize` writes them. Give it as "
+            "--synthetic_multi_hot_criteo_path, and the days that they were made from, for integers and labels, as "
+            "--in_memory_binary_criteo_path."
+        )
     if not found:
         raise DatasetError(
             f"{folder}: no day_0_dense.npy. Expected binary Criteo days, or --dataset_name criteo_kaggle with "

@@ -42,7 +42,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
         DatasetError: if it is none, or of another version.
     """
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None

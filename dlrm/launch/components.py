@@ -18,6 +18,9 @@ from dlrm.launch.resources import (
     read_mounts,
 )
 
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""What torchrun passes on to the ranks, which save; it would die of the last two."""
+
 _PATIENCE = "last_call_timeout=30,keep_alive_interval=5,keep_alive_max_attempt=6"
 """Half a minute until a host counts as lost, and until a job begins without hosts that have not come."""
 
@@ -95,7 +98,7 @@ def train(
     endpoint = "localhost:0" if shape.hosts == 1 else f"$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"
     launcher = f"torchrun --nnodes {shape.nnodes} --nproc_per_node {shape.processes_per_host} --rdzv_backend c10d "
     launcher += f"--rdzv_endpoint {endpoint} --rdzv_id {specs.macros.app_id} --rdzv_conf {_PATIENCE} "
-    launcher += f"--max-restarts {max_restarts}"
+    launcher += f"--max-restarts {max_restarts} --signals_to_handle {_SIGNALS}"
     # torchx puts its macros in place of ${...}, and Kubernetes variables in place of $(...): neither sees $''.
     flags_as_given = shlex.join(flags).replace("$", "$$''")
     return specs.AppDef(

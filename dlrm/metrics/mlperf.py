@@ -122,7 +122,7 @@ class MlperfLog:
         text = f":::MLLOG {json.dumps(line, allow_nan=False)}"
 
         def write() -> None:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
         reported(self._path, write)

@@ -1,9 +1,10 @@
 """Flags of `dlrm preprocess`, and what it may take of the machine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import psutil
 import tyro
@@ -29,6 +30,8 @@ class PreprocessConfig:
     either: being missing says something, and an index of its own lets the model learn what. Integers become
     log(x - m + 2) with m the smallest of the training rows. Training rows are shuffled over all training days, held-out
     rows stay in order. Work is done in OUTPUT.partial; after a crash, `--resume` goes on where it ended."""
+
+    FOREIGN_NAMES: ClassVar[Mapping[str, str]] = {"input_dir": "raw", "output_dir": "output"}
 
     raw: tyro.conf.Positional[tuple[str, ...]]
     """Tab-separated files (label, 13 integers, 26 hex ids; plain, .gz or .zst), in order of time: one a day for

@@ -6,13 +6,13 @@ Shapes: R rows of a block, H hotness.
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,8 @@ class MaterializeConfig:
     """Turns binary days of one id per feature into days of several, as MLPerf's DLRM v2 trains on: each id brings the
     same random companions wherever it comes. Writes day_{i}_sparse_multi_hot.npz: 26 members "0" to "25", int32 [rows,
     hotness], stored uncompressed, so that they can be mapped."""
+
+    FOREIGN_NAMES: ClassVar[Mapping[str, str]] = {"in_memory_binary_criteo_path": "days", "output_path": "output"}
 
     days: tyro.conf.Positional[str]
     """Folder of binary days."""

@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.")
     try:
-        manifest = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         version = manifest["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Copy or write the folder anew.") from None

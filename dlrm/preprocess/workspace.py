@@ -70,7 +70,7 @@ class Workspace:
                 f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
             )
         try:
-            before = json.loads(self._plan.read_text())
+            before = json.loads(self._plan.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{self._plan}: not readable ({error}). Remove {self.root} to start again.") from None
         now = json.loads(json.dumps(plan))
@@ -97,7 +97,7 @@ class Workspace:
         lock = self._lock.path
         if all(path in self._lock.files for path in self.root.iterdir()):
             return True
-        return lock.is_file() and lock.read_text() == _LOCK_TEXT
+        return lock.is_file() and lock.read_bytes() == _LOCK_TEXT.encode()
 
     def _clear(self) -> None:
         """Removes what a run left that was killed while it began or ended; the lock stays."""
@@ -134,7 +134,7 @@ class Workspace:
             if not path.exists():
                 return None
             try:
-                self._facts[stage, part] = json.loads(path.read_text())
+                self._facts[stage, part] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ConfigError(f"{path}: not readable ({error}). Remove {self.root} to start again.") from None
         return self._facts[stage, part]

@@ -1,14 +1,7 @@
-"""What ranks decide together: to save, to stop, to give up. And what a signal asks of a run."""
+"""What ranks decide together: to save, to stop, to give up."""
 
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import IntEnum
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -17,17 +10,20 @@ from dlrm.runtime import Runtime, new_control_group
 
 _SECONDS_BETWEEN = 0.05
 _MOST_STEPS_BETWEEN = 100
-_SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class Wish(IntEnum):
-    """What a rank wants; the strongest of all ranks' is done. INTERRUPT is SIGINT's, END is SIGTERM's."""
+    """What a rank wants; all ranks act on the strongest wish. A signal's name is the wish to save and end by it."""
 
     GO_ON = 0
     SAVE = 1
-    INTERRUPT = 2
-    END = 3
-    FAIL = 4
+    SIGHUP = 2
+    SIGUSR1 = 3
+    SIGUSR2 = 4
+    SIGXCPU = 5
+    SIGINT = 6
+    SIGTERM = 7
+    FAIL = 8
 
 
 class Agreement:
@@ -65,72 +61,3 @@ class Agreement:
         self._work = dist.all_reduce(self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._steps_left = self._steps_between - 1
         return agreed
-
-
-class Ended(BaseException):
-    """A signal has ended a run that has nothing to save. Logs are closed on the way out."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number.name)
-        self.number = number
-
-
-class StopSignals:
-    """SIGTERM and SIGINT as a request to save and end. A second one, a second or more later, ends at once.
-
-    Launchers pass on what the terminal has already sent to all: two in the same second are one. With nothing to save
-    the first one raises Ended.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._can_save = False
-        self._at = 0.0
-
-    @contextmanager
-    def installed(self) -> Iterator["StopSignals"]:
-        """Listens, if this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """While there is a training to save, and somebody who looks at `received`."""
-        self._can_save = True
-        try:
-            yield
-        finally:
-            self._can_save = False
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        name = signal.Signals(number)
-        if self.received is None and self._can_save:
-            self.received, self._at = name, time.monotonic()
-            self._say(f"{name.name}: saving a checkpoint, then ending. Send it again to end at once.")
-            return
-        if self.received is None:
-            self.received, self._at = name, time.monotonic()
-            self._say(f"{name.name}: ended, nothing saved")
-            raise Ended(name)
-        if time.monotonic() - self._at >= _SECONDS_OF_ONE_SIGNAL:
-            self._say(f"{name.name} again: ended")
-            os._exit(exit_code(name))
-
-    @staticmethod
-    def _say(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            start = "\n" if sys.stderr.isatty() else ""  # there may be a bar on the line
-            os.write(sys.stderr.fileno(), f"{start}dlrm: {text}\n".encode())
-
-
-def exit_code(number: signal.Signals) -> int:
-    """What shells and schedulers know as ended by this signal."""
-    return 128 + number

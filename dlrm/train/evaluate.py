@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dlrm.allocator import keep_freed_memory
-from dlrm.checkpoint.find import read_config
+from dlrm.checkpoint.find import RemovedError, read_config
 from dlrm.checkpoint.fit import Difference, differences, model_misfits
-from dlrm.checkpoint.pick import open_address, pick
+from dlrm.checkpoint.pick import Picked, open_address, read_newest
 from dlrm.config import Config, EvaluationConfig, optional
 from dlrm.config_checks import check_config, check_output_file, check_ranges, fields_without_effect
 from dlrm.console import result_alone
@@ -199,11 +199,15 @@ def _show_only(section: Any, names: Sequence[str]) -> Any:
 
 
 def _read_config(address: str) -> Config:
-    picked = pick(address, lambda _: None)
-    try:
-        return read_config(picked.store, picked.name, picked.manifest)
-    except CheckpointError as error:
-        raise CheckpointError(f"{picked.address}: {error}.") from None
+    def read(picked: Picked) -> Config:
+        try:
+            return read_config(picked.store, picked.name, picked.manifest)
+        except RemovedError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{picked.address}: {error}.") from None
+
+    return read_newest(address, lambda _: None, read)
 
 
 def main(argv: Sequence[str]) -> None:

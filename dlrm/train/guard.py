@@ -8,7 +8,7 @@ from dlrm.checkpoint.store import open_store
 from dlrm.console import show_bytes
 from dlrm.host import available_memory_bytes
 from dlrm.runtime import on_main_rank
-from dlrm.train.control import StopSignals
+from dlrm.signals import StopSignals
 from dlrm.train.resume import Start, store_address
 from dlrm.train.run_directory import RunDirectory
 from dlrm.train.safety import RunSafety, state_of

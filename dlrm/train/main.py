@@ -10,11 +10,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dlrm.allocator import keep_freed_memory
-from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError, reason_of
+from dlrm.errors import EXIT_USER_ERROR, DlrmError, explain
 from dlrm.flags import parse_args
+from dlrm.signals import Ended, InterruptedRun, StopSignals, exit_code, say
+from dlrm.streams import make_stdout_optional, safe_streams
 
 T = TypeVar("T")
 
@@ -24,12 +26,22 @@ _SECONDS_FOR_LAUNCHER = 10
 def main(argv: Sequence[str]) -> None:
     """Trains, validates and tests a DLRM as the flags say. Call it on every rank that the launcher started.
 
+    In a process of its own, as a notebook is, it leaves nothing behind, however it ends, and can be called again.
+
     Args:
         argv: flags, without the program's name.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
+        SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help; with 128
+            and a signal's number if that has ended the run.
+        KeyboardInterrupt: if SIGINT has, and there is no other rank.
     """
+    with safe_streams():
+        train(argv, StopSignals(ends_process=_has_peers()))
+
+
+def train(argv: Sequence[str], listener: StopSignals) -> None:
+    """As `main`, with signals heard by `listener`."""
     started = time.time()
     keep_freed_memory()
     end_with_launcher()
@@ -37,31 +49,37 @@ def main(argv: Sequence[str]) -> None:
         config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
-        from dlrm.train.control import Ended, StopSignals, exit_code
         from dlrm.train.run import run
         from dlrm.train.safety import Stopped
 
         quieten_libraries()
-        with StopSignals().installed() as signals:
+        make_stdout_optional()
+        with listener.installed():
             try:
                 with start_runtime() as runtime:
-                    run(config, runtime, started, signals)
+                    run(config, runtime, started, listener)
             except Stopped as stopped:
-                if os.environ.get("RANK", "0") == "0":
-                    print(
-                        f"dlrm: {stopped.number.name}: stopped after step {stopped.step:,}, which is saved. The same "
-                        "command with the same --run_dir goes on from there.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                raise SystemExit(exit_code(stopped.number)) from None
+                say(
+                    f"{stopped.number.name}: stopped after step {stopped.step:,}, which is saved. The same command "
+                    "with the same --run_dir goes on from there."
+                )
+                _end_by(stopped.number, stopped)
             except Ended as ended:
-                sys.stdout.flush()
-                os._exit(exit_code(ended.number))  # other ranks may be gone: no teardown
+                if _has_peers():
+                    _exit_at_once(exit_code(ended.number))  # other ranks may be gone: no teardown
+                _end_by(ended.number, ended)
             except RuntimeError as error:
-                if signals.received is None or not _has_peers() or not _is_lost_peer(error):
+                if listener.received is None or not _has_peers() or not _is_lost_peer(error):
                     raise
-                os._exit(exit_code(signals.received))  # the launcher ends this process for the rank that is lost
+                _exit_at_once(exit_code(listener.received))  # the launcher ends this process for the rank that is lost
+
+
+def _end_by(number: signal.Signals, error: BaseException) -> NoReturn:
+    """Ends a run that a signal has ended, as its caller expects it."""
+    traceback.clear_frames(error.__traceback__)  # in a notebook they would keep the model until the next error
+    if number is signal.SIGINT and not _has_peers():
+        raise InterruptedRun(str(error)) from None
+    raise SystemExit(exit_code(number)) from None
 
 
 def end_with_launcher() -> None:
@@ -86,39 +104,52 @@ def errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except DlrmError as error:
-        if error.everywhere or not _has_peers():
-            if os.environ.get("RANK", "0") == "0" or not _has_peers():
-                print(f"dlrm: error: {error}", file=sys.stderr, flush=True)
-            else:
-                # The launcher ends all ranks when the first one leaves: let that be rank 0, which says why.
-                time.sleep(_SECONDS_FOR_LAUNCHER)
+        traceback.clear_frames(error.__traceback__)
+        if error.everywhere and os.environ.get("RANK", "0") != "0":
+            # The launcher ends all ranks when the first one leaves: let that be rank 0, which says why.
+            time.sleep(_SECONDS_FOR_LAUNCHER)
             raise SystemExit(EXIT_USER_ERROR) from None
-        _leave_alone(str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        _leave_alone("interrupted", EXIT_INTERRUPTED)
+        _end(str(error), EXIT_USER_ERROR, is_joint=error.everywhere)
+    except (KeyboardInterrupt, Ended) as error:
+        if not _has_peers():
+            raise
+        number = error.number if isinstance(error, Ended) else signal.SIGINT
+        _end(f"{number.name}: ended", exit_code(number))
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _leave_alone(f"{where}{reason_of(error)}", EXIT_USER_ERROR)
+        traceback.clear_frames(error.__traceback__)
+        _end(explain(error), EXIT_USER_ERROR)
+    except UnicodeEncodeError as error:
+        _end(explain(error), EXIT_USER_ERROR)
     except RuntimeError as error:
         if not _has_peers() or not _is_lost_peer(error):
             raise
         # The launcher ends this process once it has seen the rank that failed; its error is the one to read.
         time.sleep(_SECONDS_FOR_LAUNCHER)
         last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        _leave_alone(f"lost another rank or its host; its error, if there is one, says why ({last_line})", 1)
+        _end(f"lost another rank or its host; its error, if there is one, says why ({last_line})", 1)
 
 
 def _has_peers() -> bool:
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        return distributed.get_world_size() > 1
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _leave_alone(text: str, code: int) -> NoReturn:
-    """Ends this process without a teardown in which other ranks would have to take part."""
-    where = f" (rank {os.environ.get('RANK')})" if _has_peers() else ""
+def _end(text: str, code: int, *, is_joint: bool = False) -> NoReturn:
+    """Says why it ends. With other ranks, unless all end alike, there is no teardown, in which they would take part."""
+    is_alone = is_joint or not _has_peers()
+    where = "" if is_alone else f" (rank {os.environ.get('RANK')})"
     print(f"dlrm: error{where}: {text}", file=sys.stderr, flush=True)
+    if is_alone:
+        raise SystemExit(code) from None
+    _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     os._exit(code)
 

@@ -25,8 +25,8 @@ from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.runtime import Runtime, on_every_rank, on_main_rank, peak_memory_gib
 from dlrm.sharding.plan import Placement
+from dlrm.signals import StopSignals
 from dlrm.train.assemble import assemble
-from dlrm.train.control import StopSignals
 from dlrm.train.guard import guard
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
@@ -232,7 +232,7 @@ def _note_other_ranks(config: Config, runtime: Runtime) -> None:
     if config.config is None:
         return
     try:
-        ranks = json.loads(Path(config.config).with_name("environment.json").read_text())["world_size"]
+        ranks = json.loads(Path(config.config).with_name("environment.json").read_text(encoding="utf-8"))["world_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if ranks != runtime.world_size:

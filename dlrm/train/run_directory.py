@@ -66,7 +66,7 @@ class RunDirectory:
 
     def _launch(self) -> str | None:
         with suppress(OSError, ValueError, AttributeError):
-            return json.loads((self.path / "environment.json").read_text()).get("launch")
+            return json.loads((self.path / "environment.json").read_text(encoding="utf-8")).get("launch")
         return None
 
     @staticmethod
@@ -189,7 +189,7 @@ class RunDirectory:
     def lines(self) -> list[dict[str, Any]]:
         """Of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl, whole or not at all.
@@ -236,7 +236,12 @@ def launch_id() -> str | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     with suppress(OSError):
-        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        started = (
+            Path(f"/proc/{os.getppid()}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
         return f"{platform.node()} {os.getppid()} {started}"
     return None
 

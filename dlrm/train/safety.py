@@ -10,7 +10,8 @@ from dlrm.checkpoint.state import State, count_state, training_state
 from dlrm.config import CheckpointConfig
 from dlrm.errors import CheckpointError
 from dlrm.runtime import Runtime
-from dlrm.train.control import Agreement, StopSignals, Wish
+from dlrm.signals import StopSignals
+from dlrm.train.control import Agreement, Wish
 from dlrm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class RunSafety(Safety):
         if checkpointer.has_failed:
             return Wish.FAIL
         if self._signals.received is not None:
-            return Wish.END if self._signals.received is Signals.SIGTERM else Wish.INTERRUPT
+            return Wish[self._signals.received.name]
         seconds = self._config.every_seconds
         is_due = self._runtime.is_main and seconds is not None and time.monotonic() - self._since >= seconds
         return Wish.SAVE if is_due and not self._is_due else Wish.GO_ON
@@ -147,7 +148,7 @@ class RunSafety(Safety):
             if checkpointer.last_step != trainer.step:
                 self._save(trainer, checkpointer, wait=True)
             checkpointer.finish()
-            raise Stopped(Signals.SIGTERM if agreed is Wish.END else Signals.SIGINT, trainer.step)
+            raise Stopped(Signals[agreed.name], trainer.step)
 
     def _save(self, trainer: "Trainer", checkpointer: Checkpointer, *, wait: bool = False) -> None:
         self._watchdog.beat("saving a checkpoint")

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from dlrm.artifacts import write_result
-from dlrm.checkpoint.manifest import Manifest
+from dlrm.checkpoint.find import RemovedError
+from dlrm.checkpoint.fit import model_misfits
+from dlrm.checkpoint.manifest import Manifest, step_of
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import Source, find_given, restore
+from dlrm.checkpoint.restore import MisfitError, Source, find_given, restore
 from dlrm.checkpoint.state import model_state
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.console import plural
@@ -38,7 +41,7 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     runtime = base.runtime
     if runtime.is_main:
         _tell(source, config, base, data)
-    restore(source, model_state(base.model, runtime.world_size), runtime)
+    source = _restore(source, asked.checkpoint, base)
     results = _score(config, base, stages)
     if asked.json is not None:
         path, facts = asked.json, _describe(source, config, runtime, data, results)
@@ -47,6 +50,34 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
 
 def _take(manifest: Manifest, saved: Config) -> None:
     """Whatever run wrote it: the model is built as its config says."""
+
+
+def _restore(source: Source, address: str, base: Foundation) -> Source:
+    """Fills the model from a checkpoint; gives the one that was taken. Collective.
+
+    A run that trains removes its older checkpoints: if this one goes meanwhile, and was not named, another is taken.
+
+    Raises:
+        CheckpointError: if it was named and is gone, or can't be read.
+    """
+    state = model_state(base.model, base.runtime.world_size)
+    while True:
+        try:
+            restore(source, state, base.runtime)
+        except RemovedError:
+            if step_of(address.rstrip("/").rpartition("/")[2]) is not None:
+                raise
+        else:
+            return source
+        gone, source = source, find_given(address, base.runtime, partial(_check_model, source.config), print)
+        if base.runtime.is_main:
+            print(f"{gone.address} was removed while it was read. Scoring with {source.address}.", flush=True)
+
+
+def _check_model(expected: Config, manifest: Manifest, saved: Config) -> None:
+    del manifest
+    if misfits := model_misfits(saved, expected):
+        raise MisfitError(f"it was written with {', '.join(map(str, misfits))}")
 
 
 def _score(config: Config, base: Foundation, stages: Sequence[Stage]) -> dict[Stage, EvaluationResult]:

@@ -1,14 +1,20 @@
 """A checkpoint scored on any ranks and with any sharding: the metrics that training had."""
 
 import json
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from dlrm.checkpoint.storage import Reader
+from dlrm.checkpoint.store import open_store
 from dlrm.config import (
     CheckpointConfig,
     Config,
@@ -20,8 +26,8 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.runtime import start_runtime
-from dlrm.train.control import StopSignals
+from dlrm.runtime import Runtime, on_main_rank, start_runtime
+from dlrm.signals import StopSignals
 from dlrm.train.evaluate import parse_evaluate
 from dlrm.train.run import run
 from dlrm.train.score_checkpoint import score_checkpoint
@@ -117,8 +123,30 @@ def work(folder: Path, ranks: int, trains: bool, scores: bool) -> None:
         whole = ("--table_constraints", "all = table_wise")
         first = folder / CASES[0].name / "checkpoints"
         score(f"step 4-{ranks}", first / "step_0000000004", *whole, "--split", "val")
+        going = folder / f"going-{ranks}"
+        with removing(going, first, runtime):
+            score(f"going-{ranks}", going, *whole, "--split", "val")
         other = ("--in_memory_binary_criteo_path", str(folder / "other days"), "--mmap_mode")
         score(f"other-{ranks}", folder / CASES[4].name, *whole, *other, "--batch_size=16", "--test_batch_size", "7")
+
+
+@contextmanager
+def removing(going: Path, checkpoints: Path, runtime: Runtime) -> Iterator[None]:
+    """Has a copy of two checkpoints lose the newer one when it is about to be restored. Collective."""
+    names = ("step_0000000004", "step_0000000006")
+    on_main_rank(runtime, lambda: [str(shutil.copytree(checkpoints / name, going / name)) for name in names])
+
+    def read_data(reader: Reader, *arguments: Any) -> Any:
+        if runtime.is_main and (going / names[1]).exists():
+            open_store(str(going)).remove(names[1])
+        dist.barrier()
+        return before(reader, *arguments)
+
+    before, Reader.read_data = Reader.read_data, read_data
+    try:
+        yield
+    finally:
+        Reader.read_data = before
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +192,13 @@ def test_an_older_checkpoint(ranks: int, folder: Path) -> None:
     found = scores(folder, f"step 4-{ranks}")
     assert same(found["val"], last_of(folder / CASES[0].name, "val", 4))
     assert "test" not in found
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_one_that_a_run_removes_while_it_is_read(ranks: int, folder: Path) -> None:
+    found = scores(folder, f"going-{ranks}")
+    assert found["checkpoint"] == f"{folder / f'going-{ranks}'}/step_0000000004"
+    assert found["val"] == scores(folder, f"step 4-{ranks}")["val"]
 
 
 def test_other_days(folder: Path) -> None:

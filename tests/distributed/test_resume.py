@@ -30,9 +30,9 @@ from dlrm.config import (
 )
 from dlrm.lock import Locks
 from dlrm.runtime import Runtime, start_runtime
+from dlrm.signals import StopSignals
 from dlrm.train import control
 from dlrm.train.assemble import assemble
-from dlrm.train.control import StopSignals
 from dlrm.train.resume import find_start, resume_training
 from dlrm.train.run import run
 from dlrm.train.safety import Stopped, state_of

@@ -128,11 +128,20 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_end(start: Launch) -> None:
     job = start("disturbed")
     job.wait_for_step(stopped + 8)
     assert f"Resuming from {job.run_dir}/checkpoints/step_{stopped:010d}" in job.output
+    job.ranks()[1].send_signal(signal.SIGUSR1)
+    assert job.wait() != 0
+    warned = len(read_losses(job.run_dir))
+    assert f"dlrm: SIGUSR1: stopped after step {warned}, which is saved." in job.output
+    assert job.output.count("exitcode  : 138 ") == 2
+    assert newest(job.run_dir).name == f"step_{warned:010d}"
+
+    job = start("disturbed")
+    job.wait_for_step(warned + 8)
     job.process.kill()  # nobody is left to tell the ranks, but the kernel
     assert job.wait(30) == -signal.SIGKILL
     saved = len(read_losses(job.run_dir))
     assert newest(job.run_dir).name == f"step_{saved:010d}"
-    assert stopped < saved < STEPS
+    assert stopped < warned < saved < STEPS
 
     job = start("disturbed", launcher=("--max-restarts", "1", *ALONE))
     job.wait_for_step(saved + 8)

@@ -21,8 +21,8 @@ from dlrm.kernels import native
 from dlrm.lock import Locks
 from dlrm.runtime import Runtime, start_runtime
 from dlrm.schema import TABLE_NAMES
+from dlrm.signals import StopSignals
 from dlrm.train.assemble import assemble
-from dlrm.train.control import StopSignals
 from dlrm.train.initial import take_weights
 from dlrm.train.resume import find_start
 from dlrm.train.run import run

@@ -65,6 +65,54 @@ def test_main_twice_in_one_process(tmp_path: Path) -> None:
     assert (tmp_path / "1" / "summary.json").exists()
 
 
+NOTEBOOK = """
+import os, signal, sys, threading
+import torch.distributed as dist
+import dlrm_main
+from dlrm.train.safety import RunSafety
+
+flags, folder, after_step = sys.argv[2:], sys.argv[1], RunSafety.after_step
+before = [signal.getsignal(number) for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP)]
+stdout = sys.stdout
+
+def interrupt(self, trainer, **named):
+    if trainer.step == 3:
+        os.kill(os.getpid(), number)
+    after_step(self, trainer, **named)
+
+def call(name, *more):
+    try:
+        dlrm_main.main([*flags, "--run_dir", f"{folder}/{name}", *more])
+        print(name, "done")
+    except BaseException as error:
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else type(error)
+        print(name, kind.__name__, error)
+    assert before == [signal.getsignal(n) for n in signal.Signals if n not in (signal.SIGKILL, signal.SIGSTOP)]
+    assert sys.stdout is stdout and not dist.is_initialized() and threading.active_count() == 1
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    RunSafety.after_step = interrupt
+    call("saved", "--checkpoint_every", "1000", "--resume", "never")
+    call("lost")
+    RunSafety.after_step = after_step
+    call("lost", "--learning_rat", "1")
+    call("lost", "--in_memory_binary_criteo_path", f"{folder}/none")
+    call("saved", "--checkpoint_every", "1000")
+    folder += "/again"
+"""
+
+
+def test_main_in_a_notebook_raises_and_can_be_called_again(tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", NOTEBOOK, str(tmp_path), *TINY])
+    assert done.returncode == 0, done.stderr
+    kinds = [line for line in done.stdout.splitlines() if line.startswith(("saved ", "lost "))]
+    interrupted = ["saved KeyboardInterrupt SIGINT at step 3", "lost KeyboardInterrupt SIGINT"]
+    hung_up = ["saved SystemExit 129", "lost SystemExit 129"]
+    after = ["lost SystemExit 2", "lost SystemExit 2", "saved done"]
+    assert kinds == [*interrupted, *after, *hung_up, *after]
+    assert done.stdout.count("Resuming from ") == 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_seed_repeats_a_run_bit_for_bit(tmp_path: Path, ranks: int) -> None:
     for name in ("a", "b", "other"):

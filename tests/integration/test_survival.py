@@ -164,7 +164,10 @@ def test_a_run_directory_that_turns_read_only(small_disk: Callable[[str], Path])
     assert read_metrics(disk) == [{"kind": "train", "step": 1}]
 
 
-@pytest.mark.parametrize(("number", "flags", "kind"), [(signal.SIGTERM, [], "file"), (signal.SIGINT, ADDED, "local")])
+@pytest.mark.parametrize(
+    ("number", "flags", "kind"),
+    [(signal.SIGHUP, [], "file"), (signal.SIGTERM, [], "file"), (signal.SIGINT, ADDED, "local")],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     folder: Path, number: signal.Signals, flags: list[str], kind: str
 ) -> None:

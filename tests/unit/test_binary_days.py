@@ -125,6 +125,10 @@ def write_manifest(folder: Path, **change: object) -> None:
 FAULTS = {
     "no folder": (lambda f: shutil.rmtree(f), "days: no such folder"),
     "empty folder": (lambda f: [path.unlink() for path in f.iterdir()], "days: no day_0_dense.npy"),
+    "ids of dlrm materialize": (
+        lambda f: [path.unlink() for path in f.iterdir()] + [(f / "day_0_sparse_multi_hot.npz").touch()],
+        "days: holds ids alone, .* as --synthetic_multi_hot_criteo_path, and the days .* as --in_memory_binary_criteo",
+    ),
     "one day": (lambda f: [path.unlink() for path in f.glob("day_[12]*")], r"one day only \(day_0\)"),
     "a gap": (lambda f: [path.unlink() for path in f.glob("day_1*")], "day_1_dense.npy is missing"),
     "no day 0": (lambda f: [path.unlink() for path in f.glob("day_0*")], "day_0_dense.npy is missing"),

@@ -6,8 +6,17 @@ import fsspec
 import pytest
 import torch
 
-from dlrm.checkpoint.find import best_of, check_files, complete_checkpoints, locate, read_file, read_manifest
+from dlrm.checkpoint.find import (
+    RemovedError,
+    best_of,
+    check_files,
+    complete_checkpoints,
+    locate,
+    read_file,
+    read_manifest,
+)
 from dlrm.checkpoint.manifest import Chunk, Manifest, Tensor, name_of
+from dlrm.checkpoint.pick import read_newest
 from dlrm.checkpoint.restore import MisfitError, find_given, find_newest
 from dlrm.checkpoint.store import open_store
 from dlrm.config import CheckpointConfig, Config, TrainingConfig
@@ -246,3 +255,48 @@ def test_the_best(store):
     there = complete_checkpoints(store)
     assert best_of(there) == names[1]
     assert best_of([(name, replace(manifest, val_auroc=None)) for name, manifest in there]) is None
+
+
+def removing(store, name):
+    """What a run that trains does to a checkpoint: it writes a newer one, and removes this one."""
+
+    def check(*_):
+        if name in store.names():
+            save(store, 40)
+            store.remove(name)
+
+    return check
+
+
+def test_of_one_that_is_removed_while_it_is_read_the_next_is_taken(store):
+    save(store, 10)
+    name = save(store, 20)
+    found = find_given(store.address, RUNTIME, removing(store, name), print)
+    assert (found.manifest.step, found.left_out) == (40, ())
+
+
+def test_one_that_is_named_and_removed_while_it_is_read(store):
+    save(store, 10)
+    name = save(store, 20)
+    with pytest.raises(RemovedError) as refused:
+        find_given(f"{store.address}/{name}", RUNTIME, removing(store, name), print)
+    assert str(refused.value) == (
+        f"{store.address}/{name}: the checkpoint was removed while it was read. A run keeps its newest ones (--keep): "
+        "give the run directory, or a copy."
+    )
+
+
+def test_what_is_read_of_one_that_goes_is_read_of_the_newest(store):
+    save(store, 10)
+    name, notes = save(store, 20), []
+
+    def read(picked):
+        removing(store, name)()
+        check_files(store, picked.name, picked.manifest, ["rank_0.bin"])
+        return picked.manifest.step
+
+    assert read_newest(store.address, notes.append, read) == 40
+    assert notes == [f"{store.address}/{name} was removed while it was read. Taking the newest one."]
+    name = "step_0000000010"
+    with pytest.raises(CheckpointError, match=f"{name}: the checkpoint was removed while it was read"):
+        read_newest(f"{store.address}/{name}", notes.append, read)

@@ -1,37 +1,12 @@
-import os
-import signal
-import threading
 from itertools import pairwise
 
 import pytest
 import torch
 
+from dlrm import signals
 from dlrm.runtime import Runtime
 from dlrm.train import control
-from dlrm.train.control import Agreement, Ended, StopSignals, Wish, exit_code
-
-
-class Exited(BaseException):
-    """In place of the process's end."""
-
-
-@pytest.fixture
-def ends(monkeypatch):
-    def end(code):
-        raise Exited(code)
-
-    monkeypatch.setattr(control.os, "_exit", end)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(control.time, "monotonic", lambda: now[0])
-    return now
-
-
-def send(number):
-    os.kill(os.getpid(), number)
+from dlrm.train.control import Agreement, Wish
 
 
 def test_a_rank_alone_agrees_with_itself():
@@ -78,7 +53,10 @@ def reach(monkeypatch):
     return step
 
 
-@pytest.mark.parametrize("wishes", [(Wish.SAVE, Wish.END), (Wish.FAIL, Wish.INTERRUPT), (Wish.GO_ON, Wish.SAVE)])
+@pytest.mark.parametrize(
+    "wishes",
+    [(Wish.SAVE, Wish.SIGUSR1), (Wish.SIGUSR1, Wish.SIGTERM), (Wish.FAIL, Wish.SIGINT), (Wish.GO_ON, Wish.SAVE)],
+)
 def test_the_strongest_wish_reaches_all_at_the_same_step(reach, wishes):
     assert {reach(*wishes)[0] for _ in range(20)} == {Wish.GO_ON, max(wishes)}
 
@@ -98,69 +76,7 @@ def test_ranks_exchange_wishes_every_50_ms(reach):
     assert set(gaps) <= {4, 5}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_first_signal_is_a_request(number, code, ends, capfd):
-    with StopSignals().installed() as signals, signals.saving():
-        assert signals.received is None
-        send(number)
-        assert signals.received is number
-    assert exit_code(number) == code
-    assert capfd.readouterr().err == (
-        f"dlrm: {number.name}: saving a checkpoint, then ending. Send it again to end at once.\n"
-    )
-
-
-def test_a_second_one_ends_at_once_unless_it_comes_with_the_first(ends, clock, capfd):
-    with StopSignals().installed() as signals, signals.saving():
-        send(signal.SIGTERM)
-        clock[0] += 0.9
-        send(signal.SIGTERM)
-        send(signal.SIGINT)
-        assert signals.received is signal.SIGTERM
-        clock[0] += 0.2
-        with pytest.raises(Exited, match="130"):
-            send(signal.SIGINT)
-    assert capfd.readouterr().err.endswith("dlrm: SIGINT again: ended\n")
-
-
-def test_with_nothing_to_save_the_first_one_ends(ends, clock, capfd):
-    with StopSignals().installed() as signals:
-        with signals.saving():
-            pass
-        with pytest.raises(Ended, match="SIGTERM") as caught:
-            send(signal.SIGTERM)
-        assert caught.value.number is signal.SIGTERM
-        send(signal.SIGINT)
-        clock[0] += 1.1
-        with pytest.raises(Exited, match="130"):
-            send(signal.SIGINT)
-    assert capfd.readouterr().err == "dlrm: SIGTERM: ended, nothing saved\ndlrm: SIGINT again: ended\n"
-
-
-def test_one_rank_says_it(ends, monkeypatch, capfd):
-    monkeypatch.setenv("RANK", "1")
-    with StopSignals().installed() as signals, signals.saving():
-        send(signal.SIGTERM)
-    assert signals.received is signal.SIGTERM
-    assert capfd.readouterr().err == ""
-
-
-def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with StopSignals().installed():
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_another_thread_does_not_listen():
-    found = []
-
-    def work():
-        with StopSignals().installed() as signals:
-            found.append((signals.received, signal.getsignal(signal.SIGTERM)))
-
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [(None, before)]
+def test_each_signal_that_is_heard_is_a_wish():
+    """A rank that a signal has reached wishes to end by that one, which all ranks then do."""
+    for number in (*signals._URGENT, *signals._OTHERS):
+        assert Wish.SAVE < Wish[number.name] < Wish.FAIL

@@ -3,7 +3,9 @@
 import errno
 import pickle
 
-from dlrm.errors import DatasetError, reason_of, system_error_in
+import pytest
+
+from dlrm.errors import DatasetError, explain, reason_of, system_error_in
 
 
 def test_an_error_is_one_line_in_which_paths_are_as_they_were():
@@ -25,3 +27,23 @@ def test_errors_that_libraries_tell_as_text():
     assert found is not None
     assert found.errno == errno.ENOSPC
     assert system_error_in(RuntimeError("another")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device", "out"), "out: the disk is full"),
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (OSError("a library's own"), "a library's own"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "TMPDIR: no folder for temporary files can be written. Set it to one that can.",
+        ),
+        (
+            UnicodeEncodeError("ascii", "l\xe4ufe", 1, 2, "ordinal not in range(128)"),
+            "'l\\xe4ufe': this locale's encoding, ascii, has no such name. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+        ),
+    ],
+)
+def test_what_the_system_says_is_one_line(error, text):
+    assert explain(error) == text

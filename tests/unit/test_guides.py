@@ -17,11 +17,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN_FLAGS = {
     *("--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf"),  # torchrun
-    *("--max-restarts", "--no_python", "--role", "--standalone", "--shutdown-timeout"),
+    *("--max-restarts", "--no_python", "--role", "--standalone", "--shutdown-timeout", "--signals_to_handle"),
     *("--script", "--dryrun", "--workspace"),  # torchx
     *("--no-deps", "--target"),  # pip
     *("--preserve-status", "--signal"),  # timeout
-    *("--tag", "--wait"),  # docker, sbatch
+    *("--tag", "--wait", "--time"),  # docker, sbatch
     *("--logdir", "--ruleset"),  # TensorBoard, MLPerf's checker
     *("--repo-type", "--local-dir"),  # hf
     "--long",  # zstd

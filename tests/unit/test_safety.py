@@ -8,7 +8,7 @@ import torch
 from dlrm.checkpoint.checkpointer import Checkpointer, Saved
 from dlrm.config import CheckpointConfig
 from dlrm.runtime import Runtime
-from dlrm.train.control import StopSignals
+from dlrm.signals import StopSignals
 from dlrm.train.safety import RunSafety
 from dlrm.train.watchdog import Watchdog
 
