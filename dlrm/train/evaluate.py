@@ -17,6 +17,7 @@ from dlrm.config import Config, EvaluationConfig, optional
 from dlrm.config_checks import check_config, check_output_file, check_ranges, fields_without_effect
 from dlrm.errors import CheckpointError, ConfigError
 from dlrm.flags import is_named, parse_flags, reset, value_of
+from dlrm.launcher import adopt_launcher
 from dlrm.train.main import end_with_launcher, errors_as_one_line, on_each_rank, quieten_libraries
 
 PROG = "dlrm evaluate"
@@ -214,6 +215,7 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     end_with_launcher()
     with errors_as_one_line():
+        on_each_rank(adopt_launcher)
         asked = on_each_rank(lambda: parse_evaluate(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime

@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 from dlrm.allocator import keep_freed_memory
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 from dlrm.flags import parse_args
+from dlrm.launcher import adopt_launcher
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     end_with_launcher()
     with errors_as_one_line():
+        on_each_rank(adopt_launcher)
         config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
