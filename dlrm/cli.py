@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dlrm import __version__
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
+from dlrm.shortage import shortage_as_error
 
 COMMANDS = {
     "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
@@ -60,7 +61,8 @@ def exit_code_of(program: str, run: Callable[[], int | None], module: str = "") 
         module: whose IF_INTERRUPTED is said after an interruption.
     """
     try:
-        return run() or 0
+        with shortage_as_error():
+            return run() or 0
     except DlrmError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -68,3 +68,7 @@ class LaunchError(DlrmError):
 
 class DivergedError(DlrmError):
     """A loss or a score that is not a finite number."""
+
+
+class ShortageError(DlrmError):
+    """Memory, threads or open files that have run out."""

@@ -22,9 +22,11 @@ from dlrm.host import (
     chosen_threads,
     is_bound_already,
     share_of_rank,
+    usable_cores,
 )
 from dlrm.kernels.exchange import exchange_in_memory
 from dlrm.launcher import Seat, adopt_launcher, assign_seats
+from dlrm.limits import cpu_quota
 from dlrm.rendezvous import open_launch_store, share_texts
 
 T = TypeVar("T")
@@ -92,9 +94,9 @@ def start_runtime() -> Iterator[Runtime]:
     if owns_group:
         adopt_launcher()
     ranks = _read_launcher() if owns_group else _read_group()
-    host_memory_bytes = available_memory_bytes()
     store = _open_store(ranks) if owns_group else None
     ranks = _find_hosts(ranks, store)
+    host_memory_bytes = available_memory_bytes(ranks.local_world_size)
     device = _pick_device(ranks)
     threads = _arrange_threads(ranks.local_rank, ranks.local_world_size)
     if store is not None:
@@ -256,7 +258,8 @@ def _pick_device(ranks: _Ranks) -> torch.device:
 def _arrange_threads(local_rank: int, local_world_size: int) -> str:
     """The ranks of a host share its cores, a thread for each, unless OMP_NUM_THREADS says otherwise. Says which.
 
-    Where memory is nearer to some cores than to others, each rank keeps to its share, and its tables to memory there.
+    A CPU quota counts as its whole cores. If memory is nearer to some cores than to others, each rank keeps to its
+    share, and its tables to memory there.
     """
     cores = allowed_cores()
     share = share_of_rank(cores, local_rank, local_world_size)
@@ -266,10 +269,13 @@ def _arrange_threads(local_rank: int, local_world_size: int) -> str:
         os.sched_setaffinity(0, {core.cpu for core in share})
     physical = len({core.physical for core in share})
     chosen = chosen_threads()
-    torch.set_num_threads(chosen or max(1, physical if len(cores) >= local_world_size else 1))
+    own = usable_cores(physical if len(cores) >= local_world_size else 1, local_world_size)
+    torch.set_num_threads(chosen or max(1, own))
     why = "" if chosen is None else " (OMP_NUM_THREADS)"
+    quota = cpu_quota()
+    limit = "" if quota is None or quota >= len(cores) else f" with a CPU quota of {quota:.3g}"
     bound = f", each rank on its share of {nodes} NUMA nodes" if binds else ""
-    return f"{count(torch.get_num_threads(), 'thread')} a rank{why} on {count(len(cores), 'core')}{bound}"
+    return f"{count(torch.get_num_threads(), 'thread')} a rank{why} on {count(len(cores), 'core')}{limit}{bound}"
 
 
 def _open_store(ranks: _Ranks) -> dist.Store:

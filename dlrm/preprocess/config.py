@@ -9,9 +9,9 @@ import psutil
 import tyro
 
 from dlrm.config import optional
-from dlrm.console import plural
+from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.host import available_cores
+from dlrm.host import available_cores, available_memory_bytes
 from dlrm.preprocess.verify import check_vocabulary, read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
 
@@ -190,14 +190,21 @@ class Resources:
 
     @staticmethod
     def within(memory_gib: float, workers: int | None) -> "Resources":
-        """A share for each worker of what the process does not hold already.
+        """A share for each worker of what the process does not hold already, and of what the machine still has.
 
         Raises:
             ConfigError: if that is too little.
         """
         held = psutil.Process().memory_info().rss + _MARGIN_BYTES
-        free = int(memory_gib * 2**30) - held
+        there = available_memory_bytes() - _MARGIN_BYTES
+        free = min(int(memory_gib * 2**30) - held, there)
         most = max(1, free // _LEAST_BYTES_PER_WORKER)
+        if there < (workers or 1) * _LEAST_BYTES_PER_WORKER:
+            raise ConfigError(
+                f"{show_bytes(max(0, there))} of memory free for {plural(workers or 1, 'worker')}: expected "
+                f"{show_bytes((workers or 1) * _LEAST_BYTES_PER_WORKER)} or more. Free some, raise the limit (of the "
+                "container, or ulimit -v), or use fewer --workers."
+            )
         if free < _LEAST_BYTES_PER_WORKER or (workers or 1) > most:
             needed = (held + (workers or 1) * _LEAST_BYTES_PER_WORKER) / 2**30
             raise ConfigError(

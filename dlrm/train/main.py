@@ -16,6 +16,7 @@ from dlrm.allocator import keep_freed_memory
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError
 from dlrm.flags import parse_args
 from dlrm.launcher import adopt_launcher
+from dlrm.shortage import shortage_as_error
 
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ def on_each_rank(parse: Callable[[], T]) -> T:
 def errors_as_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit code 2. A rank that lost its peers leaves the word to the failed one."""
     try:
-        yield
+        with shortage_as_error():
+            yield
     except DlrmError as error:
         if error.everywhere or not _has_peers():
             if os.environ.get("RANK", "0") == "0" or not _has_peers():
