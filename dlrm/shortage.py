@@ -3,18 +3,18 @@
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dlrm.console import show_bytes
 from dlrm.errors import ShortageError
 from dlrm.host import available_memory_bytes
-from dlrm.limits import open_files_limit
+from dlrm.limits import is_address_space_limited, open_files_limit
 
 _ASKED = re.compile(r"you tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
 _ASKED_WITH_UNIT = re.compile(r"(?:Unable to allocate|Tried to allocate) ([\d.]+ [KMGTPE]?i?B|[\d.]+ bytes)")
 _MEMORY = re.compile(
     r"can't allocate memory|Cannot allocate memory|std::bad_alloc|CUDA out of memory|failed to map segment|"
-    r"Unable to allocate|Failed in nopython mode pipeline.*MemoryError"
+    r"Unable to allocate"
 )
 _THREADS = re.compile(r"can't start new thread|thread constructor failed|Resource temporarily unavailable")
 _FILES = (errno.EMFILE, errno.ENFILE)
@@ -29,7 +29,7 @@ def shortage_as_error() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+    except (MemoryError, OSError, RuntimeError, ImportError, SystemError) as error:
         if (explained := explain_shortage(error)) is None:
             raise
         raise ShortageError(explained) from None
@@ -48,17 +48,27 @@ def explain_shortage(error: BaseException) -> str | None:
             "container) or of address space (ulimit -v) is reached. Raise it, or use fewer ranks, --workers or "
             "OMP_NUM_THREADS."
         )
-    if number != errno.ENOMEM and not isinstance(error, MemoryError) and not _MEMORY.search(text):
+    # Some extension modules fail in an allocation, or while they are loaded, without saying why.
+    is_silent = isinstance(error, SystemError) or "load shared object" in text
+    is_memory = isinstance(error, MemoryError) or (is_silent and is_address_space_limited())
+    if number != errno.ENOMEM and not is_memory and not _MEMORY.search(text):
         return None
     if "CUDA" in text:
         return (
             f"out of memory on the GPU{_asked(text)}. Use a smaller --batch_size, or a larger --reserved_memory_share."
         )
     return (
-        f"out of memory{_asked(text)}, {show_bytes(available_memory_bytes())} free. Raise the limit (of the container, "
+        f"out of memory{_asked(text)}, {show_bytes(_free_bytes())} free. Raise the limit (of the container, "
         "or ulimit -v), or take less: a smaller --batch_size, --memory_gib or model, fewer ranks or --workers, "
         "--mmap_mode."
     )
+
+
+def _free_bytes() -> int:
+    """Memory that is free; none if even looking for it fails."""
+    with suppress(MemoryError):
+        return available_memory_bytes()
+    return 0
 
 
 def _asked(text: str) -> str:
