@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dlrm import __version__
 from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError, explain
+from dlrm.shortage import shortage_as_error
 from dlrm.signals import Ended, InterruptedRun, ended_by_signals, exit_code
 from dlrm.streams import safe_streams
 
@@ -74,7 +75,7 @@ def exit_code_of(program: str, run: Callable[[], int | None], module: str = "") 
         return getattr(sys.modules.get(module), "IF_INTERRUPTED", "")
 
     try:
-        with ended_by_signals():
+        with ended_by_signals(), shortage_as_error():
             code = run() or 0
         sys.stdout.flush()
         return code

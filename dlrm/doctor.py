@@ -2,12 +2,16 @@
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError
+from dlrm.host import available_cores, available_memory_bytes, chosen_threads, usable_cores
+from dlrm.limits import cpu_quota, open_files_limit
 
 REMEDY = "pip install --no-deps -r requirements/cpu.txt (or cuda.txt), or `make setup` in a fresh checkout"
 
@@ -75,6 +79,7 @@ def diagnose(*, needs_device: bool = True) -> list[Finding]:
             ("native parts", _check_native),
             ("kernels", _check_kernels),
             ("devices", _check_devices),
+            ("limits", _describe_limits),
         ):
             findings.append(_guarded(name, check, needs_device=needs_device))
     return findings
@@ -165,13 +170,24 @@ def _check_kernels() -> str:
     return describe_kernels()
 
 
+def _describe_limits() -> str:
+    """What this process may take of the machine."""
+    quota = cpu_quota()
+    of_quota = "" if quota is None else f", a CPU quota of {quota:.3g}"
+    return (
+        f"{plural(len(os.sched_getaffinity(0)), 'core')}{of_quota}: {plural(available_cores(), 'worker')}; "
+        f"{show_bytes(available_memory_bytes())} of memory free; {open_files_limit():,} open files"
+    )
+
+
 def _check_devices() -> str:
     import torch
 
     if not torch.cuda.is_available():
         if _version("fbgemm-gpu") is not None:
             raise _NoDeviceError("fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
-        return f"cpu, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()}); no CUDA device"
+        threads = chosen_threads() or usable_cores(torch.get_num_threads())
+        return f"cpu, {plural(threads, 'thread')} ({torch.backends.cpu.get_cpu_capability()}); no CUDA device"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if _version("fbgemm-gpu") is None:
         raise RuntimeError(f"{len(names)} CUDA devices, but fbgemm-gpu-cpu is installed")

@@ -75,6 +75,10 @@ class DivergedError(DlrmError):
     """A loss or a score that is not a finite number."""
 
 
+class ShortageError(DlrmError):
+    """Memory, threads or open files that have run out."""
+
+
 def reason_of(error: OSError) -> str:
     """What a system's error means for a user, who may not know that a disk is full from `No space left on device`."""
     if error.errno == errno.ENOSPC:

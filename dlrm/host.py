@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from dlrm.limits import cpu_quota, free_memory_of_groups, free_memory_of_process
+
 _SYSTEM = Path("/sys/devices/system")
 _PR_SET_PDEATHSIG = 1
 _LOWEST = 19  # niceness
@@ -30,26 +31,31 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(_LOWEST, os.getpriority(os.PRIO_PROCESS, thread) + _STEPS_BACK))
 
 
-def available_memory_bytes() -> int:
-    """Memory that processes may still take: what the kernel has available, or less where a cgroup (v2) caps it.
+def available_memory_bytes(processes: int = 1) -> int:
+    """Memory that this process and others like it may still take together.
 
-    Page cache inside a cgroup counts as free: the kernel gives it back.
+    It is what the kernel has available, or less if a control group or a ulimit caps it. A ulimit is each process's own.
     """
-    available = psutil.virtual_memory().available
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    folder = _CGROUPS / own.lstrip("/")
-    for group in (folder, *folder.parents):
-        if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-            used = int((group / "memory.current").read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
-            available = min(available, int(limit) - used + cache)
-    return max(0, available)
+    available = [psutil.virtual_memory().available]
+    if (of_groups := free_memory_of_groups()) is not None:
+        available.append(of_groups)
+    if (of_process := free_memory_of_process()) is not None:
+        available.append(of_process * processes)
+    return max(0, min(available))
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: those that it may run on, or fewer if its CPU quota is less, but one."""
+    return usable_cores(len(os.sched_getaffinity(0)))
+
+
+def usable_cores(cores: int, processes: int = 1) -> int:
+    """How many of a process's cores its share of the CPU quota keeps busy, one at least.
+
+    More threads than that are stopped for a part of each period, and the others wait for them.
+    """
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota / processes)))
 
 
 def chosen_threads() -> int | None:

@@ -33,6 +33,16 @@ def open_launch_store(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(_call(meeting, world_size) if rank == 0 else _answer(meeting, rank), store)
 
 
+def share_texts(store: dist.Store, rank: int, world_size: int, text: str) -> list[str]:
+    """Each rank's text, on every rank. Collective, once for a store."""
+    store.set(f"text/{rank}", text)
+    if rank == 0:
+        texts = [store.get(f"text/{other}").decode() for other in range(world_size)]
+        store.set("texts", json.dumps(texts))
+        return texts
+    return json.loads(store.get("texts"))
+
+
 def _call(store: dist.Store, world_size: int) -> str:
     """Rank 0: calls the ranks by the tokens that they have left, and again whenever one has a new token."""
     others = [str(rank) for rank in range(1, world_size)]

@@ -55,7 +55,7 @@ def fits_at_once(sides: Sequence[Side], tables_gib: float, samples: int) -> bool
     """
     activations_gib = samples * _BYTES_PER_SAMPLE / 2**30
     needed = sum(tables_gib + activations_gib + side.ranks * _GIB_BESIDE_TABLES for side in sides)
-    free = available_memory_bytes() / 2**30
+    free = available_memory_bytes(sum(side.ranks for side in sides)) / 2**30
     if needed > free:
         print(
             f"Both sides at once need about {needed:.1f} GiB, {free:.1f} are free: each turn starts processes anew.",

@@ -39,7 +39,7 @@ def make_config(shape: Shape, steps: int, dim: int = DEFAULT_EMBEDDING_DIM) -> C
         ),
         model=make_model(table_rows(shape, dim), dim),
         # Said once, or what is free at each start could give one side another plan in each round.
-        sharding=ShardingConfig(device_memory_gib=available_memory_bytes() / 2**30 / shape.ranks),
+        sharding=ShardingConfig(device_memory_gib=available_memory_bytes(shape.ranks) / 2**30 / shape.ranks),
         optimizer=OptimizerConfig(optimizer=shape.optimizer, learning_rate=_LEARNING_RATES[shape.optimizer]),
         training=TrainingConfig(seed=0, precision=shape.arithmetic),
         evaluation=EvaluationConfig(evaluate_on_epoch_end=False, evaluate_on_training_end=False),

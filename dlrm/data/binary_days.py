@@ -21,6 +21,7 @@ from dlrm.data.batch import Rows
 from dlrm.data.manifest import check_manifest
 from dlrm.data.multi_hot import map_multi_hot
 from dlrm.errors import DatasetError
+from dlrm.limits import allow_open_files
 from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kaggle_training_rows
 
 Stage = Literal["train", "val", "test"]
@@ -159,7 +160,9 @@ def open_splits(
         num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
-        *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in _day_names(folder, needs_training)]
+        names = _day_names(folder, needs_training)
+        allow_open_files(len(names) * len(_PARTS), str(folder))
+        *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in names]
         training, held_out = [Piece(day, 0, day.num_rows) for day in earlier], Piece(last, 0, last.num_rows)
     middle = held_out.start + -(-(held_out.stop - held_out.start) // 2)
     splits: dict[Stage, DayRows] = {

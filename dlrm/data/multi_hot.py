@@ -31,6 +31,7 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
                     f"{path}: has a member {more[0].removesuffix('.npy')!r}, expected 0 to "
                     f"{NUM_CATEGORICAL_FEATURES - 1} and no other. {written}"
                 )
+            mapped = np.memmap(path, np.uint8, "r")  # once for all members: each mapping holds a file open
             for feature in range(NUM_CATEGORICAL_FEATURES):
                 info = archive.getinfo(f"{feature}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:
@@ -50,7 +51,7 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
                 if shape[0] == 0:
                     yield np.empty(shape, np.int32)
                 else:
-                    yield np.memmap(path, np.int32, "r", offset=file.tell(), shape=shape)
+                    yield mapped[file.tell() : start + info.file_size].view(np.int32).reshape(shape)
     except FileNotFoundError:
         raise DatasetError(f"{path}: missing. {written}") from None
     except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:

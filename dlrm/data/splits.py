@@ -32,6 +32,7 @@ from dlrm.data.source import (
 )
 from dlrm.data.undersampling import BITS_PER_ROW, undersample
 from dlrm.errors import DatasetError
+from dlrm.limits import is_address_space_limited
 from dlrm.runtime import Runtime, derive_seed, on_every_rank
 from dlrm.schema import ONE_HOT
 
@@ -171,6 +172,8 @@ def open_run_splits(
     expansion = expansion_of(data, table_rows)
     assert (expansion is None) == (companions is None)
     available = runtime.host_memory_bytes // runtime.local_world_size
+    if days is not None and is_address_space_limited():
+        available -= sum(_mapped_bytes(rows) for rows in days.values())
     if expansion is not None:
         available -= expansion.num_bytes // runtime.local_world_size
     if data.collect_multi_hot_freqs_stats:
@@ -199,6 +202,11 @@ def _open_days(config: Config, stages: Sequence[Stage]) -> dict[Stage, DayRows]:
         for piece in (piece for rows in days.values() for piece in rows.pieces):
             check_hotness(piece.day.paths["sparse"], piece.day.widths, widths, config.recipe)
     return {stage: days[stage] for stage in stages}
+
+
+def _mapped_bytes(rows: DayRows) -> int:
+    """Address space of the days that a split reads."""
+    return sum(array.nbytes for piece in rows.pieces for array in (piece.day.dense, *piece.day.ids, piece.day.labels))
 
 
 def _binary_splits(

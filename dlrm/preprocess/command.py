@@ -213,4 +213,5 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm preprocess`."""
     config = parse_flags(PreprocessConfig, argv, "dlrm preprocess")
     config.validate()
-    preprocess(config, Ranks.start())
+    with Ranks.start() as ranks:
+        preprocess(config, ranks)

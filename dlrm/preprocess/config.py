@@ -12,7 +12,7 @@ import tyro
 from dlrm.config import optional
 from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.host import available_cores
+from dlrm.host import available_cores, available_memory_bytes
 from dlrm.preprocess.raw import USUAL_WINDOW_BYTES
 from dlrm.preprocess.verify import check_vocabulary, read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
@@ -195,7 +195,7 @@ class Resources:
 
     @staticmethod
     def within(memory_gib: float, workers: int | None, window_bytes: int = USUAL_WINDOW_BYTES) -> "Resources":
-        """A share for each worker of what the process does not hold already.
+        """A share for each worker of what the process does not hold already, and of what the machine still has.
 
         Args:
             window_bytes: largest window of the raw files' zstd frames.
@@ -206,8 +206,15 @@ class Resources:
         window_bytes = max(window_bytes, USUAL_WINDOW_BYTES)
         large_window = window_bytes - USUAL_WINDOW_BYTES
         held = psutil.Process().memory_info().rss + _MARGIN_BYTES + large_window
-        free = int(memory_gib * 2**30) - held
+        there = available_memory_bytes() - _MARGIN_BYTES - large_window
+        free = min(int(memory_gib * 2**30) - held, there)
         most = max(1, free // _LEAST_BYTES_PER_WORKER)
+        if there < (workers or 1) * _LEAST_BYTES_PER_WORKER:
+            raise ConfigError(
+                f"{show_bytes(max(0, there))} of memory free for {plural(workers or 1, 'worker')}: expected "
+                f"{show_bytes((workers or 1) * _LEAST_BYTES_PER_WORKER)} or more. Free some, raise the limit (of the "
+                "container, or ulimit -v), or use fewer --workers."
+            )
         if free < _LEAST_BYTES_PER_WORKER or (workers or 1) > most:
             needed = (held + (workers or 1) * _LEAST_BYTES_PER_WORKER) / 2**30
             window = f" and a zstd window of {show_bytes(window_bytes)}" if large_window else ""

@@ -35,7 +35,7 @@ from dlrm.config import IntList, optional
 from dlrm.console import Progress, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
-from dlrm.host import available_cores
+from dlrm.host import available_cores, available_memory_bytes
 from dlrm.preprocess.threads import in_order
 from dlrm.preprocess.verify import read_manifest
 from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
@@ -249,7 +249,7 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
                 write_array(file, ids)
                 progress.advance(len(ids))
         # A block's ids, and the pages of the table that they touch, on each thread.
-        free = int(config.memory_gib * 2**30) - _BASE_BYTES
+        free = min(int(config.memory_gib * 2**30), max(available_memory_bytes(), 2 * _BASE_BYTES)) - _BASE_BYTES
         block_rows = min(_MAX_BLOCK_ROWS, free // (2 * workers + 1) // (8 * hot + 4096))
         features.append(Feature(rows, hot, path, block_rows, workers))
     progress.close()

@@ -1,21 +1,27 @@
-"""Several processes that preprocess together, started by torchrun on a folder that all of them see."""
+"""Several processes that preprocess together, on a folder that all of them see."""
 
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
+from typing_extensions import Self
+
+from dlrm.errors import LaunchError
+from dlrm.launcher import adopt_launcher
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.distributed import Store
 
 T = TypeVar("T")
 
-# A stage of terabytes may keep the others waiting for hours. The launcher ends those who wait for a lost rank.
-_LONGEST_WAIT = timedelta(days=30)
+_SECONDS_BETWEEN_LOOKS = 0.05
+_FAILED, _LEFT = "preprocess/failed", "preprocess/left"
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,34 @@ class Ranks:
 
     @staticmethod
     def start() -> "Ranks":
-        """Joins the job that the launcher's environment names; alone without one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Ranks()
-        from torch.distributed import rendezvous
+        """Joins the job that the launcher's environment names; alone without one.
 
-        store, rank, world_size = next(rendezvous("env://"))
+        Raises:
+            LaunchError: if the environment is incomplete, or the ranks can't meet.
+        """
+        adopt_launcher()
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return Ranks()
+        from torch.distributed import DistNetworkError, rendezvous
+
+        try:
+            store, rank, world_size = next(rendezvous("env://"))
+        except (DistNetworkError, ValueError) as error:
+            raise LaunchError(f"the ranks can't meet: {str(error).splitlines()[0]}. Start with torchrun.") from None
         return Ranks(rank, world_size, store)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Tells the others of an error, so that they do not wait; rank 0, which may hold the store, leaves last."""
+        if self.store is None:
+            return
+        with suppress(RuntimeError):  # of a store that is gone
+            if kind is not None:
+                self.store.compare_set(_FAILED, "", str(self.rank))  # the first one that failed
+            elif self.store.add(_LEFT, 1) < self.world_size and self.is_main:
+                self._wait(lambda store: store.add(_LEFT, 0) == self.world_size)
 
     @property
     def is_main(self) -> bool:
@@ -47,10 +74,24 @@ class Ranks:
         return list(items[self.rank :: self.world_size])
 
     def barrier(self) -> None:
-        """Waits until all are here. What they wrote before it is then seen by all."""
+        """Waits until all are here. What they wrote before it is then seen by all.
+
+        Raises:
+            LaunchError: if one of them has failed, or the one that holds the store is gone.
+        """
         if self.store is None:
             return
         name = f"preprocess/{next(self._barriers)}"
-        if self.store.add(f"{name}/count", 1) == self.world_size:
-            self.store.set(f"{name}/open", "1")
-        self.store.wait([f"{name}/open"], _LONGEST_WAIT)
+        try:
+            self.store.add(name, 1)
+            self._wait(lambda store: store.add(name, 0) >= self.world_size)
+        except RuntimeError:
+            raise LaunchError("lost rank 0; its error, if there is one, says why. Go on with --resume.") from None
+
+    def _wait(self, is_done: "Callable[[Store], bool]") -> None:
+        assert self.store is not None
+        while not is_done(self.store):
+            if self.store.check([_FAILED]):
+                rank = self.store.get(_FAILED).decode()
+                raise LaunchError(f"rank {rank} has failed; its error says why. Go on with --resume.")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -47,7 +47,7 @@ class Cluster:
         return Cluster(
             runtime.device.type,
             runtime.world_size,
-            runtime.local_world_size,
+            runtime.block_size,
             int(device_bytes * free_share),
             int(host_bytes * free_share) if on_gpu else 0,
             config.reserved_memory_share,

@@ -82,7 +82,8 @@ def lay_foundation(
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
     placement = describe_plan(plan, model, runtime.world_size, config.table_state_floats)
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
-    runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - placement.host_bytes(cluster))
+    on_host = placement.host_bytes(cluster) * runtime.local_world_size // runtime.block_size
+    runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - on_host)
     companions = draw_run_companions(config, runtime, stages)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages))
     if "train" in splits:

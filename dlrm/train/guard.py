@@ -31,7 +31,8 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
         copies = config.checkpoint_mode == "async"
         if copies:
             state = state_of(trainer)
-            copies = copies_fit(state, runtime, available_memory_bytes() // runtime.local_world_size)
+            local = runtime.local_world_size
+            copies = copies_fit(state, runtime, available_memory_bytes(local) // local)
             if not copies and runtime.is_main:
                 needed = show_bytes(copy_bytes(state, runtime))
                 print(f"Checkpoints: no memory for a copy of {needed} a rank, so training waits while one is written.")

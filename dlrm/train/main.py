@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar
 from dlrm.allocator import keep_freed_memory
 from dlrm.errors import EXIT_USER_ERROR, DlrmError, explain
 from dlrm.flags import parse_args
+from dlrm.launcher import adopt_launcher
+from dlrm.shortage import shortage_as_error
 from dlrm.signals import Ended, InterruptedRun, StopSignals, exit_code, say
 from dlrm.streams import make_stdout_optional, safe_streams
 
@@ -46,6 +48,7 @@ def train(argv: Sequence[str], listener: StopSignals) -> None:
     keep_freed_memory()
     end_with_launcher()
     with errors_as_one_line():
+        on_each_rank(adopt_launcher)
         config = on_each_rank(lambda: parse_args(argv))
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
@@ -102,7 +105,8 @@ def on_each_rank(parse: Callable[[], T]) -> T:
 def errors_as_one_line() -> Iterator[None]:
     """A user's mistake is one line and exit code 2. A rank that lost its peers leaves the word to the failed one."""
     try:
-        yield
+        with shortage_as_error():
+            yield
     except DlrmError as error:
         traceback.clear_frames(error.__traceback__)
         if error.everywhere and os.environ.get("RANK", "0") != "0":

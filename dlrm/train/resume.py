@@ -64,7 +64,9 @@ class Start:
 
 
 def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
-    """Checks the run directory and finds the checkpoint to go on from. Collective. Writes nothing but locks.
+    """Checks the run directory and finds the checkpoint to go on from. Collective.
+
+    Writes nothing but locks and, without --run_dir, an empty folder.
 
     Args:
         locks: on rank 0, they take the run directory if it is there, and the folder of checkpoints.
@@ -76,7 +78,7 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
     """
 
     def prepare() -> tuple[Path, bool, bool, str | None]:
-        path = RunDirectory.locate(config)
+        path = RunDirectory.claim(RunDirectory.locate(config), config, locks)
         is_restart = RunDirectory(path).is_of_this_launch()
         if is_restart and (path / "summary.json").exists():
             raise FinishedError(f"{path}: the run has finished.")

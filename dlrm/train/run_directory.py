@@ -51,7 +51,28 @@ class RunDirectory:
                 if RunDirectory(path)._launch() == launch:
                     return path
         name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
-        return _unused(Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"))
+        return Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+
+    @staticmethod
+    def claim(path: Path, config: Config, locks: Locks) -> Path:
+        """Makes the folder if its name is the default one, with -2, -3, ... if other runs begin in the same second.
+
+        A folder that is named, or that this launch has begun, stays as it is. One that is still empty when `locks` are
+        given back is removed.
+
+        Raises:
+            RunDirectoryError: if it can't be made.
+        """
+        if config.output.run_dir is not None or RunDirectory(path)._is_this_launchs():
+            return path
+        _check_place(path)
+        names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+        is_first = not path.parent.exists()
+        claimed = reported(path, lambda: next(filter(_make, map(path.with_name, names))))
+        if is_first:
+            locks.callback(_remove_empty, path.parent)
+        locks.callback(_remove_empty, claimed)
+        return claimed
 
     def is_of_this_launch(self) -> bool:
         """Whether this process is a launcher's or a scheduler's restart of a run.
@@ -62,6 +83,9 @@ class RunDirectory:
         names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
         if any(os.environ.get(name, "0") != "0" for name in names):
             return True
+        return self._is_this_launchs()
+
+    def _is_this_launchs(self) -> bool:
         return (launch := launch_id()) is not None and self._launch() == launch
 
     def _launch(self) -> str | None:
@@ -94,13 +118,7 @@ class RunDirectory:
         folders = (config.data.in_memory_binary_criteo_path, config.data.synthetic_multi_hot_criteo_path)
         if any(folder is not None and os.path.realpath(path) == os.path.realpath(folder) for folder in folders):
             raise RunDirectoryError(f"--run_dir {path}: is the data's folder. Choose another one.")
-        parent = path
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise RunDirectoryError(f"--run_dir {path}: {parent} is not a folder. Choose another one.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise RunDirectoryError(f"--run_dir {path}: no permission to write in {parent}. Choose another one.")
+        _check_place(path)
         return bool(taken)
 
     @staticmethod
@@ -246,10 +264,28 @@ def launch_id() -> str | None:
     return None
 
 
-def _unused(path: Path) -> Path:
-    """`path`, or with -2, -3, ... where another run has begun in the same second."""
-    candidates = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
+def _check_place(path: Path) -> None:
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RunDirectoryError(f"--run_dir {path}: {parent} is not a folder. Choose another one.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"--run_dir {path}: no permission to write in {parent}. Choose another one.")
+
+
+def _make(path: Path) -> bool:
+    """Makes a folder; False if it is there, or if the run that made the folder above it has just removed that."""
+    try:
+        path.mkdir(parents=True)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    return True
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def describe_environment(runtime: Runtime, config: Config, data: str | None) -> dict[str, Any]:

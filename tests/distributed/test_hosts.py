@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ class Host:
         self.name = f"{prefix}{number}"
         self._hosts = folder / "hosts"
 
-    def start(self, log: Path, *command: str) -> subprocess.Popen[bytes]:
+    def start(self, log: Path, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """A command that sees the host's name, its address and no other network."""
         inside = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
         prefix = ["nsenter", f"--net=/run/netns/{self.name}", "unshare", "--mount", "--uts", "sh", "-c", inside]
@@ -44,7 +45,7 @@ class Host:
                 stdout=file,
                 stderr=file,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             )
 
     def set_link(self, state: str) -> None:
@@ -164,3 +165,19 @@ def test_a_host_that_goes_without_a_word(start: Start, hosts: tuple[Host, Host])
     resumed = job.logs[0].read_text().split("Resuming from ")[1].splitlines()[0]
     assert resumed.endswith("written by 2 ranks.")
     assert f"rank 1 on {hosts[1].name} gives no sign of life" in job.output
+
+
+def test_ranks_whose_launcher_does_not_say_who_shares_a_host(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """As in Kubeflow's pods, which have RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and here on unequal hosts."""
+    write_days(tmp_path / "days", (60, 12))
+    log = tmp_path / "log"
+    flags = [*FLAGS, "--in_memory_binary_criteo_path", str(tmp_path / "days"), "--run_dir", str(tmp_path / "run")]
+    meeting = {"WORLD_SIZE": "3", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT)}
+    processes = [
+        host.start(log.with_suffix(f".{rank}"), sys.executable, MAIN, *flags, RANK=str(rank), **meeting)
+        for rank, host in enumerate((hosts[0], hosts[0], hosts[1]))
+    ]
+    said = [(process.wait(300), log.with_suffix(f".{rank}").read_text()) for rank, process in enumerate(processes)]
+    assert [code for code, _ in said] == [0, 0, 0], said
+    assert "3 ranks on 2 hosts (2, 1), cpu, gloo" in said[0][1]
+    assert read_summary(tmp_path / "run")["num_train_samples"] == 60

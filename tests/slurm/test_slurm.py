@@ -117,6 +117,22 @@ def test_the_guides_lines_for_a_cluster_without_accounting(jobs: Jobs) -> None:
     assert set(dict(AUROC.findall(jobs.output(job)))) == {"val", "test"}, jobs.output(job)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"), [(["-n", "2"], "2 ranks on 1 host"), (["-N", "2", "-n", "2"], "2 ranks on 2 hosts")]
+)
+def test_srun_by_itself(jobs: Jobs, lab: Lab, shape: list[str], expected: str) -> None:
+    output = lab.run("srun", *shape, str(BIN / "python"), MAIN, *TINY, "--run_dir", "run")
+    assert f"{expected}, cpu, gloo" in output
+    assert output.count("AUROC over test set") == 1
+    assert read_summary(jobs.folder / "run")["world_size"] == 2
+
+
+def test_the_script_of_a_job_of_two_tasks_is_one_process(jobs: Jobs, lab: Lab) -> None:
+    Path("job.sh").write_text(f"#!/bin/bash\n{BIN / 'python'} {MAIN} {' '.join(TINY)} --run_dir run\n")
+    lab.run("sbatch", "--wait", "-n", "2", "job.sh")
+    assert read_summary(jobs.folder / "run")["world_size"] == 1
+
+
 def test_a_job_that_fails_is_reported_as_failed(jobs: Jobs) -> None:
     job = jobs.submit(
         COMPONENT,

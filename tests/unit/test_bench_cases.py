@@ -107,7 +107,7 @@ def test_train(bench, flags, capsys):
 
 
 def test_sides_that_do_not_fit_at_once(bench, monkeypatch, capsys):
-    monkeypatch.setattr(rounds_module, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(rounds_module, "available_memory_bytes", lambda _: 1 << 30)
     result = bench("train", *TINY, "--steps", "1", "--num_embeddings", "10")
     check_top_level(result, "train")
     assert result["at_once"] is False

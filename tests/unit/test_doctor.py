@@ -30,10 +30,11 @@ def test_check_versions(change, is_well, words):
 
 
 def test_this_machine_is_well(capsys):
-    assert [finding.name for finding in diagnose()] == ["python", "versions", "native parts", "kernels", "devices"]
+    names = ["python", "versions", "native parts", "kernels", "devices", "limits"]
+    assert [finding.name for finding in diagnose()] == names
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 5
+    assert [line[:4] for line in lines[:-1]] == ["ok  "] * 6
     assert lines[-1] == "All is well."
 
 
@@ -97,15 +98,15 @@ def test_no_gpu_beside_the_cuda_build(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 1
     *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "ok", "FAIL", "ok", "FAIL"]
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "FAIL", "ok", "FAIL", "ok"]
     assert "libno-such-driver.so.1 of NVIDIA's driver, which is not installed. Remedy: " in lines[2]
     assert "fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device. Remedy: " in lines[4]
-    assert last == "2 of 5 checks failed."
+    assert last == "2 of 6 checks failed."
     assert main(["--no_device"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "ok", "-", "ok", "-"]
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "-", "ok", "-", "ok"]
     assert lines[4].endswith("left out: fbgemm-gpu (CUDA) is installed, but torch finds no CUDA device")
-    assert last == "All else is well. Left out: 2 of 5 checks. Run `dlrm doctor` beside a GPU."
+    assert last == "All else is well. Left out: 2 of 6 checks. Run `dlrm doctor` beside a GPU."
 
 
 def test_what_fails_is_told_without_a_device_too(monkeypatch, capsys):

@@ -22,11 +22,13 @@ FOREIGN_FLAGS = {
     *("--no-deps", "--target"),  # pip
     *("--preserve-status", "--signal"),  # timeout
     *("--tag", "--wait", "--time"),  # docker, sbatch
+    *("--nodes", "--ntasks-per-node", "--kill-on-bad-exit", "--gpus-per-task", "--distribution"),  # srun
+    "--map-by",  # mpirun
     *("--logdir", "--ruleset"),  # TensorBoard, MLPerf's checker
     *("--repo-type", "--local-dir"),  # hf
     "--long",  # zstd
 }
-FOREIGN_MESSAGES = {"dlrm: command not found", "CUDA out of memory", "ChildFailedError", "AVX-512 kernels"}
+FOREIGN_MESSAGES = {"dlrm: command not found", "ChildFailedError", "AVX-512 kernels"}
 
 
 def code_of(page: Path) -> str:

@@ -2,6 +2,9 @@ import importlib.metadata
 import json
 import re
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +75,41 @@ def test_the_folder_of_the_launch_that_is_started_again(tmp_path, monkeypatch):
     assert RunDirectory.locate(Config()) == Path("runs", "second")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert RunDirectory.locate(Config()).name not in ("first", "second", "third")
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, starts = Path("runs", "20261130-120000-random"), threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool, ExitStack() as refused:
+        locks = [refused.enter_context(Locks()) for _ in range(8)]
+
+        def claim(own: Locks) -> Path:
+            starts.wait(20)
+            return RunDirectory.claim(path, Config(), own)
+
+        claimed = list(pool.map(claim, locks))
+        assert {one.name for one in claimed} == {path.name, *(f"{path.name}-{number}" for number in range(2, 9))}
+        (claimed[3] / "config.json").touch()
+        assert all(one.is_dir() for one in claimed)
+    assert list(Path("runs").iterdir()) == [claimed[3]]
+
+
+def test_a_folder_that_is_named_or_was_begun_by_this_launch_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Locks() as locks:
+        assert RunDirectory.claim(Path("mine"), config_at("mine"), locks) == Path("mine")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        write_json_at(tmp_path / "runs" / "before", launch_id())
+        assert RunDirectory.claim(RunDirectory.locate(Config()), Config(), locks) == Path("runs", "before")
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+    assert list(Path("runs").iterdir()) == [Path("runs", "before")]
+
+
+def test_a_default_folder_that_can_not_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with Locks() as locks, pytest.raises(RunDirectoryError, match="--run_dir runs/x: runs is not a folder"):
+        RunDirectory.claim(Path("runs", "x"), Config(), locks)
 
 
 def write_json_at(folder, launch):
