@@ -215,10 +215,10 @@ def main(argv: Sequence[str]) -> None:
     end_with_launcher()
     with errors_as_one_line():
         asked = on_each_rank(lambda: parse_evaluate(argv))
+        quieten_libraries()
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
         from dlrm.train.score_checkpoint import score_checkpoint
 
-        quieten_libraries()
         with start_runtime() as runtime:
             score_checkpoint(asked, argv, runtime)
