@@ -15,7 +15,7 @@ device=${DEVICE:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
 parts=${PARTS:-unit distributed integration docs gpu}
 if [[ $# -lt 1 || $# -gt 2 || $set == -* ]]; then
     sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
-    exit 2
+    [[ $set == -h || $set == --help ]] && exit 0 || exit 2
 fi
 for pinned in cpu cuda; do
     lists+=("$("$python" -m dlrm.package_sets "$set" <"requirements/$pinned.txt")") || exit 2
@@ -54,7 +54,8 @@ count() { # WORD: over the parts' last lines
     for part in $parts; do tail -n 1 "$folder/$part.log"; done | { grep -oE "[0-9]+ $1" || true; } | awk '{ sum += $1 } END { print sum + 0 }'
 }
 verdict=passed
-for part in $parts; do [[ -e $folder/$part.passed ]] || verdict="FAILED in $part: $folder/$part.log"; done
-echo "$set, $("$bin/dlrm" doctor --no_device | sed -n 's/^.*  versions  *//p'):" \
-    "$(count passed) passed, $(count failed) failed, $(count error) errors, $(count skipped) skipped: $verdict"
+for part in $parts; do [[ -e $folder/$part.passed ]] || verdict="FAILED, tests/$part at last: $folder/$part.log"; done
+releases=$("$bin/dlrm" doctor --no_device | sed -n 's/^.*  versions  *\(.*\): the .* set$/\1/p')
+echo "$set: $verdict. $(count passed) passed, $(count failed) failed, $(count error) errors, $(count skipped) skipped" \
+    "in tests/{${parts// /,}} with $releases, $("$bin/python" --version)"
 [[ $verdict == passed ]]

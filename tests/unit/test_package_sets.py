@@ -1,6 +1,10 @@
 """The list of sets, the pinned lists, and what the rest of the project says of releases are one."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,63 @@ def test_an_unknown_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "latest: expected one of newest, pinned, oldest\n"
     assert main([]) == 2
     assert capsys.readouterr().err == "no set: expected one of newest, pinned, oldest\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository for try.sh. Its set-up makes an interpreter that only says what tests/PART.says holds."""
+    lists = ("requirements/cpu.txt", "requirements/cuda.txt")
+    for name in ("requirements/try.sh", *lists, "dlrm/__init__.py", "dlrm/package_sets.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec echo Python 3.11.7\n'
+        'echo "$3" >> ran.txt; cat "$3.says"; grep -q failed "$3.says" && exit 1; exit 0\n'
+    )
+    (tmp_path / "dlrm" / "doctor").write_text('#!/bin/sh\necho "ok    versions      torch 2.14.1: the newest set"\n')
+    (tmp_path / "Makefile").write_text(
+        "setup:\n\tmkdir -p $(VENV)/bin && cp python $(VENV)/bin && cp dlrm/doctor $(VENV)/bin/dlrm\n"
+        "\tchmod +x $(VENV)/bin/*; cp $(LISTS)/$(DEVICE).txt installed.txt\n"
+    )
+    (tmp_path / ".gitignore").write_text("/build\n/ran.txt\n/installed.txt\n")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    return tmp_path
+
+
+def try_set(checkout: Path, *arguments: str) -> tuple[int, str]:
+    """The exit code and the last line."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "PARTS": "unit docs", "PYTHONPATH": ""}
+    command = ["bash", str(checkout / "requirements/try.sh"), *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
+    )
+    return done.returncode, done.stdout.splitlines()[-1]
+
+
+def test_try_continues_where_it_ended(checkout: Path) -> None:
+    (checkout / "tests/unit.says").write_text("== 30 passed, 2 skipped in 1.00s ==\n")
+    (checkout / "tests/docs.says").write_text("== 1 failed, 4 passed in 1.00s ==\n")
+    code, verdict = try_set(checkout, "newest")
+    assert code == 1
+    assert verdict == (
+        f"newest: FAILED, tests/docs at last: {checkout}/build/sets/newest/docs.log. 34 passed, 1 failed, 0 errors, "
+        "2 skipped in tests/{unit,docs} with torch 2.14.1, Python 3.11.7"
+    )
+    assert "torch==2.14.1\n" in (checkout / "installed.txt").read_text()
+    assert try_set(checkout, "newest")[0] == 1
+    assert (checkout / "ran.txt").read_text().split() == ["tests/unit", "tests/docs", "tests/docs"]
+    (checkout / "tests/docs.says").write_text("== 5 passed in 1.00s ==\n")
+    code, verdict = try_set(checkout, "newest")
+    assert (code, verdict.split(" in ")[0]) == (0, "newest: passed. 35 passed, 0 failed, 0 errors, 2 skipped")
+    assert (checkout / "ran.txt").read_text().split()[3:] == ["tests/unit", "tests/docs"]
+    assert try_set(checkout, "newest")[0] == 0
+    assert len((checkout / "ran.txt").read_text().split()) == 5
+
+
+def test_try_refuses_an_unknown_set_and_a_set_up_that_fails(checkout: Path) -> None:
+    assert try_set(checkout, "latest") == (2, "latest: expected one of newest, pinned, oldest")
+    assert try_set(checkout)[0] == 2
+    assert not (checkout / "build").exists()
+    (checkout / "Makefile").write_text("setup:\n\tfalse\n")
+    assert try_set(checkout, "oldest") == (1, "oldest: FAILED in set-up")
