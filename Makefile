@@ -7,9 +7,11 @@
 
 PYTHON ?= python3
 DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
-BIN := .venv/bin
-READY := .venv/ready-$(DEVICE)
-KERNELS := .venv/kernels-$(DEVICE)
+VENV ?= .venv
+LISTS ?= requirements
+BIN := $(VENV)/bin
+READY := $(VENV)/ready-$(DEVICE)
+KERNELS := $(VENV)/kernels-$(DEVICE)
 DEMO ?= build/demo
 DEMO_THREADS = $(shell expr $$(nproc) / 2 \| 1)
 
@@ -22,16 +24,16 @@ help:
 setup: $(KERNELS)
 
 # torch alone brings its own dependencies (the CUDA libraries, where it is the CUDA build); everything else is pinned and
-# comes without, so that no package replaces torch.
-$(READY): requirements/$(DEVICE).txt pyproject.toml
+# comes without, so that no package replaces torch. requirements/try.sh sets VENV and LISTS, for other releases.
+$(READY): $(LISTS)/$(DEVICE).txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
 	  f"Python {v[0]}.{v[1]} found, 3.10 to 3.12 needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	@echo "Setting up .venv for $(DEVICE) (a few minutes on the first run)"
-	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/cuda.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/$(DEVICE).txt
+	@echo "Setting up $(VENV) for $(DEVICE) (a few minutes on the first run)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LISTS)/cuda.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $(LISTS)/$(DEVICE).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

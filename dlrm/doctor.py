@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -12,6 +13,7 @@ from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError
 from dlrm.host import available_cores, available_memory_bytes, chosen_threads, usable_cores
 from dlrm.limits import cpu_quota, open_files_limit
+from dlrm.package_sets import SETS
 
 REMEDY = "pip install --no-deps -r requirements/cpu.txt (or cuda.txt), or `make setup` in a fresh checkout"
 
@@ -112,15 +114,40 @@ def check_versions(versions: dict[str, str | None]) -> Finding:
         )
     parts = {package: version for package in ("torch", "torchrec", fbgemm[0]) if (version := versions[package])}
     shown = ", ".join(f"{package} {version}" for package, version in parts.items())
-    minors = {package: int(version.split(".")[1]) for package, version in parts.items()}
-    expected = minors["torch"] - _TORCH_MINOR_OFFSET
-    if minors["torchrec"] == minors[fbgemm[0]] == expected:
-        return Finding(name, True, shown)
-    return Finding(
-        name,
-        False,
-        f"{shown}: torch 2.{minors['torch']} needs torchrec 1.{expected} and fbgemm 1.{expected}. Remedy: {REMEDY}",
-    )
+    for package_set in SETS:
+        if all(_release(version) == package_set.releases[package] for package, version in parts.items()):
+            return Finding(name, True, f"{shown}: the {package_set.name} set")
+    expected = _minor(parts["torch"]) - _TORCH_MINOR_OFFSET
+    unfit = [package for package in ("torchrec", fbgemm[0]) if _minor(parts[package]) != expected]
+    if not unfit:
+        return Finding(name, True, f"{shown}: they belong together, but were not tried. {_tried()}")
+    needed = f"torch 2.{_minor(parts['torch'])} needs torchrec 1.{expected} and fbgemm 1.{expected}"
+    return Finding(name, False, f"{shown}: {needed}. Remedy: {_remedy(parts, unfit)}")
+
+
+def _release(version: str) -> str:
+    return version.split("+")[0]
+
+
+def _minor(version: str) -> int:
+    return int(version.split(".")[1])
+
+
+def _tried() -> str:
+    return "Tried: " + "; ".join(f"torch {each.torch}, torchrec {each.torchrec}, fbgemm {each.fbgemm}" for each in SETS)
+
+
+def _remedy(parts: dict[str, str], unfit: Sequence[str]) -> str:
+    """What to install beside this torch if a set has it, or which torch beside the others, or else the pinned set."""
+    minors = {package: _minor(version) for package, version in parts.items()}
+    fitting = [{package: each.releases[package] for package in parts} for each in SETS]
+    for releases in fitting:
+        if _minor(releases["torch"]) == minors["torch"]:
+            return f"pip install --no-deps {' '.join(f'{package}=={releases[package]}' for package in unfit)}"
+    for releases in fitting:
+        if {package for package in parts if _minor(releases[package]) != minors[package]} == {"torch"}:
+            return f"pip install torch=={releases['torch']}"
+    return f"{REMEDY}. {_tried()}"
 
 
 def _guarded(name: str, check: Callable[[], str], *, needs_device: bool = True) -> Finding:
@@ -138,7 +165,12 @@ def _check_native() -> str:
     if _version("fbgemm-gpu") is not None and not _has_driver():
         raise _NoDeviceError(f"fbgemm-gpu (CUDA) loads {_DRIVER_LIBRARY} of NVIDIA's driver, which is not installed")
     import torch
-    import torchrec  # noqa: F401 - its import registers the operators
+
+    logging.disable(logging.WARNING)  # 2026-11-30: fbgemm-gpu 1.6 warns that it does not know with which torch it fits
+    try:
+        import torchrec  # noqa: F401 - its import registers the operators
+    finally:
+        logging.disable(logging.NOTSET)
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,

@@ -37,8 +37,8 @@ def serve(connection: Connection) -> None:
     Raises:
         EOFError: when it is.
     """
-    side, store = connection.recv()  # loads the side's module, and torch with it
     quieten_libraries()
+    side, store = connection.recv()  # loads the side's module, and torch with it
     if side.has_group:
         _join_group(side.ranks, store)
     with side.open(*side.arguments) as turns:

@@ -1,8 +1,8 @@
 """Compiles the operators for the PyTorch that is installed: `python -m dlrm.kernels.build`.
 
-One library beside this file, named after what it was compiled from, so that it is never loaded for other sources or
-another PyTorch. The loops are compiled once for each instruction set; the CPU's is chosen when they run. Those of
-integer products are compiled for AVX-512 VNNI only, their last part with BF16, too.
+One library beside this file for each PyTorch and kind of CPU, named after both and a digest of what it was compiled
+from, so that it is never loaded for others. The loops are compiled once for each instruction set; the CPU's is chosen
+when they run. Those of integer products are compiled for AVX-512 VNNI only, their last part with BF16, too.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def library_path() -> Path:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     digest.update(repr((torch.__version__, platform.machine(), _FLAGS, _INSTRUCTION_SETS, _VNNI)).encode())
-    return SOURCES.parent / f"native_{digest.hexdigest()[:16]}.so"
+    return SOURCES.parent / f"native_{torch.__version__}_{platform.machine()}_{digest.hexdigest()[:16]}.so"
 
 
 def find_compiler() -> str | None:
@@ -59,6 +59,8 @@ def find_compiler() -> str | None:
 
 def build(compiler: str) -> Path:
     """Compiles the library; takes about half a minute.
+
+    Libraries for other PyTorches stay: several environments may share a checkout.
 
     Raises:
         subprocess.CalledProcessError: with what the compiler said.
@@ -72,9 +74,10 @@ def build(compiler: str) -> Path:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    for other in path.parent.glob("native_*.so"):
-        if other != path:
-            other.unlink()
+    same_pytorch, _, _ = path.stem.rpartition("_")
+    for older in path.parent.glob(f"{same_pytorch}_*.so"):
+        if older != path:
+            older.unlink(missing_ok=True)
     return path
 
 

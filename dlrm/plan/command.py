@@ -24,6 +24,7 @@ from dlrm.plan.hardware import (
 )
 from dlrm.plan.picture import check_plot, draw
 from dlrm.plan.report import to_text
+from dlrm.train.main import quieten_libraries
 
 PROG = "dlrm plan"
 DESCRIPTION = """Says whether a training fits a cluster, how its tables would be sharded, and what a step would take,
@@ -88,12 +89,11 @@ def plan(
         ConfigError: if the cluster is none, or has no such arithmetic.
     """
     shape = parse_cluster(asked.cluster)
+    quieten_libraries()
     # Here and not above, so that --help and a mistyped flag answer without loading torch.
     from dlrm.plan.placing import Placing
     from dlrm.plan.predict import predict
-    from dlrm.train.main import quieten_libraries
 
-    quieten_libraries()
     if precision_on(asked.run, hardware(shape), shape) != asked.run.training.arithmetic:
         note(f"No GPU in {shape}: tf32 without effect.")
     placing = Placing(asked.run, shape, hardware)

@@ -222,10 +222,10 @@ def main(argv: Sequence[str]) -> None:
     with errors_as_one_line(), result_alone(value_of(argv, "json")):
         on_each_rank(adopt_launcher)
         asked = on_each_rank(lambda: parse_evaluate(argv))
+        quieten_libraries()
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime
         from dlrm.train.score_checkpoint import score_checkpoint
 
-        quieten_libraries()
         with start_runtime() as runtime:
             score_checkpoint(asked, argv, runtime)

@@ -1,8 +1,10 @@
 """What set-up says where the operators can't be compiled."""
 
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlrm.errors import ConfigError
 from dlrm.kernels import build, native
@@ -42,6 +44,28 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch.setattr(build, "library_path", lambda: tmp_path / "absent" / "native.so")
     assert build.main() == 0
     assert f"{tmp_path}/absent/native.so: can't be written (No such file or directory)." in capsys.readouterr().out
+
+
+def test_a_build_replaces_older_sources_of_the_same_pytorch_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho library > "$last"\n')
+    compiler.chmod(0o755)
+    library = tmp_path / "native_2.13.0+cpu_x86_64_new.so"
+    monkeypatch.setattr(build, "library_path", lambda: library)
+    others = [f"native_{other}_old.so" for other in ("2.13.0_x86_64", "2.14.1+cu130_x86_64", "2.13.0+cpu_aarch64")]
+    for name in [*others, "native_2.13.0+cpu_x86_64_old.so"]:
+        (tmp_path / name).touch()
+    assert build.build(str(compiler)) == library
+    assert {path.name for path in tmp_path.glob("native_*")} == {library.name, *others}
+    assert library.read_text() == "library\n"
+
+
+def test_a_library_is_named_after_its_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    assert build.library_path().name.startswith(f"native_2.11.0+cpu_{platform.machine()}_")
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_the_trainer_reads_what_is_written(raw):
     assert {stage: split.num_rows for stage, split in rows.items()} == {"train": 1200, "val": 150, "test": 150}
 
 
-@pytest.mark.parametrize("fields", [{"workers": 1}, {"workers": 5}, {"memory_gib": 1.5}])
+@pytest.mark.parametrize("fields", [{"workers": 1}, {"workers": 5}, {"memory_gib": 2.5}])
 def test_same_bytes_whatever_the_resources(fields, raw, monkeypatch):
     reference = digests(write(raw, seed=3))
     monkeypatch.setattr(parsing, "read_blocks", partial(read_blocks, block_bytes=90_000))
