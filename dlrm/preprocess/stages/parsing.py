@@ -9,6 +9,7 @@ from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import explain, parse_block, read_rejected, write_columns, write_rejected
 from dlrm.preprocess.raw import TextBlock, read_blocks
+from dlrm.preprocess.repeats import check_repeats, digest_block
 from dlrm.preprocess.run import Run
 
 MAX_REJECTED_PER_BLOCK = 10_000
@@ -18,7 +19,7 @@ def parse(run: Run, estimated_rows: int) -> Layout:
     """Writes the columns of this rank's days. Collective.
 
     Raises:
-        DatasetError: at a line that is not a row, unless such lines are skipped and few.
+        DatasetError: at a line that is not a row, unless such lines are skipped and few; or if rows are there twice.
     """
     with run.stage("Parsing", "rows", estimated_rows) as progress:
         for day, name in run.ranks.share(list(enumerate(run.names))):
@@ -27,10 +28,11 @@ def parse(run: Run, estimated_rows: int) -> Layout:
             else:
                 progress.advance(sum(facts["rows"] for facts in run.parsed_blocks(day)))
     parsed = [[(facts["rows"], facts["minimum"]) for facts in run.parsed_blocks(day)] for day in range(len(run.names))]
-    layout = Layout.build(parsed, run.config.dataset_name == "criteo_kaggle")
+    layout = Layout.build(parsed, run.config.is_split)
     held_out = layout.num_rows - layout.num_train_rows
     if held_out == 0 or (layout.num_train_rows == 0 and run.config.vocabulary is None):
         raise DatasetError(f"{run.raw[0]}: {layout.num_rows:,} rows are too few to train on some and hold out some.")
+    check_repeats(run, layout)
     return layout
 
 
@@ -67,6 +69,7 @@ def _parse_block(run: Run, name: str, item: tuple[int, TextBlock]) -> dict[str, 
         "minimum": int(columns.integers_IR.min(initial=2**31 - 1)),
         "positives": int(columns.labels_R.sum()),
         "rejected": len(columns.rejected),
+        **digest_block(columns, number),
     }
     files = [run.workspace.folder("parsed", name) / f"{number:06d}"]
     if columns.rejected:
