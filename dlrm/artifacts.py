@@ -51,6 +51,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def vocabulary_digest(manifest: Mapping[str, Any]) -> str | None:
+    """Digest of what ids and integers of a manifest's days mean; None if it does not tell.
+
+    That is the vocabulary, the largest index, and how integers were transformed. Days of one digest are for one model.
+    """
+    if manifest.get("kind") == "multi_hot_days":
+        return manifest.get("vocabulary_sha256")
+    try:
+        ids, integers = manifest["ids"], manifest["integers"]
+        files = {name: facts["sha256"] for name, facts in manifest["files"].items() if name.startswith("vocabulary/")}
+        facts = {
+            "files": files,
+            "max_embeddings": ids["max_embeddings"],
+            "minimum": integers["minimum"],
+            "missing": integers.get("missing", "zero"),
+            "transform": integers.get("transform"),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    except (KeyError, TypeError, AttributeError):  # days of somebody else's making
+        return None
+
+
 def sync(path: Path) -> None:
     """Has a file's content, or the names in a folder, reach the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

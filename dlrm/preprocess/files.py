@@ -24,8 +24,8 @@ Key = tuple[str | int, ...]
 def order_files(given: Sequence[str]) -> tuple[list[str], str]:
     """The files in order of time, and a note on that order if there is something to say.
 
-    The shell sorts names as text, which puts day_10 before day_2. If any two names differ first in a number, a list that
-    is sorted as text is put in the order of the numbers. Any other list was ordered by somebody, and stays as it is.
+    The shell sorts names as text, which puts day_10 before day_2. If any two names differ first in a number, a list
+    that is sorted as text is put in the order of the numbers. Any other list was ordered by somebody, and stays.
 
     Raises:
         ConfigError: if the list is sorted as text, and the names do not tell which order was meant.
@@ -35,8 +35,8 @@ def order_files(given: Sequence[str]) -> tuple[list[str], str]:
     is_ordered = list(given) in orders if orders else all(map(_is_sorted_by_number, _kinds(given)))
     if is_text and (len(orders) > 1 or not (orders or is_ordered)):
         raise ConfigError(
-            f"{given[0]} ... {given[-1]}: the files are sorted as text, and their names don't tell the order of time. Give "
-            "them in that order, one after the other, or name them by dates with the year first."
+            f"{given[0]} ... {given[-1]}: the files are sorted as text, and their names don't tell the order of time. "
+            "Give them in that order, one after the other, or name them by dates with the year first."
         )
     if is_ordered:
         return list(given), ""
@@ -118,7 +118,7 @@ def _swap(given: Sequence[str], ordered: Sequence[str]) -> str:
 
 
 def _without_packing(path: str) -> str:
-    path = os.path.abspath(path)  # `.` and `..` go, links stay
+    path = os.path.abspath(path)  # noqa: PTH100 - `.` and `..` go, links stay
     return next((path.removesuffix(packing) for packing in PACKINGS if path.endswith(packing)), path)
 
 
@@ -147,8 +147,8 @@ def source_names(raw: Sequence[Path]) -> list[str]:
     names = [path.name for path in raw]
     if len(set(names)) == len(names):
         return names
-    paths = [os.path.abspath(path) for path in raw]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    paths = [Path.cwd() / path for path in raw]
+    common = os.path.commonpath([path.parent for path in paths])
     return [os.path.relpath(path, common) for path in paths]
 
 

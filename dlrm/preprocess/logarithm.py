@@ -1,7 +1,7 @@
 """What integers become, and whether it is the same to the last bit on this machine as on another.
 
-numpy has several float32 logarithms, and takes one by the CPU: with AVX2 or AVX-512 some 4 % of the values differ in the
-last bit from those without. Days that were written in part by each would have two values for one integer.
+numpy has several float32 logarithms, and takes one by the CPU: with AVX2 or AVX-512 some 4 % of the values differ in
+the last bit from those without. Days that were written in part by each would have two values for one integer.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ def digest_logarithm() -> str:
 
 
 def record_logarithm(workspace: Workspace, applied: Mapping[str, Any] | None) -> None:
-    """Remembers which logarithm a run began with, for one rank; says so if an applied vocabulary's days have another."""
+    """Remembers, for one rank, which logarithm a run began with; says so if an applied vocabulary has another."""
     if workspace.facts("plan", "logarithm") is None:
         workspace.finish("plan", "logarithm", {"sha256": digest_logarithm()})
     before = None if applied is None else applied["integers"].get("logarithm")
     if before not in (None, recorded_logarithm(workspace)):
         print(
-            "Warning: this machine's logarithm differs from that of the vocabulary's days in the last bit of some values "
-            "(numpy takes another one on another CPU)."
+            "Warning: this machine's logarithm differs from that of the vocabulary's days in the last bit of some "
+            "values (numpy takes another one on another CPU)."
         )
 
 
@@ -49,8 +49,8 @@ def check_logarithm(workspace: Workspace) -> None:
     """
     if recorded_logarithm(workspace) != digest_logarithm():
         raise ConfigError(
-            f"{workspace.root}: was begun on a machine whose logarithm differs in the last bit of some values (numpy takes "
-            "another one on another CPU). Go on with --resume on a machine of that kind, or remove it to start again."
+            f"{workspace.root}: was begun on a machine whose logarithm differs in the last bit of some values (numpy "
+            "takes another one on another CPU). Continue there with --resume, or remove it to start again."
         )
 
 
