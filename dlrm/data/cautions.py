@@ -32,8 +32,10 @@ def describe_days(rows: Mapping[Stage, DayRows]) -> str:
     sources = _sources(held_out)
     halves = "first half val, second half test"
     if held_out.name == "train":
-        start = "Training: the first six sevenths. " if training else ""
-        return f"{_show([held_out], sources)}. {start}Held out: the last seventh, {halves}."
+        whole = _show([held_out], sources)
+        if not training:
+            return f"Held out: the last seventh of {whole}, {halves}."
+        return f"Training: the first six sevenths of {whole}. Held out: the last seventh, {halves}."
     start = f"Training: {_show(training, sources)}. " if training else ""
     return f"{start}Held out: {_show([held_out], sources)}, {halves}."
 
@@ -126,8 +128,8 @@ def compare_folded(parts: Sequence[Folded]) -> str:
     more = f" and {len(features) - _SHOWN_FEATURES} more" if len(features) > _SHOWN_FEATURES else ""
     return (
         f"WARNING: ids that are no indices. Of {', '.join(features[:_SHOWN_FEATURES])}{more}, {_range(high)} of the "
-        f"ids lie beyond their tables, and {_range(low)}. Such ids are taken modulo the tables' rows and get the rows of "
-        "others: scores with them mean nothing. Encode all days with one vocabulary (dlrm preprocess --vocabulary)."
+        f"ids lie beyond their tables, and {_range(low)}. Such ids are taken modulo the tables' rows and get the rows "
+        "of others: scores with them mean nothing. Encode all days with one vocabulary (dlrm preprocess --vocabulary)."
     )
 
 

@@ -14,9 +14,10 @@ import tyro
 
 from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of
 from dlrm.console import Progress
-from dlrm.errors import DatasetError
+from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
+from dlrm.preprocess.files import order_files
 from dlrm.preprocess.threads import in_order
 from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
@@ -32,7 +33,8 @@ _COLUMNS = {"dense": NUM_INTEGER_FEATURES, "sparse": NUM_CATEGORICAL_FEATURES, "
 @dataclass(frozen=True)
 class VerifyConfig:
     """Checks a folder that `dlrm preprocess` or `dlrm materialize` wrote against its manifest: files and their sizes,
-    checksums, ranges of ids, labels and dense values, share of positives. Exit code 2 at the first fault."""
+    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. Says which
+    day is held out. Exit code 2 at the first fault."""
 
     folder: tyro.conf.Positional[str]
     """Folder with manifest.json."""
@@ -119,6 +121,7 @@ def verify(folder: Path) -> dict[str, Any]:
         for _ in in_order(pool, sorted(sizes), check, available_cores()):
             pass
     progress.close()
+    _check_copies(folder, digests, list(rows))
     return manifest
 
 
@@ -243,6 +246,36 @@ class _ArrayChecker:
         return (values < 0) | (values >= limits), "0 or more, and less than its table's rows"
 
 
+def _find_disorder(sources: Sequence[str]) -> str | None:
+    """A warning if days were made from files that a shell had sorted as text."""
+    try:
+        ordered, _ = order_files(sources)
+    except ConfigError:
+        return None
+    if ordered == list(sources):
+        return None
+    return (
+        "Warning: the raw files were not taken in the order of the numbers in their names, in which "
+        f"{ordered[-1]} is the last one: {sources[-1]} is held out. Preprocess them again."
+    )
+
+
+def _check_copies(folder: Path, digests: Mapping[str, str], days: Sequence[str]) -> None:
+    """Refuses days of which the held-out one has the files of one that trains.
+
+    Raises:
+        DatasetError: naming both.
+    """
+    of_days = {day: [digests.get(f"{day}_{part}.npy") for part in _COLUMNS] for day in days}
+    *training, held_out = days
+    for day in training:
+        if None not in of_days[day] and of_days[day] == of_days[held_out]:
+            raise DatasetError(
+                f"{folder}: {held_out}, which is held out, has the same rows as {day}, which trains: its scores say "
+                "nothing of new rows. Write the folder again without one of them."
+            )
+
+
 def main(argv: Sequence[str]) -> None:
     """`dlrm verify`."""
     config = parse_flags(VerifyConfig, argv, "dlrm verify")
@@ -250,5 +283,9 @@ def main(argv: Sequence[str]) -> None:
     days = manifest["days"]
     for name, day in days.items():
         positive = f", {day['positives'] / max(1, day['rows']):.2%} positive" if "positives" in day else ""
-        print(f"{name}: {day['rows']:,} rows{positive}")
+        source = f", from {day['source']}" if "source" in day else ""
+        held_out = ", the last seventh held out" if name == "train" else ", held out" if name == [*days][-1] else ""
+        print(f"{name}: {day['rows']:,} rows{positive}{source}{held_out}")
+    if (warning := _find_disorder([str(day.get("source", "")) for day in days.values()])) is not None:
+        print(warning)
     print(f"{config.folder}: {len(manifest['files'])} files as in {MANIFEST_NAME}")

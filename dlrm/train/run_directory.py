@@ -24,7 +24,7 @@ from dlrm.checkpoint.manifest import step_of
 from dlrm.config import Config
 from dlrm.data.cautions import Folded
 from dlrm.data.manifest import read_vocabulary
-from dlrm.errors import RunDirectoryError
+from dlrm.errors import DatasetError, RunDirectoryError
 from dlrm.lock import LOCK, Locks
 from dlrm.metrics.sinks import reported, unwritable
 from dlrm.runtime import Runtime
@@ -257,7 +257,6 @@ def describe_environment(
     Args:
         folded: shares of ids beyond their tables, in each part of the data.
     """
-    folder = config.data.folder
     return {
         **describe_software(),
         "host": platform.node(),
@@ -271,7 +270,7 @@ def describe_environment(
         "data_fingerprint": data,
         "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
         "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
-        "vocabulary_sha256": None if folder is None else read_vocabulary(Path(folder)),
+        "vocabulary_sha256": _vocabulary(config.data.folder),
         "folded_ids": {part.name: [round(share, 4) for share in part.shares_F.tolist()] for part in folded},
     }
 
@@ -303,6 +302,12 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _vocabulary(folder: str | None) -> str | None:
+    with suppress(DatasetError):
+        return None if folder is None else read_vocabulary(Path(folder))
+    return None
 
 
 def _manifest_digest(folder: str | None) -> str | None:
