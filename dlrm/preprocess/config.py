@@ -62,7 +62,8 @@ class PreprocessConfig:
     can tell it (dlrm_main.py --standardize_dense, --dense_buckets)."""
 
     seed: int = 0
-    """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers."""
+    """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers (dense values on CPUs of
+    one kind: numpy's logarithm differs without AVX2)."""
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse ends at the first line that is not a row. skip leaves such lines out and lists them in rejected.tsv."""
