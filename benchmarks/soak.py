@@ -188,7 +188,10 @@ def main() -> int:
         "--minutes", type=between(LEAST_MINUTES, 1e6), default=30.0, help="how long (default: %(default)s)"
     )
     parser.add_argument(
-        "--hang_timeout", type=between(1.0, 1e9), default=600.0, help="the training's, in seconds (default: %(default)s)"
+        "--hang_timeout",
+        type=between(1.0, 1e9),
+        default=600.0,
+        help="the training's, in seconds (default: %(default)s)",
     )
     parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()

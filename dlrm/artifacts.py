@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +49,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes `content` as indented JSON, whole or not at all."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def last_day(names: Iterable[str]) -> str:
+    """The one of day_0, day_1, ... that is held out, in whatever order they stand."""
+    return max(names, key=lambda name: (len(name), name))
 
 
 def vocabulary_digest(manifest: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, vocabulary_digest
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, last_day, vocabulary_digest
 from dlrm.errors import DatasetError
 
 
@@ -25,7 +25,7 @@ def check_manifest(folder: Path, needs_ids: bool = True, held_out: str | None = 
         raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None
     if held_out is not None:
         days = manifest.get("days")
-        if isinstance(days, dict) and days and held_out != (last := [*days][-1]):
+        if isinstance(days, dict) and days and held_out != (last := last_day(days)):
             raise DatasetError(
                 f"{folder}: the last day there is {held_out}, and {MANIFEST_NAME} says that {last} is held out. Copy "
                 "its files too, or remove the manifest."

@@ -1,6 +1,6 @@
 """What integers become, and whether it is the same to the last bit on this machine as on another.
 
-numpy has several float32 logarithms, and takes one by the CPU: with AVX2 or AVX-512 some 4 % of the values differ in
+numpy has several float32 logarithms, and takes one by the CPU: with AVX2 or AVX-512 some 3 % of the values differ in
 the last bit from those without. Days that were written in part by each would have two values for one integer.
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, last_day, read_npy_header, sha256_of
 from dlrm.console import Progress
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
@@ -267,8 +267,8 @@ def _check_copies(folder: Path, digests: Mapping[str, str], days: Sequence[str])
         DatasetError: naming both.
     """
     of_days = {day: [digests.get(f"{day}_{part}.npy") for part in _COLUMNS] for day in days}
-    *training, held_out = days
-    for day in training:
+    held_out = last_day(days)
+    for day in sorted({*days} - {held_out}):
         if None not in of_days[day] and of_days[day] == of_days[held_out]:
             raise DatasetError(
                 f"{folder}: {held_out}, which is held out, has the same rows as {day}, which trains: its scores say "
@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> None:
     for name, day in days.items():
         positive = f", {day['positives'] / max(1, day['rows']):.2%} positive" if "positives" in day else ""
         source = f", from {day['source']}" if "source" in day else ""
-        held_out = ", the last seventh held out" if name == "train" else ", held out" if name == [*days][-1] else ""
+        held_out = ", the last seventh held out" if name == "train" else ", held out" if name == last_day(days) else ""
         print(f"{name}: {day['rows']:,} rows{positive}{source}{held_out}")
     if (warning := _find_disorder([str(day.get("source", "")) for day in days.values()])) is not None:
         print(warning)
