@@ -28,7 +28,18 @@ from tests.launching import BIN, TINY, Fork, launch
 from tests.launching import run as run_command
 
 ROWS = 2400
-FLAGS = [*TINY, "--batch_size", "64", "--test_batch_size", "512", "--adagrad", "--seed", "1"]
+FLAGS = [
+    *TINY,
+    "--num_embeddings",
+    "4000",
+    "--batch_size",
+    "64",
+    "--test_batch_size",
+    "512",
+    "--adagrad",
+    "--seed",
+    "1",
+]
 
 
 def preprocess(folder: Path, output: str, *arguments: str) -> str:
