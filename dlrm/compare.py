@@ -130,7 +130,7 @@ def _reading(address: str, name: str) -> Iterator[None]:
 
 
 def _read_environment(content: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {key: value for key, value in content.items() if key not in ("versions", "launch")}
+    facts = {key: value for key, value in content.items() if key not in ("versions", "launch", "folded_ids")}
     return facts | content.get("versions", {})
 
 

@@ -420,6 +420,9 @@ class CheckpointConfig:
     init_optimizer: bool = False
     """Take the optimizer's state too with --init_from; its algorithm must be the same."""
 
+    allow_other_vocabulary: bool = False
+    """Take days of another vocabulary than those that the checkpoint was trained on: ids are then rows of others."""
+
     hang_timeout: Annotated[float, Ge(1.0), Lt(1e9)] = 600.0
     """Seconds without a step on any rank after which a rank that hangs is named and the run ends."""
 

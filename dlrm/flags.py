@@ -139,7 +139,9 @@ def load_config(path: str) -> Config:
     except ValueError:
         raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
     output = dataclasses.replace(config.output, run_dir=None)
-    checkpoint = dataclasses.replace(config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False)
+    checkpoint = dataclasses.replace(
+        config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False, allow_other_vocabulary=False
+    )
     return dataclasses.replace(config, output=output, checkpoint=checkpoint)
 
 

@@ -40,10 +40,12 @@ class Day:
     """The arrays of a day, memory mapped.
 
     Attributes:
+        name: as its files begin, such as day_3.
         ids: one array [rows, 26], or 26 of [rows, hotness].
         paths: file of `dense`, `sparse` and `labels`.
     """
 
+    name: str
     dense: npt.NDArray[np.float32]
     ids: tuple[npt.NDArray[np.integer], ...]
     labels: npt.NDArray[np.int32]
@@ -145,7 +147,8 @@ def open_splits(
 
     criteo_1t: all days but the last train; the last day's first half (the larger where odd) validates, the rest tests.
     criteo_kaggle: the first 6/7 of the rows train, and the rest is split in the same way. No row is in two splits.
-    Without `needs_training` one day is enough, all of it held out.
+    Without `needs_training` the last day is enough, whatever its number: no other one is looked at. It may also be a
+    later day for a model of criteo_kaggle.
 
     Raises:
         DatasetError: naming the file and what is wrong with it.
@@ -154,13 +157,14 @@ def open_splits(
         raise DatasetError(f"{folder}: no such folder. Expected one with day_0_dense.npy, day_0_sparse.npy, ...")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise DatasetError(f"{folder}: no permission to read it. Change its mode, or run as its owner.")
-    check_manifest(folder, needs_ids=multi_hot_folder is None)
-    if dataset_name == "criteo_kaggle":
+    is_split = dataset_name == "criteo_kaggle" and (needs_training or not _has_days_alone(folder))
+    names = ["train"] if is_split else _day_names(folder, needs_training)
+    check_manifest(folder, needs_ids=multi_hot_folder is None, held_out=None if needs_training else names[-1])
+    if is_split:
         day = _open_day(folder, "train", multi_hot_folder)
         num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
-        names = _day_names(folder, needs_training)
         allow_open_files(len(names) * len(_PARTS), str(folder))
         *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in names]
         training, held_out = [Piece(day, 0, day.num_rows) for day in earlier], Piece(last, 0, last.num_rows)
@@ -180,7 +184,13 @@ def open_splits(
     return splits
 
 
+def _has_days_alone(folder: Path) -> bool:
+    """Whether there is no train_dense.npy, and a day instead."""
+    return not _part_path(folder, "train", "dense").exists() and any(folder.glob("day_*_dense.npy"))
+
+
 def _day_names(folder: Path, needs_training: bool) -> list[str]:
+    """Of the days that are read: all of them, or the last one."""
     found = sorted(
         {int(match[1]) for path in folder.iterdir() if (match := re.match(r"day_(\d+)_\w+\.npy$", path.name))}
     )
@@ -195,7 +205,9 @@ def _day_names(folder: Path, needs_training: bool) -> list[str]:
             f"{folder}: no day_0_dense.npy. Expected binary Criteo days, or --dataset_name criteo_kaggle with "
             "train_dense.npy. Write them with `dlrm preprocess`."
         )
-    if len(found) == 1 and needs_training:
+    if not needs_training:
+        return [f"day_{found[-1]}"]
+    if len(found) == 1:
         raise DatasetError(f"{folder}: one day only (day_{found[0]}). Expected two or more: the last is held out.")
     missing = next((expected for expected, number in enumerate(found) if number != expected), None)
     if missing is not None:
@@ -229,7 +241,7 @@ def _open_day(folder: Path, name: str, multi_hot_folder: Path | None) -> Day:
             f"{paths['labels']}: its rows have no labels ({NO_LABEL}), so they can't be trained on or scored. "
             "Give rows with labels."
         )
-    return Day(dense, ids, labels, paths)
+    return Day(name, dense, ids, labels, paths)
 
 
 def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> npt.NDArray[Any]:

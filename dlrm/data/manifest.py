@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, last_day, vocabulary_digest
 from dlrm.errors import DatasetError
 
 
-def check_manifest(folder: Path, needs_ids: bool = True) -> None:
+def check_manifest(folder: Path, needs_ids: bool = True, held_out: str | None = None) -> None:
     """Where there is a manifest, its files must be there with the sizes it states.
 
     Args:
         needs_ids: whether day_{i}_sparse.npy must be there too.
+        held_out: the only day whose files are needed; None if all are.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
@@ -22,6 +23,14 @@ def check_manifest(folder: Path, needs_ids: bool = True) -> None:
         sizes = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DatasetError(f"{path}: not a manifest ({error!r}). Remove it to read the folder without one.") from None
+    if held_out is not None:
+        days = manifest.get("days")
+        if isinstance(days, dict) and days and held_out != (last := last_day(days)):
+            raise DatasetError(
+                f"{folder}: the last day there is {held_out}, and {MANIFEST_NAME} says that {last} is held out. Copy "
+                "its files too, or remove the manifest."
+            )
+        sizes = {name: size for name, size in sizes.items() if name.startswith(f"{held_out}_")}
     for name, size in sizes.items():
         file = folder / name
         if not file.exists():
@@ -33,6 +42,16 @@ def check_manifest(folder: Path, needs_ids: bool = True) -> None:
                 f"{file}: {file.stat().st_size:,} bytes, expected {size:,} as {MANIFEST_NAME} states. "
                 "Copy or write the folder anew."
             )
+
+
+def read_vocabulary(folder: Path) -> str | None:
+    """Digest of what ids and integers of the days in a folder mean; None if no manifest there tells.
+
+    Raises:
+        DatasetError: if the manifest is none.
+    """
+    path = folder / MANIFEST_NAME
+    return vocabulary_digest(load_manifest(path)) if path.is_file() else None
 
 
 def load_manifest(path: Path) -> dict[str, Any]:

@@ -58,18 +58,20 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
         raise DatasetError(f"{path}: not a multi-hot day ({error}). {written}") from None
 
 
-def check_multi_hot_folder(folder: Path, table_rows: Sequence[int], days: Path) -> None:
+def check_multi_hot_folder(folder: Path, table_rows: Sequence[int], days: Path, needs_training: bool = True) -> None:
     """Refuses a folder that is not there, whose ids were drawn for tables of other sizes, or from other days.
 
     Args:
         days: folder of the dense values and labels.
+        needs_training: whether all days must be there, and not the held-out one alone.
 
     Raises:
         DatasetError: naming the folder or its manifest.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder. Expected one that `dlrm materialize` wrote.")
-    check_manifest(folder)
+    if needs_training:
+        check_manifest(folder)
     path = folder / MANIFEST_NAME
     if not path.exists():
         return

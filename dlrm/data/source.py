@@ -166,6 +166,23 @@ def load_split(
     return MemorySplit(loaded, partition.batch_size)
 
 
+def check_split(rows: RowSet, partition: Partition, rank: int, label: str) -> None:
+    """Reads this rank's rows of a split that stays on disk, so that what is wrong with one is known before training.
+
+    Args:
+        label: what is read, for those who watch; empty to show nothing.
+
+    Raises:
+        DatasetError: at a value out of range.
+    """
+    ranges = _ranges(partition, rank)
+    progress = Progress(f"Checking {label}", sum(stop - start for start, stop in ranges), "rows", shown=bool(label))
+    for start, stop in ranges:
+        rows.read(start, stop)
+        progress.advance(stop - start)
+    progress.close()
+
+
 def _ranges(partition: Partition, rank: int) -> list[tuple[int, int]]:
     """This rank's rows as few ranges of bounded size, in order."""
     ranges: list[tuple[int, int]] = []

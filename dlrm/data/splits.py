@@ -28,6 +28,7 @@ from dlrm.data.source import (
     ShuffledSplit,
     Source,
     bytes_per_row,
+    check_split,
     load_split,
 )
 from dlrm.data.undersampling import BITS_PER_ROW, undersample
@@ -56,6 +57,8 @@ class Split:
     """Build this many batches once and cycle through them."""
     frequencies: IdFrequencies | None = None
     """Counts the ids of batches that are trained on."""
+    rows: DayRows | None = None
+    """All rows on disk that it is of, before any are left out; None for random data."""
     mapped: Source | None = None
     """Gives any rows, where `source` has those of a pass from the start alone."""
     batches_ahead: int = _BATCHES_AHEAD
@@ -195,7 +198,7 @@ def _open_days(config: Config, stages: Sequence[Stage]) -> dict[Stage, DayRows]:
     assert data.folder is not None
     multi_hot = None if (path := data.synthetic_multi_hot_criteo_path) is None else Path(path)
     if multi_hot is not None:
-        check_multi_hot_folder(multi_hot, config.model.table_rows, Path(data.folder))
+        check_multi_hot_folder(multi_hot, config.model.table_rows, Path(data.folder), "train" in stages)
     days = open_splits(Path(data.folder), data.dataset_name, multi_hot, needs_training="train" in stages)
     if multi_hot is not None:
         widths = data.multi_hot_sizes or days["val"].widths
@@ -235,6 +238,8 @@ def _binary_splits(
             source = ShuffledSplit(rows, table_rows, seed)
         else:
             source = mapped
+            if not is_training and "train" in sets:
+                check_split(rows, partitions[stage], runtime.rank, _label(config, runtime, stage))
         if companions is not None:
             source, mapped = ExpandedSplit(source, companions), ExpandedSplit(mapped, companions)
         hotness = _hotness(rows, companions)
@@ -245,6 +250,7 @@ def _binary_splits(
             hotness,
             shuffle_seed=seed if is_training and data.shuffle_batches else None,
             pin_memory=_pins(config, runtime),
+            rows=days[stage],
             mapped=mapped if is_loaded else None,
         )
     return splits

@@ -15,7 +15,9 @@ from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.preprocess.config import PreprocessConfig, Resources
+from dlrm.preprocess.files import check_distinct, describe_parts, source_names
 from dlrm.preprocess.layout import Layout
+from dlrm.preprocess.logarithm import check_logarithm, record_logarithm
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import Sample, check_raw, sample
 from dlrm.preprocess.verify import read_manifest
@@ -51,15 +53,18 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
                 print(f"{config.output}: is finished already.", flush=True)
             return
         raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
-    raw = [Path(path) for path in config.raw[: config.days]]
+    ordered, note = config.ordered
+    raw = [Path(path) for path in ordered]
     for path in raw:
         check_raw(path)
+    if config.repeated_rows == "refuse":
+        check_distinct(raw)
     applied = config.applied
     # Here and not above: numba takes a second to load, and --help should not.
     from dlrm.preprocess.pipeline import run_stages
     from dlrm.preprocess.run import Run
 
-    names = ("train",) if config.dataset_name == "criteo_kaggle" else tuple(f"day_{day}" for day in range(len(raw)))
+    names = ("train",) if config.is_split else tuple(f"day_{day}" for day in range(len(raw)))
     with writing(output, _IF_UNWRITABLE), Workspace(output) as workspace:
         lines = [sample(path, config.rows) for path in raw]
         labelled = _check_labels(config, raw, lines)
@@ -73,8 +78,14 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
                 print(f"Continuing in {workspace.root}; what is finished is kept.")
             for path in changed or ():
                 print(f"{path} has changed since the run began: it is read again.")
+            if note:
+                print(note)
+            print(describe_parts(source_names(raw), config.is_split))
             print(estimate, flush=True)
+            record_logarithm(workspace, applied)
+            workspace.flush()
         ranks.barrier()
+        check_logarithm(workspace)
         started = time.monotonic()
         with ThreadPoolExecutor(resources.workers) as pool:
             run = Run(config, raw, names, workspace, resources, ranks, pool, labelled)
@@ -114,7 +125,7 @@ def _check_finished(config: PreprocessConfig, manifest: dict[str, Any]) -> None:
         names += ["frequency_threshold", "missing_integers"]
         names += [] if config.is_compat else ["max_embeddings", "vocabulary_days"]
     asked = {name: getattr(config, name) for name in names}
-    asked["raw files"] = [Path(path).name for path in config.raw[: config.days]]
+    asked["raw files"] = source_names([Path(path) for path in config.ordered[0]])
     made["raw files"] = [day.get("source") for day in manifest.get("days", {}).values()]
     for name, value in asked.items():
         if made.get(name) != value:
@@ -197,13 +208,17 @@ def _conclude(
     kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
     table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
     print(f"{config.output}: {show_bytes(size)}, with manifest.json.", end="")
-    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}{kaggle}"
     if any(day.get("labels") is False for day in manifest["days"].values()):
         print(" Its rows have no labels: a model can predict them, but not be trained or scored on them.")
         return
+    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
     if config.vocabulary is not None:
-        print(f" Score it with a model of {config.vocabulary}:\ndlrm evaluate --checkpoint RUN {path}")
+        print(
+            f" Score {layout.num_rows - layout.num_train_rows:,} held-out rows with a model of {config.vocabulary}:\n"
+            f"dlrm evaluate --checkpoint RUN {path}"
+        )
         return
+    path += kaggle
     print(" Train on it:")
     integers = " --standardize_dense --dense_buckets 32" if config.tells_missing_integers else ""
     print(f"python dlrm_main.py --recipe debug_cpu {path}{integers} --num_embeddings_per_feature {table_rows}")

@@ -13,6 +13,7 @@ from dlrm.config import optional
 from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.host import available_cores, available_memory_bytes
+from dlrm.preprocess.files import order_files
 from dlrm.preprocess.raw import USUAL_WINDOW_BYTES
 from dlrm.preprocess.verify import check_vocabulary, read_manifest
 from dlrm.schema import CATEGORICAL_NAMES
@@ -35,13 +36,14 @@ class PreprocessConfig:
 
     raw: tyro.conf.Positional[tuple[str, ...]]
     """Tab-separated files (label, 13 integers, 26 hex ids; plain, .gz or .zst), in order of time: one a day for
-    criteo_1t, of which the last is held out; one file for criteo_kaggle, of which the last seventh is."""
+    criteo_1t, of which the last is held out; one file for criteo_kaggle, of which the last seventh is. What a shell has
+    sorted as text, day_10 before day_2, is put in the order of the numbers in the names."""
 
     output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not be there yet."""
 
     dataset_name: Literal["criteo_1t", "criteo_kaggle"] = "criteo_1t"
-    """criteo_1t writes day_0, day_1, ...; criteo_kaggle writes train."""
+    """criteo_1t writes day_0, day_1, ...; criteo_kaggle writes train, and with --vocabulary day_0."""
 
     resume: bool = False
     """Go on with the unfinished run of the same flags, if there is one."""
@@ -57,20 +59,25 @@ class PreprocessConfig:
 
     vocabulary: Annotated[str | None, optional("from these files", "FOLDER")] = None
     """Take ids' indices and the integers' minimum from this folder, an earlier output, for a model trained on it. A
-    single file is then held-out."""
+    single file is then held out as a whole."""
 
     missing_integers: Literal["zero", "apart"] = "zero"
     """What a missing integer becomes. zero: what 0 becomes. apart: 0.0, which no other value becomes, so that a model
     can tell it (dlrm_main.py --standardize_dense, --dense_buckets)."""
 
     seed: int = 0
-    """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers."""
+    """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers (dense values on CPUs of
+    one kind: numpy's logarithm differs without AVX2)."""
 
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse ends at the first line that is not a row. skip leaves such lines out and lists them in rejected.tsv."""
 
+    repeated_rows: Literal["refuse", "allow"] = "refuse"
+    """refuse ends if a file is given twice, packed and unpacked, or has most of its rows in another one too: a model
+    would train on what is held out."""
+
     days: Annotated[int | None, optional("all", "INT")] = None
-    """Only the first so many files; the last of them is held out."""
+    """Only the first so many files, in order of time; the last of them is held out."""
 
     rows: Annotated[int | None, optional("all", "INT")] = None
     """Only the first so many lines of each file."""
@@ -90,6 +97,21 @@ class PreprocessConfig:
     def is_compat(self) -> bool:
         """Whether the output is to be torchrec's."""
         return self.compat is not None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a single file has both rows that train and rows that are held out."""
+        return self.dataset_name == "criteo_kaggle" and self.vocabulary is None
+
+    @cached_property
+    def ordered(self) -> tuple[list[str], str]:
+        """The raw files in order of time, and a note on that order if there is something to say.
+
+        Raises:
+            ConfigError: if their names do not tell the order.
+        """
+        ordered, note = order_files(self.raw)
+        return ordered[: self.days], note
 
     @cached_property
     def applied(self) -> dict[str, Any] | None:

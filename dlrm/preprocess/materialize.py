@@ -3,6 +3,7 @@
 Shapes: R rows of a block, H hotness.
 """
 
+import re
 import shutil
 import tempfile
 import zipfile
@@ -26,6 +27,7 @@ from dlrm.artifacts import (
     read_npy_header,
     sha256_of,
     sync,
+    vocabulary_digest,
     write_array,
     write_json,
     writing,
@@ -139,6 +141,8 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
     if output.exists() or output.is_symlink():
         raise ConfigError(f"--output {config.output}: is there already. Choose another folder, or remove it.")
     table_rows = config.num_embeddings_per_feature or _rows_of_manifest(source)
+    has_manifest = (source / MANIFEST_NAME).exists()
+    vocabulary = vocabulary_digest(read_manifest(source)) if has_manifest else None
     days = _find_days(source)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +170,8 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
         manifest = {
             "version": MANIFEST_VERSION,
             "kind": "multi_hot_days",
-            "source_manifest_sha256": sha256_of(source / MANIFEST_NAME) if (source / MANIFEST_NAME).exists() else None,
+            "source_manifest_sha256": sha256_of(source / MANIFEST_NAME) if has_manifest else None,
+            "vocabulary_sha256": vocabulary,
             "software": f"dlrm {__version__}",
             "days": {name: {"rows": rows} for name, rows in days.items()},
             "multi_hot_sizes": list(config.multi_hot_sizes),
@@ -199,7 +204,11 @@ def _find_days(source: Path) -> dict[str, int]:
     """Rows of each day."""
     if not source.is_dir():
         raise DatasetError(f"{source}: no such folder. Expected binary days.")
-    names = [f"day_{i}" for i in range(len(list(source.glob("day_*_sparse.npy"))))] or ["train"]
+    found = sorted(
+        int(match[1]) for path in source.iterdir() if (match := re.match(r"day_(\d+)_sparse\.npy$", path.name))
+    )
+    # A single day, of whatever number, is one to evaluate on.
+    names = [f"day_{i}" for i in (found if len(found) == 1 else range(len(found)))] or ["train"]
     days = {}
     for name in names:
         path = source / f"{name}_sparse.npy"

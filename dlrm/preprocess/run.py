@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dlrm.console import Progress
 from dlrm.preprocess.config import PreprocessConfig, Resources
+from dlrm.preprocess.files import source_names
 from dlrm.preprocess.layout import Block
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.threads import in_order
@@ -44,6 +46,11 @@ class Run:
     pool: ThreadPoolExecutor
     has_labels: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """What the raw files are called in the manifest."""
+        return source_names(self.raw)
 
     @contextmanager
     def stage(self, label: str, unit: str, total: int) -> Iterator[Progress]:

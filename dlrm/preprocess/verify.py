@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, read_npy_header, sha256_of
+from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, last_day, read_npy_header, sha256_of
 from dlrm.config import optional
 from dlrm.console import Progress, plural
-from dlrm.errors import DatasetError
+from dlrm.errors import ConfigError, DatasetError
 from dlrm.flags import parse_flags
 from dlrm.host import available_cores
+from dlrm.preprocess.files import order_files
 from dlrm.preprocess.sums import Sum, find_lists, read_lists
 from dlrm.preprocess.threads import in_order
 from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
@@ -36,8 +37,9 @@ PARTS = {"dense": NUM_INTEGER_FEATURES, "sparse": NUM_CATEGORICAL_FEATURES, "lab
 @dataclass(frozen=True)
 class VerifyConfig:
     """Checks a folder that `dlrm preprocess` or `dlrm materialize` wrote against its manifest: files and their sizes,
-    checksums, ranges of ids, labels and dense values, share of positives. Of binary days without a manifest it checks
-    types, shapes and all values. Exit code 2 at the first fault."""
+    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. Says which
+    day is held out. Of binary days without a manifest it checks types, shapes and all values. Exit code 2 at the first
+    fault."""
 
     folder: tyro.conf.Positional[str]
     """Folder with manifest.json, or with day_0_dense.npy, ..."""
@@ -138,6 +140,7 @@ def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict
     for name in sorted(sums.keys() - sizes.keys()):
         facts = measure_file(folder / name, None, None, digests=(sums[name].algorithm,))
         sums[name].check(folder / name, facts[sums[name].algorithm])
+    _check_copies(folder, digests, list(rows))
     return manifest
 
 
@@ -282,6 +285,36 @@ class _ArrayChecker:
         return (values < 0) | (values >= limits), "0 or more, and less than its table's rows"
 
 
+def _find_disorder(sources: Sequence[str]) -> str | None:
+    """A warning if days were made from files that a shell had sorted as text."""
+    try:
+        ordered, _ = order_files(sources)
+    except ConfigError:
+        return None
+    if ordered == list(sources):
+        return None
+    return (
+        "Warning: the raw files were not taken in the order of the numbers in their names, in which "
+        f"{ordered[-1]} is the last one: {sources[-1]} is held out. Preprocess them again."
+    )
+
+
+def _check_copies(folder: Path, digests: Mapping[str, str], days: Sequence[str]) -> None:
+    """Refuses days of which the held-out one has the files of one that trains.
+
+    Raises:
+        DatasetError: naming both.
+    """
+    of_days = {day: [digests.get(f"{day}_{part}.npy") for part in PARTS] for day in days}
+    held_out = last_day(days)
+    for day in sorted({*days} - {held_out}):
+        if None not in of_days[day] and of_days[day] == of_days[held_out]:
+            raise DatasetError(
+                f"{folder}: {held_out}, which is held out, has the same rows as {day}, which trains: its scores say "
+                "nothing of new rows. Write the folder again without one of them."
+            )
+
+
 def main(argv: Sequence[str]) -> None:
     """`dlrm verify`."""
     config = parse_flags(VerifyConfig, argv, "dlrm verify")
@@ -301,7 +334,11 @@ def _tell(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name, day in days.items():
         positive = f", {day['positives'] / max(1, day['rows']):.2%} positive" if "positives" in day else ""
         positive += ", without labels" if day.get("labels") is False else ""
-        print(f"{name}: {day['rows']:,} rows{positive}")
+        source = f", from {day['source']}" if "source" in day else ""
+        held_out = ", the last seventh held out" if name == "train" else ", held out" if name == last_day(days) else ""
+        print(f"{name}: {day['rows']:,} rows{positive}{source}{held_out}")
+    if (warning := _find_disorder([str(day.get("source", "")) for day in days.values()])) is not None:
+        print(warning)
     print(f"{folder}: {len(manifest['files'])} files as in {MANIFEST_NAME}")
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -11,6 +12,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from dlrm.allocator import describe_allocator
 from dlrm.config import Config
 from dlrm.data.binary_days import Stage
+from dlrm.data.cautions import Folded, compare_folded, describe_days, find_copies, measure_each_part
 from dlrm.data.splits import STAGES, Split, draw_run_companions, open_run_splits
 from dlrm.kernels.native import describe_kernels
 from dlrm.metrics.sinks import Sinks
@@ -32,6 +34,7 @@ class Foundation:
 
     Attributes:
         data_opened: when opening the data began, in seconds since the epoch.
+        folded: of each part of the data, the share of ids beyond their tables; none for random data.
     """
 
     runtime: Runtime
@@ -40,6 +43,7 @@ class Foundation:
     splits: dict[Stage, Split]
     placement: Placement
     data_opened: float
+    folded: list[Folded]
 
 
 def assemble(config: Config, runtime: Runtime) -> tuple[Trainer, Foundation]:
@@ -86,9 +90,23 @@ def lay_foundation(
     runtime = dataclasses.replace(runtime, host_memory_bytes=runtime.host_memory_bytes - on_host)
     companions = draw_run_companions(config, runtime, stages)
     splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages))
+    folded = on_main_rank(runtime, lambda: _tell_of_data(config, splits))
     if "train" in splits:
         on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))
     frozen = config.frozen
     sharded = shard_model(model, plan, make_sharder(config), runtime.device, None if is_restored else seed, frozen)
     optimizer = build_optimizer(sharded, config.optimizer, frozen)
-    return Foundation(runtime, sharded, optimizer, splits, placement, data_opened)
+    return Foundation(runtime, sharded, optimizer, splits, placement, data_opened, folded)
+
+
+def _tell_of_data(config: Config, splits: Mapping[Stage, Split]) -> list[Folded]:
+    """Says which days train and which is held out, and what is suspicious about them."""
+    rows = {stage: split.rows for stage, split in splits.items() if split.rows is not None}
+    if not rows:
+        return []
+    folded = measure_each_part(rows, np.array(config.model.table_rows))
+    lines = [describe_days(rows)]
+    if "train" in rows:
+        lines += [*find_copies(rows), compare_folded(folded)]
+    print("\n".join(filter(None, lines)), flush=True)
+    return folded

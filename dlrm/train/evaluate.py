@@ -58,7 +58,7 @@ _USED: Mapping[str, tuple[str, ...]] = {
         "forward_comm_precision",
     ),
     "training": ("seed", "pipeline", "precision", "allow_tf32"),
-    "checkpoint": ("hang_timeout",),
+    "checkpoint": ("allow_other_vocabulary", "hang_timeout"),
     "output": ("print_progress", "print_sharding_plan"),
 }
 _OF_THE_WEIGHTS = ("undersampling_rate",)
@@ -135,6 +135,8 @@ def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
         undersampling_rate=given.data.undersampling_rate,
     )
     config = Config(model=given.model, evaluation=EvaluationConfig(), recipe=given.recipe, **kept)
+    if not is_named(argv, "allow_other_vocabulary"):  # of one run and its data
+        config = reset(config, "checkpoint", "allow_other_vocabulary")
     for section, name, _ in fields_without_effect(config):
         if not is_named(argv, name):
             config = reset(config, section, name)

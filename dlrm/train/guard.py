@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dlrm.checkpoint.checkpointer import Checkpointer, copies_fit, copy_bytes
 from dlrm.checkpoint.store import open_store
 from dlrm.console import show_bytes
+from dlrm.errors import DatasetError
 from dlrm.host import available_memory_bytes
 from dlrm.runtime import on_main_rank
 from dlrm.signals import StopSignals
@@ -24,6 +25,7 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
 
     Raises:
         CheckpointError: if a checkpoint can't be written.
+        DatasetError: that ended training; what it had reached is saved if there is one rank.
     """
     config, runtime = trainer.config.checkpoint, trainer.runtime
     checkpointer, watchdog = None, Watchdog(runtime, config.hang_timeout)
@@ -53,7 +55,10 @@ def guard(trainer: Trainer, directory: RunDirectory, start: Start, signals: Stop
     safety = RunSafety(config, runtime, checkpointer, signals, watchdog)
     try:
         with signals.saving() if checkpointer is not None else nullcontext():
-            yield safety
+            try:
+                yield safety
+            except DatasetError as error:
+                raise safety.save_after(error, trainer) from None
             safety.close(trainer)
     finally:
         if checkpointer is not None:

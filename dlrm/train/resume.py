@@ -21,6 +21,7 @@ from dlrm.runtime import Runtime, on_every_rank, on_main_rank
 from dlrm.train.initial import find_initial
 from dlrm.train.run_directory import RunDirectory
 from dlrm.train.safety import state_of
+from dlrm.train.same_vocabulary import compare_vocabulary
 from dlrm.train.trainer import Trainer
 
 _SHOWN_DIFFERENCES = 6
@@ -103,6 +104,10 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
         initial = find_initial(config, runtime)
     if source is None and is_unfinished:
         on_main_rank(runtime, lambda: _check_elsewhere(config, path))
+    if (found := source) is not None:
+        vocabulary = on_main_rank(runtime, lambda: compare_vocabulary(found, config, data))
+        if runtime.is_main and vocabulary.text:
+            print(vocabulary.text)
     if source is not None and config.output.mlperf_log:
         raise ConfigError(
             "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."

@@ -78,7 +78,7 @@ def _run_from(
         lambda: RunDirectory.open(
             start.path,
             config,
-            {**describe_environment(runtime, config, start.data), **origin},
+            {**describe_environment(runtime, config, start.data, base.folded), **origin},
             base.placement.to_json(),
             locks,
             metrics,

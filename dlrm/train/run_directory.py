@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ import torch
 from dlrm.artifacts import MANIFEST_NAME, write_atomically, write_json
 from dlrm.checkpoint.manifest import step_of
 from dlrm.config import Config
-from dlrm.errors import RunDirectoryError
+from dlrm.data.cautions import Folded
+from dlrm.data.manifest import read_vocabulary
+from dlrm.errors import DatasetError, RunDirectoryError
 from dlrm.lock import LOCK, Locks
 from dlrm.metrics.sinks import reported, unwritable
 from dlrm.runtime import Runtime
@@ -288,8 +290,14 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def describe_environment(runtime: Runtime, config: Config, data: str | None) -> dict[str, Any]:
-    """What a reader needs to tell this machine, software and data from another."""
+def describe_environment(
+    runtime: Runtime, config: Config, data: str | None, folded: Sequence[Folded] = ()
+) -> dict[str, Any]:
+    """What a reader needs to tell this machine, software and data from another.
+
+    Args:
+        folded: shares of ids beyond their tables, in each part of the data.
+    """
     return {
         **describe_software(),
         "host": platform.node(),
@@ -303,6 +311,8 @@ def describe_environment(runtime: Runtime, config: Config, data: str | None) -> 
         "data_fingerprint": data,
         "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
         "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
+        "vocabulary_sha256": _vocabulary(config.data.folder),
+        "folded_ids": {part.name: [round(share, 4) for share in part.shares_F.tolist()] for part in folded},
     }
 
 
@@ -334,6 +344,12 @@ def _commit() -> str | None:
         return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _vocabulary(folder: str | None) -> str | None:
+    with suppress(DatasetError):
+        return None if folder is None else read_vocabulary(Path(folder))
+    return None
 
 
 def _manifest_digest(folder: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dlrm.checkpoint.checkpointer import Checkpointer
 from dlrm.checkpoint.state import State, count_state, training_state
 from dlrm.config import CheckpointConfig
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, DatasetError
 from dlrm.runtime import Runtime
 from dlrm.signals import StopSignals
 from dlrm.train.control import Agreement, Wish
@@ -126,6 +126,18 @@ class RunSafety(Safety):
                 print(f"Writing the checkpoint of step {self.checkpointer.last_step:,} to its end.", flush=True)
             self.checkpointer.finish()
             self._report(trainer, self.checkpointer)
+
+    def save_after(self, error: DatasetError, trainer: "Trainer") -> DatasetError:
+        """Saves what training has reached before rows turned out to be wrong; gives the error that says so.
+
+        One of several ranks can't save: the others wait in the step that it did not take.
+        """
+        if self.checkpointer is None or self._runtime.world_size > 1 or trainer.step == 0:
+            return error
+        if self.checkpointer.last_step != trainer.step:
+            self._save(trainer, self.checkpointer, wait=True)
+        self.checkpointer.finish()
+        return DatasetError(f"{error} Training up to step {trainer.step:,} is saved.")
 
     def _wish(self, checkpointer: Checkpointer) -> Wish:
         if checkpointer.has_failed:

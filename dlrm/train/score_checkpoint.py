@@ -15,6 +15,7 @@ from dlrm.checkpoint.state import model_state
 from dlrm.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.console import plural
 from dlrm.data.binary_days import Stage
+from dlrm.data.cautions import Folded, compare_folded, note_unknown_folding
 from dlrm.data.fingerprint import fingerprint
 from dlrm.errors import ConfigError, reason_of
 from dlrm.metrics.evaluation import EvaluationResult
@@ -23,6 +24,7 @@ from dlrm.train.assemble import Foundation, lay_foundation
 from dlrm.train.evaluate import EvaluateConfig, config_on_top
 from dlrm.train.pipeline import build_pipeline
 from dlrm.train.run_directory import device_name
+from dlrm.train.same_vocabulary import Vocabulary, compare_vocabulary, recorded_folding
 from dlrm.train.scoring import Scorer
 from dlrm.train.watchdog import Watchdog
 
@@ -37,14 +39,15 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     config = on_main_rank(runtime, lambda: config_on_top(source.config, argv))
     stages: tuple[Stage, ...] = ("val", "test") if asked.split == "both" else (asked.split,)
     data = on_main_rank(runtime, lambda: fingerprint(config.data))
+    vocabulary = on_main_rank(runtime, lambda: compare_vocabulary(source, config, data))
     base = lay_foundation(config, runtime, stages, is_restored=True)
     runtime = base.runtime
     if runtime.is_main:
-        _tell(source, config, base, data)
+        _tell(source, config, base, vocabulary)
     source = _restore(source, asked.checkpoint, base)
     results = _score(config, base, stages)
     if asked.json is not None:
-        path, facts = asked.json, _describe(source, config, runtime, data, results)
+        path, facts = asked.json, _describe(source, config, runtime, data, vocabulary, results)
         on_main_rank(runtime, lambda: _write(path, facts))
 
 
@@ -97,15 +100,17 @@ def _score(config: Config, base: Foundation, stages: Sequence[Stage]) -> dict[St
     return results
 
 
-def _tell(source: Source, config: Config, base: Foundation, data: str | None) -> None:
+def _tell(source: Source, config: Config, base: Foundation, vocabulary: Vocabulary) -> None:
     manifest = source.manifest
     position = Position.from_json(manifest.position)
     print(
         f"Scoring with {source.address}: step {position.step:,}, trained on {position.num_samples:,} samples, written "
         f"by {plural(manifest.world_size, 'rank')}."
     )
-    if data != manifest.data:
-        print("The data is not what the checkpoint was trained on: its digest differs.")
+    if vocabulary.text:
+        print(vocabulary.text)
+    if note := _compare_with_training(source, base.folded):
+        print(note)
     if config.is_random:
         print("Random data: nothing in it can be learned, so expect an AUROC of about 0.5.")
     for stage, split in base.splits.items():
@@ -115,6 +120,12 @@ def _tell(source: Source, config: Config, base: Foundation, data: str | None) ->
     if config.output.print_sharding_plan:
         print(base.placement.to_text())
     print(base.placement.summary(), flush=True)
+
+
+def _compare_with_training(source: Source, folded: Sequence[Folded]) -> str:
+    """What is to be said of ids beyond their tables, against those that were trained on."""
+    trained = recorded_folding(source)
+    return note_unknown_folding(folded) if trained is None else compare_folded([*trained, *folded])
 
 
 def _limit(config: Config, stage: Stage) -> int | None:
@@ -130,7 +141,12 @@ def _limited_rows(source: Source, stage: Stage) -> int | None:
 
 
 def _describe(
-    source: Source, config: Config, runtime: Runtime, data: str | None, results: Mapping[Stage, EvaluationResult]
+    source: Source,
+    config: Config,
+    runtime: Runtime,
+    data: str | None,
+    vocabulary: Vocabulary,
+    results: Mapping[Stage, EvaluationResult],
 ) -> dict[str, Any]:
     return {
         "checkpoint": source.address,
@@ -138,6 +154,7 @@ def _describe(
         "num_train_samples": Position.from_json(source.manifest.position).num_samples,
         "data_fingerprint": data,
         "data_is_as_trained": data == source.manifest.data,
+        "vocabulary_is_as_trained": vocabulary.is_as_trained,
         "world_size": runtime.world_size,
         "device": device_name(runtime.device),
         "precision": config.training.arithmetic,

@@ -52,6 +52,41 @@ def test_one_day_is_scored_but_not_trained_on(tmp_path, write_days):
     assert rows_of(splits, "val") + rows_of(splits, "test") == list(range(5))
 
 
+def test_the_last_day_alone_is_scored_whatever_its_number(tmp_path, write_days):
+    """As MLPerf's inference data has it; other days there, whole or not, are not looked at."""
+    write_days(tmp_path, [5], names=["day_23"])
+    with pytest.raises(DatasetError, match=r"one day only \(day_23\)"):
+        open_splits(tmp_path, "criteo_1t")
+    (tmp_path / "day_9_labels.npy").write_bytes(b"")
+    splits = open_splits(tmp_path, "criteo_1t", needs_training=False)
+    assert rows_of(splits, "val") + rows_of(splits, "test") == list(range(5))
+
+
+def test_a_later_day_for_a_model_of_kaggle(tmp_path, write_days):
+    write_days(tmp_path, [5])
+    with pytest.raises(DatasetError, match=r"train_dense.npy: missing"):
+        open_splits(tmp_path, "criteo_kaggle")
+    splits = open_splits(tmp_path, "criteo_kaggle", needs_training=False)
+    assert rows_of(splits, "val") + rows_of(splits, "test") == list(range(5))
+
+
+def test_the_held_out_day_of_a_manifest_is_enough_to_score(tmp_path, write_days):
+    write_days(tmp_path, [5, 4, 7])
+    write_manifest(tmp_path, days={f"day_{day}": {} for day in range(3)})
+    for path in (*tmp_path.glob("day_0_*"), *tmp_path.glob("day_1_*")):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"missing, though manifest.json lists it|one day only"):
+        open_splits(tmp_path, "criteo_1t")
+    assert open_splits(tmp_path, "criteo_1t", needs_training=False)["val"].num_rows == 4
+    shutil.copy(tmp_path / "day_2_dense.npy", tmp_path / "day_1_dense.npy")
+    for path in tmp_path.glob("day_2_*"):
+        path.unlink()
+    with pytest.raises(
+        DatasetError, match=r"the last day there is day_1, and manifest.json says that day_2 is held out"
+    ):
+        open_splits(tmp_path, "criteo_1t", needs_training=False)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_train", "num_val"),
     [(70, 60, 5), (71, 60, 6), (76, 65, 6), (13, 11, 1), (3, 2, None)],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from dlrm.errors import DatasetError
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.stages import parsing
-from dlrm.preprocess.verify import verify
+from dlrm.preprocess.verify import main, verify
 from tests.unit.preprocessed import assert_refused, write
 
 
@@ -145,3 +146,37 @@ def test_verify_without_a_manifest_that_can_be_read(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DatasetError, match=r"manifest.json: not a manifest"):
         verify(tmp_path)
+
+
+def test_verify_says_which_day_is_held_out(raw, capsys):
+    folder = write(raw)
+    main([str(folder)])
+    said = capsys.readouterr().out
+    assert re.search(r"day_1: 500 rows, [\d.]+% positive, from day_1.tsv\n", said)
+    assert re.search(r"day_2: 300 rows, [\d.]+% positive, from day_2.tsv, held out\n", said)
+    assert "Warning" not in said
+
+
+def test_verify_tells_of_days_in_the_order_of_text(raw, capsys):
+    """As a version wrote them that took files as they were given."""
+    folder = write(raw)
+    change_manifest(folder, lambda manifest: manifest["days"]["day_1"].update(source="day_10.tsv"))
+    main([str(folder)])
+    words = (
+        "Warning: the raw files were not taken in the order of the numbers in their names, in which day_10.tsv is the "
+    )
+    assert f"{words}last one: day_2.tsv is held out." in capsys.readouterr().out
+
+
+def test_verify_finds_a_held_out_day_that_is_a_copy(raw):
+    folder = write(raw)
+
+    def copy(manifest) -> None:
+        for part in ("dense", "sparse", "labels"):
+            (folder / f"day_2_{part}.npy").write_bytes((folder / f"day_1_{part}.npy").read_bytes())
+            manifest["files"][f"day_2_{part}.npy"] = manifest["files"][f"day_1_{part}.npy"]
+        manifest["days"]["day_2"] = manifest["days"]["day_1"]
+
+    change_manifest(folder, copy)
+    with pytest.raises(DatasetError, match="day_2, which is held out, has the same rows as day_1, which trains"):
+        verify(folder)

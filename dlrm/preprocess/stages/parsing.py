@@ -14,6 +14,7 @@ from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import explain, parse_block, read_rejected, write_columns, write_rejected
 from dlrm.preprocess.raw import TextBlock, read_blocks
+from dlrm.preprocess.repeats import check_repeats, digest_block
 from dlrm.preprocess.run import Run
 
 MAX_REJECTED_PER_BLOCK = 10_000
@@ -23,7 +24,7 @@ def parse(run: Run, estimated_rows: int) -> Layout:
     """Writes the columns of this rank's days. Collective.
 
     Raises:
-        DatasetError: at a line that is not a row, unless such lines are skipped and few.
+        DatasetError: at a line that is not a row, unless such lines are skipped and few; or if rows are there twice.
     """
     _parse_days(run, estimated_rows)
     if _content_is_other(run):
@@ -34,10 +35,11 @@ def parse(run: Run, estimated_rows: int) -> Layout:
         run.workspace.finish("content", "days", content)
     run.meet()
     parsed = [[(facts["rows"], facts["minimum"]) for facts in run.parsed_blocks(day)] for day in range(len(run.names))]
-    layout = Layout.build(parsed, run.config.dataset_name == "criteo_kaggle")
+    layout = Layout.build(parsed, run.config.is_split)
     held_out = layout.num_rows - layout.num_train_rows
     if held_out == 0 or (layout.num_train_rows == 0 and run.config.vocabulary is None):
         raise DatasetError(f"{run.raw[0]}: {layout.num_rows:,} rows are too few to train on some and hold out some.")
+    check_repeats(run, layout)
     return layout
 
 
@@ -117,6 +119,7 @@ def _parse_block(run: Run, name: str, item: tuple[int, TextBlock]) -> dict[str, 
         "positives": int(np.count_nonzero(columns.labels_R == 1)),
         "rejected": len(columns.rejected),
         "crc32": checksum,
+        **digest_block(columns, number),
     }
     files = [path]
     if columns.rejected:

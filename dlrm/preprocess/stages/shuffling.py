@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dlrm.preprocess.compat import numpy_shuffle_positions, round_to_float32
 from dlrm.preprocess.kernels import bucket_sizes
 from dlrm.preprocess.layout import Block, Layout
+from dlrm.preprocess.logarithm import log_dense
 from dlrm.preprocess.parse import read_integers, read_labels, read_missing
 from dlrm.preprocess.run import Run
 from dlrm.preprocess.shuffle import (
@@ -163,12 +164,6 @@ def _scatter_block(run: Run, days: list[ArrayFiles], buckets: Buckets, minima: l
         held_out_labels = labels_R[train:].view(np.int8)  # -1 where there are none
         write_rows(days, block.first_row + train, dense_IR[:, train:].T, indices_FR[:, train:].T, held_out_labels)
     return int((integers_IR < minima[block.day]).sum())
-
-
-def log_dense(integers_IR: npt.NDArray[np.int32], minimum: int) -> npt.NDArray[np.float32]:
-    """log(x - minimum + 2) in float32, as torchrec's tsv_to_npys has it; integers below the minimum count as it."""
-    shifted_IR = np.maximum(integers_IR.astype(np.float64) - (minimum - 2), 2.0)
-    return np.log(shifted_IR.astype(np.float32))
 
 
 def _gather(run: Run, layout: Layout, days: list[ArrayFiles], buckets: Buckets) -> None:

@@ -11,7 +11,9 @@ from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, write_atomically, wr
 from dlrm.errors import DatasetError
 from dlrm.preprocess.compat import merged_ids, rounded_rows
 from dlrm.preprocess.layout import Layout
+from dlrm.preprocess.logarithm import recorded_logarithm
 from dlrm.preprocess.parse import explain, read_rejected
+from dlrm.preprocess.repeats import file_digests, trained_digests
 from dlrm.preprocess.run import Run
 from dlrm.preprocess.shuffle import ArrayFiles
 from dlrm.preprocess.stages.encoding import describe_column
@@ -88,13 +90,14 @@ def _manifest(
             "rows": layout.day_rows[day],
             **({"positives": measured[f"{name}_labels.npy"]["positives"]} if run.has_labels else {"labels": False}),
             "rejected": sum(block["rejected"] for block in blocks),
-            "source": run.raw[day].name,
+            "source": run.sources[day],
         }
     if positives != sum(day.get("positives", 0) for day in days.values()):
         raise DatasetError(f"{run.workspace.root}: labels were lost on the way. Remove it and start again.")
     minima = run.recorded("plan", "minima")["minima"]
     source = config.applied["ids"] if config.applied else dataclasses.asdict(config)
     days_counted = "all" if config.is_compat else source["vocabulary_days"]
+    digests = file_digests(run, layout)
     return {
         "version": MANIFEST_VERSION,
         "kind": "binary_days",
@@ -103,6 +106,7 @@ def _manifest(
         "num_train_rows": layout.num_train_rows,
         "integers": {
             "transform": "log(x - minimum + 2)",
+            "logarithm": recorded_logarithm(run.workspace),
             "missing": "apart" if config.tells_missing_integers else "zero",
             "minimum": minima if config.is_compat else minima[0],
             "clamped": clamped,
@@ -116,6 +120,8 @@ def _manifest(
             "seed": config.seed,
         },
         "columns": columns,
+        "raw_digests": digests,
+        "trained_digests": trained_digests(run, digests),
         "files": {name: {key: facts[key] for key in ("bytes", "sha256")} for name, facts in measured.items()},
     }
 
@@ -124,12 +130,12 @@ def _write_rejected(run: Run) -> None:
     """Lists the lines that were skipped: file, line, what is wrong, and the line itself."""
 
     def lines() -> Iterator[bytes]:
-        for day, (name, raw) in enumerate(zip(run.names, run.raw, strict=True)):
+        for day, (name, raw) in enumerate(zip(run.names, run.sources, strict=True)):
             start = 1
             for number, block in enumerate(run.parsed_blocks(day)):
                 if block["rejected"]:
                     for line in read_rejected(rejected_path(run, f"{name}.{number:06d}")):
-                        where = f"{raw.name}\t{start + line.line}\t{explain(line.text, run.has_labels)}\t"
+                        where = f"{raw}\t{start + line.line}\t{explain(line.text, run.has_labels)}\t"
                         yield os.fsencode(where) + line.text + b"\n"
                 start += block["lines"]
 

@@ -1,0 +1,167 @@
+"""Raw files in order of time: what their names tell of it, and the same file given twice."""
+
+import os
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from dlrm.console import plural
+from dlrm.errors import ConfigError
+
+PACKINGS = (".gz", ".zst")
+_DIGITS = re.compile(r"([0-9]+)")
+_YEAR_LAST = re.compile(
+    r"(?<![0-9])(?P<first>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P<between>[-._]?)(?P<second>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P=between)"
+    r"(?P<year>(?:19|20)[0-9]{2})(?![0-9])"
+)
+_YEAR_FIRST = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-9]{2}")
+
+Key = tuple[str | int, ...]
+"""Of a name: text and numbers in turn."""
+
+
+def order_files(given: Sequence[str]) -> tuple[list[str], str]:
+    """The files in order of time, and a note on that order if there is something to say.
+
+    The shell sorts names as text, which puts day_10 before day_2. If any two names differ first in a number, a list
+    that is sorted as text is put in the order of the numbers. Any other list was ordered by somebody, and stays.
+
+    Raises:
+        ConfigError: if the list is sorted as text, and the names do not tell which order was meant.
+    """
+    orders = _orders_by_number(given)
+    is_text = _is_sorted_as_text(given) if orders else all(map(_is_sorted_as_text, _kinds(given)))
+    is_ordered = list(given) in orders if orders else all(map(_is_sorted_by_number, _kinds(given)))
+    if is_text and (len(orders) > 1 or not (orders or is_ordered)):
+        raise ConfigError(
+            f"{given[0]} ... {given[-1]}: the files are sorted as text, and their names don't tell the order of time. "
+            "Give them in that order, one after the other, or name them by dates with the year first."
+        )
+    if is_ordered:
+        return list(given), ""
+    if is_text:
+        return orders[0], f"Taken in the order of the numbers in their names, not as text: {_swap(given, orders[0])}."
+    return list(given), "Taken in the order given, which is not that of the numbers in their names."
+
+
+def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
+    """The orders that numbers in the names may mean; none if other text decides between some of the names."""
+    paths = [_without_packing(path) for path in given]
+    readings = [[_with_year_first(path, day, 2 - day) for path in paths] for day in (0, 2)]
+    orders: list[list[str]] = []
+    for texts in [texts for texts in readings if "" not in texts] or [paths]:
+        keys = [_key(text) for text in texts]
+        order = [given[i] for i in sorted(range(len(given)), key=keys.__getitem__)]
+        if _numbers_decide(keys) and order not in orders:
+            orders.append(order)
+    return orders
+
+
+def _with_year_first(path: str, day: int, month: int) -> str:
+    """The path with dates like 31-01-2024 as 2024-01-31, empty if that is no date.
+
+    Args:
+        day: place of the day in such a date, 0 or 2.
+        month: place of the month.
+    """
+    dates = []
+
+    def turn(match: re.Match[str]) -> str:
+        if _YEAR_FIRST.fullmatch(match[0]):
+            return match[0]
+        parts = match["first"], "", match["second"]
+        dates.append(1 <= int(parts[month]) <= 12 and 1 <= int(parts[day]) <= 31)
+        return f"{match['year']}-{parts[month]}-{parts[day]}"
+
+    turned = _YEAR_LAST.sub(turn, path)
+    return turned if all(dates) else ""
+
+
+def _key(text: str) -> Key:
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(_DIGITS.split(text)))
+
+
+def _numbers_decide(keys: Sequence[Key]) -> bool:
+    """Whether any two keys that differ do so first in a number. Neighbours in order tell it of all."""
+    return all(_first_difference(one, other) % 2 for one, other in pairwise(sorted(keys)) if one != other)
+
+
+def _first_difference(one: Key, other: Key) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+
+
+def _kinds(given: Sequence[str]) -> list[list[str]]:
+    """The files in groups whose names differ in numbers alone, each in the order given."""
+    kinds: dict[str, list[str]] = {}
+    for path in given:
+        kinds.setdefault(_DIGITS.sub("0", _without_packing(path)), []).append(path)
+    return list(kinds.values())
+
+
+def _is_sorted_by_number(given: Sequence[str]) -> bool:
+    keys = [_key(_without_packing(path)) for path in given]
+    return keys == sorted(keys)
+
+
+def _is_sorted_as_text(given: Sequence[str]) -> bool:
+    """As shells sort: by bytes or, in many languages, by letters and digits alone."""
+    letters = [re.sub(r"[\W_]", "", path).casefold() for path in given]
+    return list(given) == sorted(given) or letters == sorted(letters)
+
+
+def _swap(given: Sequence[str], ordered: Sequence[str]) -> str:
+    """Two files that have changed places, as `day_2.tsv before day_10.tsv`."""
+    at = next(i for i, (one, other) in enumerate(zip(given, ordered, strict=True)) if one != other)
+    here, there = source_names([Path(ordered[at]), Path(given[at])])
+    return f"{here} before {there}"
+
+
+def _without_packing(path: str) -> str:
+    path = os.path.abspath(path)  # noqa: PTH100 - `.` and `..` go, links stay
+    return next((path.removesuffix(packing) for packing in PACKINGS if path.endswith(packing)), path)
+
+
+def check_distinct(raw: Sequence[Path]) -> None:
+    """Refuses a file that is given twice, by a link too, or packed and unpacked.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    remedy = "Leave one of them out, or allow it with --repeated_rows allow."
+    by_node: dict[tuple[int, int], Path] = {}
+    by_name: dict[str, Path] = {}
+    for path in raw:
+        stat = path.stat()
+        other = by_node.setdefault((stat.st_dev, stat.st_ino), path)
+        if other is not path:
+            same = f"{path}: is given twice" if path == other else f"{path}: is the same file as {other}"
+            raise ConfigError(f"{same}, so its rows would be there twice. {remedy}")
+        other = by_name.setdefault(_without_packing(str(path)), path)
+        if other is not path:
+            raise ConfigError(f"{path}: is {other.name} in another packing, so its rows would be there twice. {remedy}")
+
+
+def source_names(raw: Sequence[Path]) -> list[str]:
+    """A name for each file: the file's own, with the folders that tell it from others if some are alike."""
+    names = [path.name for path in raw]
+    if len(set(names)) == len(names):
+        return names
+    paths = [Path.cwd() / path for path in raw]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [os.path.relpath(path, common) for path in paths]
+
+
+def describe_parts(names: Sequence[str], is_split: bool) -> str:
+    """Which files train and which is held out.
+
+    Args:
+        is_split: whether a single file does both, as criteo_kaggle's.
+    """
+    *earlier, last = names
+    if is_split:
+        return f"Training: the first six sevenths of {last}. Held out: the last seventh."
+    if not earlier:
+        return f"Held out: all of {last}."
+    span = earlier[0] if len(earlier) == 1 else f"{earlier[0]} to {earlier[-1]}"
+    return f"Training: {span} ({plural(len(earlier), 'file')}). Held out: {last}."
