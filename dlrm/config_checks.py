@@ -319,7 +319,7 @@ def _idle_checkpoint(config: Config) -> list[_Idle]:
         ("keep", writes_none, none),
         ("checkpoint_mode", writes_none, none),
         ("allow_changed_data", anew, "with --resume never: nothing is resumed. Drop one of them"),
-        ("allow_other_vocabulary", anew, "with --resume never: nothing is resumed. Drop one of them"),
+        ("allow_other_vocabulary", anew and checkpoint.init_from is None, "with --resume never: nothing is resumed"),
         ("init_optimizer", checkpoint.init_from is None, "needs --init_from"),
         ("init_optimizer", algorithm == "sgd", "with --optimizer sgd, which has no state. Drop it"),
     ]

@@ -208,10 +208,10 @@ def _conclude(
     kaggle = " --dataset_name criteo_kaggle" if config.dataset_name == "criteo_kaggle" else ""
     table_rows = ",".join(str(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES)
     print(f"{config.output}: {show_bytes(size)}, with manifest.json.", end="")
+    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
     if any(day.get("labels") is False for day in manifest["days"].values()):
         print(" Its rows have no labels: a model can predict them, but not be trained or scored on them.")
         return
-    path = f"--in_memory_binary_criteo_path {shlex.quote(config.output)}"
     if config.vocabulary is not None:
         print(
             f" Score {layout.num_rows - layout.num_train_rows:,} held-out rows with a model of {config.vocabulary}:\n"

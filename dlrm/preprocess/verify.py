@@ -37,8 +37,8 @@ PARTS = {"dense": NUM_INTEGER_FEATURES, "sparse": NUM_CATEGORICAL_FEATURES, "lab
 @dataclass(frozen=True)
 class VerifyConfig:
     """Checks a folder that `dlrm preprocess` or `dlrm materialize` wrote against its manifest: files and their sizes,
-    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. Says which
-    day is held out. Of binary days without a manifest it checks types, shapes and all values. Exit code 2 at the first
+    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. Of binary days
+    without a manifest it checks types, shapes and all values. Says which day is held out. Exit code 2 at the first
     fault."""
 
     folder: tyro.conf.Positional[str]
@@ -285,6 +285,13 @@ class _ArrayChecker:
         return (values < 0) | (values >= limits), "0 or more, and less than its table's rows"
 
 
+def _held_out(name: str, days: Iterable[str]) -> str:
+    """What to say of a day that is held out, or of which some rows are."""
+    if name == "train":
+        return ", the last seventh held out"
+    return ", held out" if name == last_day(days) else ""
+
+
 def _find_disorder(sources: Sequence[str]) -> str | None:
     """A warning if days were made from files that a shell had sorted as text."""
     try:
@@ -335,8 +342,7 @@ def _tell(folder: Path, manifest: Mapping[str, Any]) -> None:
         positive = f", {day['positives'] / max(1, day['rows']):.2%} positive" if "positives" in day else ""
         positive += ", without labels" if day.get("labels") is False else ""
         source = f", from {day['source']}" if "source" in day else ""
-        held_out = ", the last seventh held out" if name == "train" else ", held out" if name == last_day(days) else ""
-        print(f"{name}: {day['rows']:,} rows{positive}{source}{held_out}")
+        print(f"{name}: {day['rows']:,} rows{positive}{source}{_held_out(name, days)}")
     if (warning := _find_disorder([str(day.get("source", "")) for day in days.values()])) is not None:
         print(warning)
     print(f"{folder}: {len(manifest['files'])} files as in {MANIFEST_NAME}")
@@ -348,7 +354,8 @@ def _tell_bare(folder: Path, sums: Mapping[str, Sum]) -> None:
     days = verify_bare(folder, sums)
     for day in days:
         labels = "no labels" if day.positives is None else f"{day.positives / max(1, day.rows):.2%} positive"
-        print(f"{day.name}: {day.rows:,} rows, {labels}, ids up to {day.largest_F.max():,}")
+        held_out = _held_out(day.name, [one.name for one in days])
+        print(f"{day.name}: {day.rows:,} rows, {labels}, ids up to {day.largest_F.max():,}{held_out}")
     rows = np.maximum.reduce([day.largest_F for day in days]) + 1
     print(f"{folder}: no {MANIFEST_NAME}; types, shapes and values are right. Tables for all ids have these rows:")
     print(f"--num_embeddings_per_feature {','.join(map(str, rows.tolist()))}")

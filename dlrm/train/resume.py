@@ -75,7 +75,7 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
     Raises:
         RunDirectoryError: if the run directory can't be used.
         CheckpointError: if the checkpoint does not fit, or is damaged.
-        DatasetError: if the data can't be read.
+        DatasetError: if the data can't be read, or has another vocabulary.
     """
 
     def prepare() -> tuple[Path, bool, bool, str | None]:
@@ -104,10 +104,9 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
         initial = find_initial(config, runtime)
     if source is None and is_unfinished:
         on_main_rank(runtime, lambda: _check_elsewhere(config, path))
-    if (found := source) is not None:
-        vocabulary = on_main_rank(runtime, lambda: compare_vocabulary(found, config, data))
-        if runtime.is_main and vocabulary.text:
-            print(vocabulary.text)
+    note = ""
+    if (taken := source or initial) is not None:
+        note = on_main_rank(runtime, lambda: compare_vocabulary(taken, config, data)).text
     if source is not None and config.output.mlperf_log:
         raise ConfigError(
             "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."
@@ -118,6 +117,8 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
             _tell(source, start, config, runtime)
         elif is_unfinished:
             print(f"{path}: holds a run without a checkpoint. Starting anew; its files move to attempt-N.")
+        if note:
+            print(note)
     return start
 
 

@@ -93,6 +93,7 @@ def work(folder: Path) -> dict[str, str]:
         train("on other days", "other", *resume)
         train("on other days, allowed", "other", *resume, "--allow_other_vocabulary")
         train("on later days", "later days", *resume)
+        train("begun on other days", "other", "--init_from", str(folder / "model"))
     return said
 
 
@@ -180,6 +181,7 @@ def test_going_on_with_days_of_another_vocabulary_is_refused(folder: Path) -> No
     assert f"error: {folder / 'other'}: its days have another vocabulary" in said_of(folder, "on other days")
     assert "WARNING: the days have another vocabulary" in said_of(folder, "on other days, allowed")
     assert "Same vocabulary, later rows" in said_of(folder, "on later days")
+    assert f"error: {folder / 'other'}: its days have another vocabulary" in said_of(folder, "begun on other days")
 
 
 def test_a_vocabulary_that_nobody_knows(folder: Path) -> None:
