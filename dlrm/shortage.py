@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dlrm.console import show_bytes
 from dlrm.errors import ShortageError
 from dlrm.host import available_memory_bytes
-from dlrm.limits import is_address_space_limited, open_files_limit
+from dlrm.limits import free_memory_of_process, is_address_space_limited, open_files_limit
 
 _ASKED = re.compile(r"you tried to allocate (\d+) bytes|unable to mmap (\d+) bytes")
 _ASKED_WITH_UNIT = re.compile(r"(?:Unable to allocate|Tried to allocate) ([\d.]+ [KMGTPE]?i?B|[\d.]+ bytes)")
@@ -17,6 +17,8 @@ _MEMORY = re.compile(
     r"Unable to allocate"
 )
 _THREADS = re.compile(r"can't start new thread|thread constructor failed|Resource temporarily unavailable")
+_LIBRARIES_BYTES = 1 << 30
+"""Address space that PyTorch, numba and what they bring take. With less, OpenBLAS 0.3 tries for ever while it loads."""
 _FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -33,6 +35,20 @@ def shortage_as_error() -> Iterator[None]:
         if (explained := explain_shortage(error)) is None:
             raise
         raise ShortageError(explained) from None
+
+
+def check_room_for_libraries() -> None:
+    """Refuses to load libraries into less memory than they take.
+
+    Raises:
+        ShortageError: if a ulimit leaves less.
+    """
+    free = free_memory_of_process()
+    if free is not None and free < _LIBRARIES_BYTES:
+        raise ShortageError(
+            f"{show_bytes(free)} of address space free (ulimit -v, ulimit -d), and the libraries alone take up to "
+            f"{show_bytes(_LIBRARIES_BYTES)}. Raise that limit."
+        )
 
 
 def explain_shortage(error: BaseException) -> str | None:

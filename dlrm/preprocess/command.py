@@ -23,6 +23,7 @@ from dlrm.preprocess.raw import Sample, check_raw, sample
 from dlrm.preprocess.verify import read_manifest
 from dlrm.preprocess.workspace import Workspace
 from dlrm.schema import CATEGORICAL_NAMES, NUM_COLUMNS
+from dlrm.shortage import check_room_for_libraries
 
 IF_INTERRUPTED = "Continue with --resume."
 KEPT_BYTES_PER_ROW = 160
@@ -228,5 +229,6 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm preprocess`."""
     config = parse_flags(PreprocessConfig, argv, "dlrm preprocess")
     config.validate()
+    check_room_for_libraries()
     with Ranks.start() as ranks:
         preprocess(config, ranks)

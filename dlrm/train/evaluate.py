@@ -19,6 +19,7 @@ from dlrm.console import result_alone
 from dlrm.errors import CheckpointError, ConfigError
 from dlrm.flags import is_named, parse_flags, reset, value_of
 from dlrm.launcher import adopt_launcher
+from dlrm.shortage import check_room_for_libraries
 from dlrm.train.main import end_with_launcher, errors_as_one_line, on_each_rank, quieten_libraries
 
 PROG = "dlrm evaluate"
@@ -224,6 +225,7 @@ def main(argv: Sequence[str]) -> None:
     with errors_as_one_line(), result_alone(value_of(argv, "json")):
         on_each_rank(adopt_launcher)
         asked = on_each_rank(lambda: parse_evaluate(argv))
+        check_room_for_libraries()
         quieten_libraries()
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime

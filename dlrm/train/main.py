@@ -16,7 +16,7 @@ from dlrm.allocator import keep_freed_memory
 from dlrm.errors import EXIT_USER_ERROR, DlrmError, explain
 from dlrm.flags import parse_args
 from dlrm.launcher import adopt_launcher
-from dlrm.shortage import shortage_as_error
+from dlrm.shortage import check_room_for_libraries, shortage_as_error
 from dlrm.signals import Ended, InterruptedRun, StopSignals, exit_code, say
 from dlrm.streams import make_stdout_optional, safe_streams
 
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
         KeyboardInterrupt: if SIGINT has, and there is no other rank.
     """
     with safe_streams():
+        with errors_as_one_line():
+            on_each_rank(adopt_launcher)  # which says whether there are other ranks
         train(argv, StopSignals(ends_process=_has_peers()))
 
 
@@ -50,6 +52,7 @@ def train(argv: Sequence[str], listener: StopSignals) -> None:
     with errors_as_one_line():
         on_each_rank(adopt_launcher)
         config = on_each_rank(lambda: parse_args(argv))
+        check_room_for_libraries()
         quieten_libraries()
         # Here and not above, so that --help and a mistyped flag answer without loading torch.
         from dlrm.runtime import start_runtime

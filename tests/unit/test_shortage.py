@@ -1,10 +1,12 @@
 import errno
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from dlrm import shortage
 from dlrm.cli import exit_code_of
 from dlrm.errors import ShortageError
 from dlrm.shortage import explain_shortage, shortage_as_error
@@ -40,6 +42,13 @@ def test_allocators_that_give_up_say_how_much_was_asked_for(allocate) -> None:
 def test_what_ran_out(error: Exception, said: str) -> None:
     with pytest.raises(ShortageError, match=said), shortage_as_error():
         raise error
+
+
+def test_less_room_than_libraries_take(monkeypatch) -> None:
+    for free, is_enough in ((None, True), (1 << 30, True), (1 << 29, False)):
+        monkeypatch.setattr(shortage, "free_memory_of_process", lambda free=free: free)
+        with nullcontext() if is_enough else pytest.raises(ShortageError, match=r"512\.0 MiB of address space free"):
+            shortage.check_room_for_libraries()
 
 
 def test_other_errors_stay_what_they_are() -> None:
