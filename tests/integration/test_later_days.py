@@ -18,8 +18,8 @@ from dlrm.cli import main as dlrm
 from dlrm.errors import DlrmError
 from dlrm.flags import parse_args
 from dlrm.runtime import start_runtime
+from dlrm.signals import StopSignals
 from dlrm.train import same_vocabulary as same_vocabulary_module
-from dlrm.train.control import StopSignals
 from dlrm.train.evaluate import parse_evaluate
 from dlrm.train.run import run
 from dlrm.train.score_checkpoint import score_checkpoint
