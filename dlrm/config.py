@@ -380,6 +380,10 @@ class EvaluationConfig:
     evaluate_on_training_end: bool = True
     """Score the test set after training."""
 
+    def scores(self, stage: str) -> bool:
+        """Whether a run scores a held-out set: val or test."""
+        return {"val": self.validates, "test": self.evaluate_on_training_end}.get(stage, False)
+
     @property
     def validates(self) -> bool:
         """Whether the validation set is scored at all."""

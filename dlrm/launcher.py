@@ -52,18 +52,33 @@ def adopt_launcher() -> None:
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         _check_world_size(started)
         return
-    os.environ |= {"RANK": str(started.rank), "WORLD_SIZE": str(started.size)}
+    variables = {"RANK": str(started.rank), "WORLD_SIZE": str(started.size), **_find_meeting_place(os.environ, started)}
     if started.local_rank is not None and started.local_size is not None:
-        os.environ.setdefault("LOCAL_RANK", str(started.local_rank))
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(started.local_size))
-    for name, value in _find_meeting_place(os.environ, started).items():
-        os.environ.setdefault(name, value)
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        variables |= {"LOCAL_RANK": str(started.local_rank), "LOCAL_WORLD_SIZE": str(started.local_size)}
+    known = os.environ.keys() | variables.keys()
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in known]:
         raise LaunchError(
             f"{started.launcher} has started {started.size} processes ({started.size_variable}), and nothing says "
             f"where they meet. Start with torchrun, or set {' and '.join(missing)}: rank 0's host, and a free port "
             "there."
         )
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def note_separate_launchers() -> str | None:
+    """What to say if srun has started several torchruns that know nothing of each other; None else.
+
+    It may be meant: of an elastic job, hosts may be gone.
+    """
+    launchers, step = (os.environ.get(name, "") for name in ("GROUP_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if not (launchers.isdigit() and step.isdigit() and int(launchers) < int(step)):
+        return None
+    return (
+        f"WARNING: srun has started {step} tasks (SLURM_STEP_NUM_TASKS), and this training is of {launchers} of them. "
+        "If each of them trains a model of its own, start one torchrun a host, all with the same --nnodes and "
+        "--rdzv_endpoint."
+    )
 
 
 def _check_world_size(started: _Started) -> None:

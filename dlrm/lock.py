@@ -42,7 +42,7 @@ class FileLock:
         Raises:
             OSError: if the file can't be made.
         """
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self._handle = self._open()
         obstacle: str | None = _IN_USE
         try:
             try:
@@ -54,13 +54,24 @@ class FileLock:
                     raise
                 obstacle = self._own(error)
             else:
-                # Of a run that has just ended, the file may be gone by now.
-                is_there = self.path.exists() and os.fstat(self._handle).st_ino == self.path.stat().st_ino
-                obstacle = self._displace() if is_there else obstacle
+                obstacle = self._displace() if self._is_there(self._handle) else obstacle
             return obstacle
         finally:
             if obstacle is not None:
                 self.release()
+
+    def _open(self) -> int:
+        """For writing, which NFS wants of whoever locks; for reading if the file is another user's."""
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except PermissionError:
+            return os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def _is_there(self, handle: int) -> bool:
+        """Whether the open file still has its name: a run that has just ended may have removed it."""
+        with suppress(FileNotFoundError):
+            return os.fstat(handle).st_ino == self.path.stat().st_ino
+        return False
 
     @property
     def files(self) -> tuple[Path, Path]:

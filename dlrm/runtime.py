@@ -200,7 +200,9 @@ def _find_hosts(ranks: _Ranks, store: dist.Store | None) -> _Ranks:
     own = Seat.own(ranks.given_local_rank, ranks.given_local_world_size)
     if store is None:
         seats: list[Seat] = [own] * ranks.world_size
-        dist.all_gather_object(seats, own, group=new_gloo_group())
+        group = new_gloo_group()
+        dist.all_gather_object(seats, own, group=group)
+        dist.destroy_process_group(group)
     else:
         texts = share_texts(
             dist.PrefixStore("dlrm/hosts", store), ranks.rank, ranks.world_size, json.dumps(dataclasses.asdict(own))

@@ -16,7 +16,7 @@ _MEMORY = re.compile(
     r"can't allocate memory|Cannot allocate memory|std::bad_alloc|CUDA out of memory|failed to map segment|"
     r"Unable to allocate"
 )
-_THREADS = re.compile(r"can't start new thread|thread constructor failed|Resource temporarily unavailable")
+_THREADS = re.compile(r"can't start new thread|thread constructor failed|[Tt]hread creation failed|pthread_create")
 _LIBRARIES_BYTES = 1 << 30
 """Address space that PyTorch, numba and what they bring take. With less, OpenBLAS 0.3 tries for ever while it loads."""
 _FILES = (errno.EMFILE, errno.ENFILE)

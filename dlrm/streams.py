@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from dlrm.errors import reason_of
+
 _STDOUT, _STDERR = 1, 2
 
 
@@ -55,7 +57,7 @@ class Stream(io.RawIOBase):
     def _give_up(self, error: OSError) -> None:
         self.lost = error
         if self._number == _STDOUT:
-            print(f"dlrm: stdout can't be written ({error.strerror}). What follows is not shown.", file=sys.stderr)
+            print(f"dlrm: stdout can't be written ({reason_of(error)}). What follows is not shown.", file=sys.stderr)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
 from dlrm.checkpoint.store import Store, open_store
 from dlrm.config import Config
-from dlrm.errors import CheckpointError, ConfigError
+from dlrm.errors import CheckpointError, ConfigError, reason_of
 
 _READ_BYTES = 1 << 22
 _FOLDER = "checkpoints"
@@ -66,7 +66,7 @@ def _list(store: Store) -> list[str]:
     except NotImplementedError:  # as some of fsspec's say
         raise CheckpointError(f"{store.address}: no address at which a folder can be listed") from None
     except OSError as error:
-        raise CheckpointError(f"{store.address}: {error.strerror or error}") from None
+        raise CheckpointError(f"{store.address}: {reason_of(error)}") from None
 
 
 def read_manifest(store: Store, name: str) -> Manifest:
@@ -97,7 +97,7 @@ def read_file(store: Store, name: str, file: str) -> bytes:
             raise UnfinishedError(f"{file} is missing: it was not finished") from None
         raise CheckpointError(f"{file} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+        raise CheckpointError(f"{file}: {reason_of(error)}") from None
 
 
 def check_is_there(store: Store, name: str) -> None:
@@ -158,7 +158,7 @@ def check_files(
                     advance(count)
         except OSError as error:
             check_is_there(store, name)
-            raise CheckpointError(f"{file}: {error.strerror or error}") from None
+            raise CheckpointError(f"{file}: {reason_of(error)}") from None
         if num_bytes != expected.num_bytes:
             raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")
         if digest.hexdigest() != expected.sha256:

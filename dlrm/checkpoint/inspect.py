@@ -15,7 +15,7 @@ from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.store import Store, size_of
 from dlrm.checkpoint.tables import Table, tables_of
 from dlrm.console import Progress, align, plural, printable, show_bytes
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, reason_of
 from dlrm.flags import parse_flags
 
 _DENSE = "dense."
@@ -105,7 +105,7 @@ def _check_sizes(store: Store, name: str, manifest: Manifest) -> None:
             num_bytes = size_of(store, name, file)
         except OSError as error:
             check_is_there(store, name)
-            raise CheckpointError(f"{file}: {error.strerror or error}") from None
+            raise CheckpointError(f"{file}: {reason_of(error)}") from None
         if num_bytes != expected.num_bytes:
             raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")
 

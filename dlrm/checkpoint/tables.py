@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dlrm.checkpoint.find import check_is_there
 from dlrm.checkpoint.manifest import Chunk, Tensor
 from dlrm.checkpoint.pick import Picked
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, reason_of
 
 _PREFIX = "tables."
 _BLOCK_BYTES = 16 << 20
@@ -96,7 +96,7 @@ def read_blocks(picked: Picked, table: Table) -> Iterator[npt.NDArray[np.float32
                 yield block_RD
         except OSError as error:
             check_is_there(picked.store, picked.name)
-            raise CheckpointError(f"{picked.address}: {error.strerror or error}.") from None
+            raise CheckpointError(f"{picked.address}: {reason_of(error)}.") from None
 
 
 def _fill(block_RD: npt.NDArray[np.float32], start: int, chunk: Chunk, file: Any) -> None:

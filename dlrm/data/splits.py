@@ -238,7 +238,7 @@ def _binary_splits(
             source = ShuffledSplit(rows, table_rows, seed)
         else:
             source = mapped
-            if not is_training and "train" in sets:
+            if "train" in sets and config.evaluation.scores(stage):
                 check_split(rows, partitions[stage], runtime.rank, _label(config, runtime, stage))
         if companions is not None:
             source, mapped = ExpandedSplit(source, companions), ExpandedSplit(mapped, companions)

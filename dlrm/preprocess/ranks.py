@@ -86,12 +86,12 @@ class Ranks:
             self.store.add(name, 1)
             self._wait(lambda store: store.add(name, 0) >= self.world_size)
         except RuntimeError:
-            raise LaunchError("lost rank 0; its error, if there is one, says why. Go on with --resume.") from None
+            raise LaunchError("lost rank 0; its error, if there is one, says why. Continue with --resume.") from None
 
     def _wait(self, is_done: "Callable[[Store], bool]") -> None:
         assert self.store is not None
         while not is_done(self.store):
             if self.store.check([_FAILED]):
                 rank = self.store.get(_FAILED).decode()
-                raise LaunchError(f"rank {rank} has failed; its error says why. Go on with --resume.")
+                raise LaunchError(f"rank {rank} has failed; its error says why. Continue with --resume.")
             time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -67,7 +67,8 @@ class Workspace:
             return None
         if not resume:
             raise ConfigError(
-                f"{self.root}: holds an unfinished run. Go on with --resume, or remove it to start from the beginning."
+                f"{self.root}: holds an unfinished run. Continue with --resume, or remove it to start from the "
+                "beginning."
             )
         try:
             before = json.loads(self._plan.read_text(encoding="utf-8"))
@@ -154,7 +155,11 @@ class Workspace:
 
     def forget(self, stage: str, part: str | None = None) -> None:
         """Has a part of a stage, or all of it, be done again."""
-        parts = [part] if part is not None else [mark.stem for mark in (self.root / "done" / stage).glob("*.json")]
+        if part is not None:
+            parts = {part}
+        else:  # of several ranks another one may have removed the marks already
+            known = {name for of, name in self._facts if of == stage}
+            parts = known | {mark.stem for mark in (self.root / "done" / stage).glob("*.json")}
         for one in parts:
             self._mark(stage, one).unlink(missing_ok=True)
             self._facts.pop((stage, one), None)

@@ -11,7 +11,7 @@ from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import Source, find_given, find_newest, restore
 from dlrm.checkpoint.state import counts_of, fill_optimizer_states, restore_random_states
 from dlrm.checkpoint.store import LocalStore, make_folder, open_store
-from dlrm.config import Config
+from dlrm.config import Config, OptimizerConfig
 from dlrm.console import plural
 from dlrm.data.fingerprint import fingerprint
 from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError, reason_of
@@ -112,6 +112,7 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
             "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."
         ).raised_everywhere()
     start = Start(path, source, data, is_own, initial)
+    on_main_rank(runtime, lambda: _check_schedule(start, config.optimizer))
     if runtime.is_main:
         if source is not None:
             _tell(source, start, config, runtime)
@@ -194,6 +195,21 @@ def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Conf
         raise MisfitError(
             f"it was trained on other data than {config.data.folder or 'random samples'}. --allow_changed_data "
             "continues all the same, from row 0 of this data"
+        )
+
+
+def _check_schedule(start: Start, optimizer: OptimizerConfig) -> None:
+    """Refuses new data for a training whose learning rate has decayed to its end: it would change next to nothing.
+
+    Raises:
+        CheckpointError: with the step at which the decay ended.
+    """
+    end = optimizer.lr_decay_start + optimizer.lr_decay_steps
+    if start.has_new_data and optimizer.lr_decay_steps and start.position.step >= end:
+        raise CheckpointError(
+            f"--resume: the training is at step {start.position.step:,}, and its learning rate's decay ended at step "
+            f"{end:,} (--lr_decay_start and --lr_decay_steps), so it would learn next to nothing of the new data. "
+            "Begin a new training with its weights: --init_from."
         )
 
 

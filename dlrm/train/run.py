@@ -19,6 +19,7 @@ from dlrm.console import plural, some
 from dlrm.data.binary_days import Stage
 from dlrm.errors import ConfigError, RunDirectoryError
 from dlrm.freezing import DENSE
+from dlrm.launcher import note_separate_launchers
 from dlrm.lock import Locks
 from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.mlperf import MlperfLog, describe_run
@@ -62,6 +63,8 @@ def _run_from(
     if runtime.is_main:
         _note_idle_flags(config, runtime)
         _note_other_ranks(config, runtime)
+        if (note := note_separate_launchers()) is not None:
+            print(note, flush=True)
     trainer, base = assemble(config, runtime)
     runtime = base.runtime
     check_left(trainer, start)
@@ -115,7 +118,7 @@ def _run_from(
             flush=True,
         )
         if (target := config.evaluation.validation_auroc) is not None and not trainer.reached_target:
-            print(_explain_target(target, [result.auroc for result in trainer.val_results]), flush=True)
+            print(_explain_target(target, [result.auroc for result in trainer.own_results]), flush=True)
 
 
 def _explain_target(target: float, aurocs: Sequence[float | None]) -> str:

@@ -278,8 +278,9 @@ def _check_place(path: Path) -> None:
 
 def _make(path: Path) -> bool:
     """Makes a folder; False if it is there, or if the run that made the folder above it has just removed that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.mkdir(parents=True)
+        path.mkdir()
     except (FileExistsError, FileNotFoundError):
         return False
     return True

@@ -134,9 +134,12 @@ class RunSafety(Safety):
         """
         if self.checkpointer is None or self._runtime.world_size > 1 or trainer.step == 0:
             return error
-        if self.checkpointer.last_step != trainer.step:
-            self._save(trainer, self.checkpointer, wait=True)
-        self.checkpointer.finish()
+        try:
+            if self.checkpointer.last_step != trainer.step:
+                self._save(trainer, self.checkpointer, wait=True)
+            self.checkpointer.finish()
+        except CheckpointError as failure:
+            return DatasetError(f"{error} What was reached is not saved: {failure}")
         return DatasetError(f"{error} Training up to step {trainer.step:,} is saved.")
 
     def _wish(self, checkpointer: Checkpointer) -> Wish:

@@ -82,8 +82,8 @@ def trained_vocabulary(source: Source) -> str | None:
 
 
 def _applies_a_vocabulary(folder: Path) -> bool:
-    ids = load_manifest(folder / MANIFEST_NAME).get("ids") or {}
-    return ids.get("vocabulary") is not None
+    ids = load_manifest(folder / MANIFEST_NAME).get("ids")
+    return isinstance(ids, dict) and ids.get("vocabulary") is not None
 
 
 def recorded_folding(source: Source) -> list[Folded] | None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -173,15 +172,15 @@ def _show(status: dict[str, Any]) -> str:
 def _place_of(thread: int) -> str:
     """Where a thread is in this project's own code; empty if that can't be told.
 
-    faulthandler writes the stack as text, so that nothing refers to frames or what they hold.
+    faulthandler writes the stack as text, so that nothing refers to frames or what they hold. It writes to memory: a
+    disk may be what the run waits for.
     """
-    try:
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            text = file.read().decode(errors="replace")
-    except OSError:
+    if not hasattr(os, "memfd_create"):
         return ""
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
     stack = re.search(rf"hread 0x0*{thread:x}\b.*:\n((?:  .*\n?)+)", text)
     calls = re.findall(r'File "(.*)", line (\d+) in (.*)', stack[1]) if stack else []
     if not calls:

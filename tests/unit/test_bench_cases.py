@@ -167,7 +167,7 @@ def test_checkpoint(bench, tmp_path, capsys):
 def test_checkpoint_on_a_disk_that_is_too_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     assert main(["bench", "checkpoint", "--folder", str(tmp_path)]) == 2
-    assert f"{tmp_path}: 1.0 GiB free, expected 3.7. Give smaller tables" in capsys.readouterr().err
+    assert f"{tmp_path}: 1.0 GiB free, expected 3.7 GiB. Give smaller tables" in capsys.readouterr().err
 
 
 def test_interaction(bench):

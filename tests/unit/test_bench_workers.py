@@ -99,10 +99,9 @@ def test_peak_memory_is_the_workers_own():
 
 
 def test_a_failing_rank_ends_the_side():
-    started = time.monotonic()
     with pytest.raises(ConfigError, match="ours: wrong"), start_workers(light("ours", ranks=2)) as workers:
         workers.take_turn("fail")
-    assert time.monotonic() - started < 20
+    assert all(process.poll() is not None for process in workers._processes)
 
 
 def test_a_dead_rank_is_named():

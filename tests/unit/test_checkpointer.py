@@ -159,7 +159,7 @@ def test_a_full_disk(store, method, copies, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, method, fail)
-        with pytest.raises(CheckpointError, match=r"can't be written \(No space left on device\)") as caught:
+        with pytest.raises(CheckpointError, match=r"can't be written \(the disk is full\)") as caught:
             save(checkpointer, 2)
     assert caught.value.everywhere
     assert checkpointer.has_failed

@@ -50,8 +50,9 @@ def test_pooled_rows_on_a_gpu_are_rounded_where_they_are_whole() -> None:
 
 
 def test_gradients_are_dropped_between_steps() -> None:
-    weight = nn.Parameter(torch.ones(2))
-    both = Optimizers([KeyedOptimizerWrapper({"weight": weight}, lambda parameters: torch.optim.SGD(parameters, lr=1))])
-    weight.sum().backward()
-    both.zero_grad()
-    assert weight.grad is None
+    weight, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = KeyedOptimizerWrapper({"weight": weight}, lambda parameters: torch.optim.SGD(parameters, lr=1))
+    all_parts = Optimizers([optimizer], [frozen])
+    (weight * frozen).sum().backward()
+    all_parts.zero_grad()
+    assert weight.grad is frozen.grad is None

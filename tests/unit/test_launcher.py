@@ -164,7 +164,7 @@ def test_a_rank_that_fails_while_another_waits_for_it() -> None:
     with pytest.raises(KeyError), Ranks(1, 2, store):
         raise KeyError
     thread.join(20)
-    assert said == ["rank 1 has failed; its error says why. Go on with --resume."]
+    assert said == ["rank 1 has failed; its error says why. Continue with --resume."]
 
 
 def test_rank_0_which_holds_the_store_leaves_last() -> None:

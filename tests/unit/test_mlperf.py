@@ -142,5 +142,5 @@ def test_a_folder_that_is_gone(tmp_path):
 def test_a_full_disk(tmp_path):
     path = tmp_path / "log.txt"
     path.symlink_to("/dev/full")
-    with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(No space left on device\)"):
+    with pytest.raises(RunDirectoryError, match=rf"{path}: can't be written \(the disk is full\)"):
         MlperfLog(path, FACTS, 1.0, 2.0)

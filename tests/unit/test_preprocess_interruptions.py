@@ -35,7 +35,7 @@ def test_an_unfinished_run_is_gone_on_with(raw, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 preprocess(config_of(raw, resume=True), Ranks())
         assert not (raw.parent / "days").exists()
-    with pytest.raises(ConfigError, match=r"days.partial: holds an unfinished run. Go on with --resume"):
+    with pytest.raises(ConfigError, match=r"days.partial: holds an unfinished run. Continue with --resume"):
         preprocess(config_of(raw), Ranks())
     with pytest.raises(ConfigError, match="--resume: seed was 0 and is 4"):
         preprocess(config_of(raw, resume=True, seed=4), Ranks())

@@ -271,7 +271,7 @@ def test_prefetch_builds_ahead_but_no_further_than_its_depth():
 
     ahead = prefetch(items(), 3)
     assert next(ahead) == 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(built) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
@@ -289,7 +289,7 @@ def test_prefetch_leaves_the_consumer_alone_once_it_has_taken_a_batch(monkeypatc
             yield i
 
     ahead = prefetch(items(), 2)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     assert next(ahead) == 0
     while len(built) < 4 and time.monotonic() < deadline:  # the one in hand, two ready, one that waits for its place
         time.sleep(0.01)

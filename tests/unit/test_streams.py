@@ -63,13 +63,13 @@ def test_a_terminal_of_another_encoding(environment, shown):
 def test_a_full_disk_under_stdout_is_one_line(arguments, unbuffered):
     done = run(SAYS.format(arguments=arguments), ">/dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
-    assert done.stderr == "dlrm: stdout can't be written (No space left on device). What follows is not shown.\n"
+    assert done.stderr == "dlrm: stdout can't be written (the disk is full). What follows is not shown.\n"
 
 
 def test_a_training_goes_on_without_stdout():
     done = run(TRAINS, ">/dev/full")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "saved")
-    assert done.stderr.startswith("dlrm: stdout can't be written (No space left on device).")
+    assert done.stderr.startswith("dlrm: stdout can't be written (the disk is full).")
 
 
 def test_a_training_outlives_its_reader():

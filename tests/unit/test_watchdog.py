@@ -138,35 +138,51 @@ def test_one_rank_that_is_not_accused_speaks(exits, monkeypatch, capsys):
     assert exits == [3, 3]
 
 
-def test_a_run_alone_ends_when_it_hangs(exits, capsys):
-    watchdog = Watchdog(ALONE, 0.2).start()
+class Clock:
+    """Time that passes only as the watchdog waits; `happens` is called after each wait."""
+
+    def __init__(self, watchdog, waits, happens):
+        self.now, self._watchdog, self._waits_left, self._happens = 0.0, watchdog, waits, happens
+
+    def monotonic(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+        self._waits_left -= 1
+        self._happens()
+        return self._waits_left < 0
+
+
+def watch_alone(monkeypatch, waits, happens=lambda _: None):
+    watchdog = Watchdog(ALONE, 8.0)
+    clock = Clock(watchdog, waits, lambda: happens(watchdog))
+    monkeypatch.setattr(watchdogs, "time", clock)
+    monkeypatch.setattr(watchdog, "_stopped", clock)
     watchdog.beat("reading a batch")
-    deadline = time.monotonic() + 10
-    while not exits and time.monotonic() < deadline:
-        time.sleep(0.01)
-    watchdog.stop()
-    assert exits[0] == 3
+    watchdog._watch()
+
+
+def test_a_run_alone_ends_when_it_hangs(exits, monkeypatch, capsys):
+    watch_alone(monkeypatch, waits=8)
+    assert exits == []
+    watch_alone(monkeypatch, waits=9)
+    assert exits == [3]
     error = capsys.readouterr().err
-    assert error.startswith("dlrm: error: no step for 0.2 s (--hang_timeout): reading a batch, at test_watchdog.py:")
+    assert error.startswith("dlrm: error: no step for 8 s (--hang_timeout): reading a batch, at ")
 
 
-def test_one_that_is_slow_is_left_alone(exits):
-    watchdog = Watchdog(ALONE, 2.0).start()
-    for _ in range(4):
-        watchdog.beat("reading a batch")
-        time.sleep(0.6)
-    watchdog.stop()
+@pytest.mark.parametrize("sign", [lambda dog: dog.beat("training"), lambda dog: dog.note_written()])
+def test_one_that_is_slow_or_writes_is_left_alone(sign, exits, monkeypatch):
+    watch_alone(monkeypatch, 50, sign)
     assert exits == []
+
+
+def test_one_that_is_stopped_watches_no_more():
+    watchdog = Watchdog(ALONE, 600.0).start()
+    assert watchdog._thread.is_alive()
+    watchdog.stop()
     assert not watchdog._thread.is_alive()
-
-
-def test_one_that_writes_is_left_alone(exits):
-    watchdog = Watchdog(ALONE, 1.0).start()
-    for _ in range(4):
-        time.sleep(0.5)
-        watchdog.note_written()
-    watchdog.stop()
-    assert exits == []
 
 
 def test_a_launcher_that_is_gone_ends_the_watch_and_not_the_run(exits):
@@ -196,13 +212,9 @@ def test_where_a_thread_is():
     assert watchdogs._place_of(1) == ""
 
 
-def test_no_place_without_a_temporary_folder(monkeypatch):
-    monkeypatch.setattr(watchdogs.tempfile, "TemporaryFile", refuse_file)
+def test_no_place_on_a_system_without_files_in_memory(monkeypatch):
+    monkeypatch.delattr(watchdogs.os, "memfd_create")
     assert watchdogs._place_of(threading.get_ident()) == ""
-
-
-def refuse_file():
-    raise FileNotFoundError
 
 
 def test_frames_are_not_taken_while_the_run_is_well(monkeypatch, exits):
@@ -210,9 +222,5 @@ def test_frames_are_not_taken_while_the_run_is_well(monkeypatch, exits):
     taken = []
     monkeypatch.setattr(watchdogs, "_place_of", taken.append)
     monkeypatch.setattr(watchdogs.sys, "_current_frames", lambda: taken.append("frames"))
-    watchdog = Watchdog(ALONE, 1.0).start()
-    for _ in range(10):
-        watchdog.beat("training")
-        time.sleep(0.1)
-    watchdog.stop()
+    watch_alone(monkeypatch, 50, lambda watchdog: watchdog.beat("training"))
     assert taken == exits == []
