@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ SPIN = "GOMP_SPINCOUNT"
 COUNTS = ("300000", "100000", "30000", "10000", "3000", "1000", "0")
 PLAIN = "plain"
 NEIGHBOURS = {"alone": 0, "beside one": 1}
+SECONDS_TO_SETTLE = 1.0
 _TABLE_ROWS = 20_000  # all sides are in memory at once
 
 
@@ -37,6 +39,7 @@ def busy_processes(number: int) -> Iterator[None]:
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in range(number)]
     try:
+        time.sleep(SECONDS_TO_SETTLE)
         yield
     finally:
         for process in processes:
@@ -62,10 +65,11 @@ def measure(sides: Mapping[str, Workers], rounds: int) -> dict[str, dict[str, li
     """Median seconds of a step of each side, alone and beside a neighbour, by round."""
     seconds: dict[str, dict[str, list[float]]] = {name: {case: [] for case in NEIGHBOURS} for name in sides}
     for number in range(rounds):
+        order = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]
         for case, neighbours in NEIGHBOURS.items():
             with busy_processes(neighbours):
-                for name, workers in sides.items():
-                    steps: Any = workers.take_turn("train")[0].value
+                for name in order:
+                    steps: Any = sides[name].take_turn("train")[0].value
                     seconds[name][case].append(statistics.median(steps))
         print(f"round {number + 1}/{rounds}", flush=True)
     return seconds
@@ -89,7 +93,7 @@ def main() -> None:
     """Takes turns, and prints a table."""
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=20, help="timed steps of a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=40, help="timed steps of a turn (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=512, help="samples a step (default: %(default)s)")
     parser.add_argument("--json", type=result_file, help="where to write the result")
     arguments = parser.parse_args()
