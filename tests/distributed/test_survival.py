@@ -132,7 +132,7 @@ def test_whatever_ends_a_job_it_goes_on_to_the_same_end(start: Launch) -> None:
     assert job.wait() != 0
     warned = len(read_losses(job.run_dir))
     assert f"dlrm: SIGUSR1: stopped after step {warned}, which is saved." in job.output
-    assert job.output.count("exitcode  : 138 ") == 2
+    assert "exitcode  : 138 " in job.output  # torchrun ends the other one as soon as the first has left
     assert newest(job.run_dir).name == f"step_{warned:010d}"
 
     job = start("disturbed")
