@@ -44,14 +44,14 @@ def profile_steps(optimizer: str, precision: str) -> dict[str, float]:
     """Runs in a process of its own: milliseconds a step of each group."""
     from torch.profiler import ProfilerActivity, profile
 
-    from dlrm.allocator import keep_freed_memory
+    from dlrm.allocator import tune_process
     from dlrm.bench.config import Shape
     from dlrm.bench.ours import StepClock, build_trainer
     from dlrm.bench.shape import make_config
     from dlrm.runtime import start_runtime
     from dlrm.train.main import quieten_libraries
 
-    keep_freed_memory()
+    tune_process()
     quieten_libraries()
     options: Any = {"optimizer": optimizer, "precision": precision}
     config = make_config(Shape(ranks=1, **options), WARM_UP_STEPS + STEPS)

@@ -1,4 +1,4 @@
-"""How this process's memory is allocated. Call before torch is imported: it reads its settings once.
+"""How this process's memory is allocated, and how its threads wait. Call before torch is imported: it reads both once.
 
 A step's large tensors live for milliseconds. By default glibc maps each of them anew and unmaps it after use, and the
 kernel then fills each page with zeros at its first touch, which can take as long as all that is computed.
@@ -10,7 +10,25 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1
+_SPINS = "1000"
 _PRELOADED = ("jemalloc", "tcmalloc", "mimalloc")
+
+
+def tune_process() -> None:
+    """Has freed memory kept, and threads that wait sleep soon, as far as the user has not chosen otherwise."""
+    keep_freed_memory()
+    sleep_while_waiting()
+
+
+def sleep_while_waiting() -> None:
+    """Has OpenMP's threads spin for microseconds, not milliseconds, before they sleep.
+
+    While they spin they take a core that another process may want, which costs a training beside a busy neighbour far
+    more than waking up costs one that is alone (`python -m benchmarks.neighbour`). What the user has set
+    (GOMP_SPINCOUNT, OMP_WAIT_POLICY) stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def keep_freed_memory() -> None:

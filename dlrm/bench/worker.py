@@ -7,7 +7,7 @@ import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from dlrm.allocator import keep_freed_memory
+from dlrm.allocator import tune_process
 from dlrm.bench.workers import Reply
 from dlrm.errors import DlrmError
 from dlrm.host import end_with_parent
@@ -21,7 +21,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     connection = Connection(int(sys.argv[1]))
     if sys.argv[2] == "ours":
-        keep_freed_memory()  # first of all, as dlrm_main.py does: what follows loads torch
+        tune_process()  # first of all, as dlrm_main.py does: what follows loads torch
     try:
         try:
             serve(connection)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dlrm.allocator import keep_freed_memory
+from dlrm.allocator import tune_process
 from dlrm.checkpoint.find import RemovedError, read_config
 from dlrm.checkpoint.fit import Difference, differences, model_misfits
 from dlrm.checkpoint.pick import Picked, open_address, read_newest
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
     """
-    keep_freed_memory()
+    tune_process()
     end_with_launcher()
     with errors_as_one_line(), result_alone(value_of(argv, "json")):
         on_each_rank(adopt_launcher)

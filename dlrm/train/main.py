@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from dlrm.allocator import keep_freed_memory
+from dlrm.allocator import tune_process
 from dlrm.errors import EXIT_USER_ERROR, DlrmError, explain
 from dlrm.flags import parse_args
 from dlrm.launcher import adopt_launcher
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 def train(argv: Sequence[str], listener: StopSignals) -> None:
     """As `main`, with signals heard by `listener`."""
     started = time.time()
-    keep_freed_memory()
+    tune_process()
     end_with_launcher()
     with errors_as_one_line():
         on_each_rank(adopt_launcher)

@@ -1,9 +1,12 @@
 """What the trainer tells glibc about freed memory."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from dlrm.allocator import sleep_while_waiting
 
 GIVEN_BACK = """
 import ctypes, os
@@ -45,3 +48,18 @@ def test_more_than_two_gigabytes_stay_unless_the_user_chose_otherwise(
     assert done.returncode == 0, done.stderr
     given_back, words = done.stdout.split(maxsplit=1)
     assert (int(given_back) == 0, words.strip()) == (kept, said)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_chose_otherwise(
+    chosen: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    sleep_while_waiting()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
