@@ -58,7 +58,8 @@ def test_waiting_threads_sleep_soon_unless_the_user_chose_otherwise(
     chosen: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     sleep_while_waiting()
