@@ -2,7 +2,7 @@
 # The whole suite with another set of PyTorch, TorchRec and FBGEMM than the pinned one: those of dlrm/package_sets.py.
 #
 #   requirements/try.sh newest             environment, lists and logs in build/sets/newest (about 7 GB with CUDA's libraries)
-#   requirements/try.sh oldest FOLDER      the same elsewhere
+#   requirements/try.sh oldest FOLDER      the same elsewhere; the folder belongs to this checkout alone
 #
 # Started again, it continues: a part that has passed runs again only if a file of the checkout has changed.
 # PYTHON is the interpreter (3.10 to 3.12), DEVICE=cuda takes FBGEMM's CUDA build, PARTS are folders of tests/,

@@ -42,6 +42,8 @@ def shard_model(
     with warnings.catch_warnings(), _NothingDrawn():
         # TorchRec hands DistributedDataParallel an argument that newer torch spells otherwise.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        # 2026-11-30: torchrec 1.6 asks torch 2.11 for a group's device by a name that was about to go.
+        warnings.filterwarnings("ignore", "`_get_pg_default_device` will be|Multiple backends are registered with this")
         sharded = DistributedModelParallel(
             module=model,
             device=device,

@@ -177,8 +177,6 @@ def quieten_libraries() -> None:
     # 2026-11-23: torchrec 1.8 uses names that torch 2.13 is about to drop.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not")
-    # 2026-11-30: torchrec 1.6 on CPUs asks torch 2.11 for a group's device by a name that was about to go.
-    warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated|Multiple backends are registered")
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().addFilter(_knows_fbgemm)
