@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from dlrm.errors import LaunchError
-from dlrm.launcher import Seat, adopt_launcher, assign_seats, first_host
+from dlrm.launcher import Seat, adopt_launcher, assign_seats, first_host, note_separate_launchers
 from dlrm.preprocess.ranks import Ranks
 from dlrm.rendezvous import share_texts
 
@@ -185,3 +185,12 @@ def test_rank_0_which_holds_the_store_leaves_last() -> None:
     for thread in threads:
         thread.join(20)
     assert left == [1, 0]
+
+
+@pytest.mark.parametrize(("launchers", "tasks", "is_told"), [("1", "4", True), ("2", "2", False), ("1", "", False)])
+def test_torchruns_that_know_nothing_of_each_other(launchers, tasks, is_told, monkeypatch) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", launchers)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    note = note_separate_launchers()
+    assert (note is not None) is is_told
+    assert note is None or note.startswith("WARNING: srun has started 4 tasks (SLURM_STEP_NUM_TASKS)")

@@ -107,6 +107,19 @@ def test_other_errors_are_not_taken_for_a_missing_flock(tmp_path, monkeypatch):
         FileLock(tmp_path / "lock").take()
 
 
+def test_a_lock_of_another_user_can_be_taken(tmp_path, monkeypatch):
+    (tmp_path / "lock").touch()
+    open_file = os.open
+
+    def refuse_to_write(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)
+    assert FileLock(tmp_path / "lock").take() is None
+
+
 def test_a_run_without_flock(tmp_path, without_flock, monkeypatch):
     monkeypatch.setattr(lock, "_SECONDS", 0.3)
     with Locks() as locks:

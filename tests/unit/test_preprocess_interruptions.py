@@ -206,6 +206,16 @@ def test_two_runs_on_one_folder(raw):
             preprocess(config_of(raw, resume=True), Ranks())
 
 
+def test_a_stage_is_forgotten_by_every_rank(tmp_path):
+    first, second = (workspace_module.Workspace(tmp_path / "days") for _ in range(2))
+    with first:
+        first.finish("scatter", "day_0", {"clamped": 0})
+    assert second.facts("scatter", "day_0") == {"clamped": 0}
+    first.forget("scatter")
+    second.forget("scatter")
+    assert first.facts("scatter", "day_0") is second.facts("scatter", "day_0") is None
+
+
 def test_two_ranks_write_the_same(raw):
     reference = digests(write(raw, output="alone"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]

@@ -112,6 +112,13 @@ def test_a_default_folder_that_can_not_be_made(tmp_path, monkeypatch):
         RunDirectory.claim(Path("runs", "x"), Config(), locks)
 
 
+def test_a_default_folder_below_a_link_that_leads_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("scratch/runs")
+    with Locks() as locks, pytest.raises(RunDirectoryError, match="runs"):
+        RunDirectory.claim(Path("runs", "x"), Config(), locks)
+
+
 def write_json_at(folder, launch):
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps({"launch": launch}))

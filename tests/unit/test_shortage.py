@@ -44,6 +44,11 @@ def test_what_ran_out(error: Exception, said: str) -> None:
         raise error
 
 
+def test_a_peers_socket_is_no_shortage() -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection reset by peer: Resource temporarily unavailable")
+    assert shortage.explain_shortage(lost) is None
+
+
 def test_less_room_than_libraries_take(monkeypatch) -> None:
     for free, is_enough in ((None, True), (1 << 30, True), (1 << 29, False)):
         monkeypatch.setattr(shortage, "free_memory_of_process", lambda free=free: free)
