@@ -107,6 +107,16 @@ def _soak(result: Result) -> str:
     )
 
 
+def _neighbour(result: Result) -> str:
+    rows = result["summary"]
+    theirs, ours, plain = rows["300000"], rows["1000"], rows["plain"]
+    return (
+        f"{ours['slowdown']:.1f} times as long; {theirs['slowdown']:.1f} with libgomp's 300,000 spins, "
+        f"{plain['slowdown']:.1f} in plain TorchRec. Beside it {ours['speed beside one']:.1f} times the speed that "
+        f"300,000 spins give, alone {ours['speed alone']:.2f} times"
+    )
+
+
 def _startup(result: Result) -> str:
     ratios = result["ratios_to_import_torch"]
     return (
@@ -161,5 +171,10 @@ FIGURES = (
     Figure("table lookup, backward and update, against FBGEMM", "embedding.json", _bench),
     Figure("the MLPs' products through {precision}, against `torch.mm` in fp32", "products.json", _bench),
     Figure("start, over the time of `import torch`", "startup.json", _startup),
+    Figure(
+        "a step of 512 samples beside a busy process on one of two cores, with the 1,000 spins that are set",
+        "neighbour.json",
+        _neighbour,
+    ),
     Figure("input all-to-all hidden behind compute, two ranks on a CPU", "overlap.json", _overlap),
 )

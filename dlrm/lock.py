@@ -42,11 +42,11 @@ class FileLock:
         Raises:
             OSError: if the file can't be made.
         """
-        self._handle = self._open()
+        self._handle = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         obstacle: str | None = _IN_USE
         try:
             try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock()
             except BlockingIOError:
                 return obstacle
             except OSError as error:
@@ -60,12 +60,17 @@ class FileLock:
             if obstacle is not None:
                 self.release()
 
-    def _open(self) -> int:
-        """For writing, which NFS wants of whoever locks; for reading if the file is another user's."""
+    def _lock(self) -> None:
+        """By flock. NFS refuses a file that is open for reading alone; elsewhere such a file may be another user's."""
+        assert self._handle is not None
         try:
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except PermissionError:
-            return os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            os.close(self._handle)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _is_there(self, handle: int) -> bool:
         """Whether the open file still has its name: a run that has just ended may have removed it."""

@@ -1,6 +1,7 @@
 """One process at a time in a folder, with flock and without."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -107,17 +108,20 @@ def test_other_errors_are_not_taken_for_a_missing_flock(tmp_path, monkeypatch):
         FileLock(tmp_path / "lock").take()
 
 
-def test_a_lock_of_another_user_can_be_taken(tmp_path, monkeypatch):
-    (tmp_path / "lock").touch()
-    open_file = os.open
+def test_nfs_wants_the_file_open_for_writing_and_no_other_does(tmp_path, monkeypatch):
+    flock, modes = lock.fcntl.flock, []
 
-    def refuse_to_write(path, flags, *mode):
-        if flags & os.O_RDWR:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return open_file(path, flags, *mode)
+    def as_nfs(handle, operation):
+        modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+        if modes[-1] == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, operation)
 
-    monkeypatch.setattr(os, "open", refuse_to_write)
-    assert FileLock(tmp_path / "lock").take() is None
+    monkeypatch.setattr(lock.fcntl, "flock", as_nfs)
+    first = FileLock(tmp_path / "lock")
+    assert first.take() is None
+    assert FileLock(tmp_path / "lock").take() == "another run is using it"
+    assert modes == [os.O_RDONLY, os.O_RDWR] * 2
 
 
 def test_a_run_without_flock(tmp_path, without_flock, monkeypatch):

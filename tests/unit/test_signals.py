@@ -32,8 +32,9 @@ def clock(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def default_handlers():
-    """Each signal as a new process has it, whatever started the tests."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in map(signal.Signals.__getitem__, REQUESTS[2:])}
+    """Each signal as a new process has it, whatever started the tests, and whatever torchx has left in others."""
+    numbers = [signal.Signals[name] for name in REQUESTS if name != "SIGINT"]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
