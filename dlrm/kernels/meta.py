@@ -1,5 +1,6 @@
 """Meta functions of the compiled operators: what they return, not computed, as torch.compile and FakeTensor ask."""
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 
@@ -7,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+_REGISTERING = threading.Lock()
 
-@cache
+
 def register_meta_functions() -> None:
     """When the operators are loaded. Calls after the first do nothing."""
+    # A cache alone lets two threads in that both come first, as those that draw a model's tables may.
+    with _REGISTERING:
+        _register()
+
+
+@cache
+def _register() -> None:
     for name in ("pool", "update", "add_bias_", "draw_"):
         register_fake(f"dlrm::{name}", _nothing)
     register_fake("dlrm::interact", _interact)

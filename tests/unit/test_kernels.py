@@ -6,7 +6,9 @@ Shapes: B samples, F features, D columns of a table, V vectors.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch.testing import assert_close
 
-from dlrm.kernels import build, native
+from dlrm.kernels import build, meta, native
 from dlrm.kernels.draw import draw_uniform, plain_draw_uniform
 from dlrm.kernels.embedding import HostTables
 from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction, take_vectors
@@ -447,3 +449,19 @@ def test_meta_functions_and_schemas_tell_what_operators_do() -> None:
     for name, arguments in operator_calls():
         operator = getattr(torch.ops.dlrm, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_threads_that_come_first_together_register_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = []
+
+    def register(operator: str, _: object) -> None:
+        registered.append(operator)
+        time.sleep(0.001)  # lets the other threads in
+
+    monkeypatch.setattr(meta, "register_fake", register)
+    meta._register.cache_clear()
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(meta.register_meta_functions) for _ in range(4)]:
+            done.result()
+    assert "dlrm::pool" in registered
+    assert len(registered) == len(set(registered))
