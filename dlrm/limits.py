@@ -34,11 +34,12 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 def free_memory_of_groups(root: Path = _ROOT) -> int | None:
     """Bytes that the control groups of this process leave free; None where nothing limits them.
 
-    Page cache inside a group counts as free: the kernel gives it back.
+    Above `memory.high` a group is not killed, but slowed down until next to nothing goes on: it counts as a limit. Page
+    cache inside a group counts as free: the kernel gives it back.
     """
     free = []
     for group in _groups("memory", root):
-        limits = [_read(group / name) for name in ("memory.max", "memory.limit_in_bytes")]
+        limits = [_read(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
         stat = dict(line.split() for line in _read(group / "memory.stat").splitlines() if len(line.split()) == 2)
         limits.append(stat.get("hierarchical_memory_limit", ""))  # v1: of groups above, which a container can't see

@@ -11,8 +11,8 @@ from types import FrameType
 
 _SECONDS_OF_ONE_SIGNAL = 1.0
 _URGENT = (signal.SIGTERM, signal.SIGINT)
-_OTHERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""A terminal that is gone, what schedulers send before a job's time is over, and a limit on CPU time."""
+_OTHERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""A terminal that is gone, Ctrl-\\, what schedulers send before a job's time is over, and a limit on CPU time."""
 
 Receive = Callable[[int, FrameType | None], object]
 

@@ -62,11 +62,7 @@ class Transfer:
 
     @staticmethod
     def of(saved: Mapping[str, Tensor], wanted: Mapping[str, tuple[Shape, str]]) -> "Transfer":
-        """What fits of the weights that a model has: shape and type by name. `check_tables` has passed.
-
-        Raises:
-            MisfitError: if no dense layer fits.
-        """
+        """What fits of the weights that a model has: shape and type by name. `check_tables` has passed."""
         tables = {table: f"{_TABLES}{table}{_WEIGHT}" for table in TABLE_NAMES}
         new_rows = {table: wanted[name][0][0] - saved[name].shape[0] for table, name in tables.items()}
         grown = {table: rows for table, rows in new_rows.items() if rows}
@@ -77,11 +73,6 @@ class Transfer:
         taken = [
             layer for layer, names in layers.items() if all(_fits(saved.get(name), *wanted[name]) for name in names)
         ]
-        if not taken:
-            raise MisfitError(
-                f"none of its dense layers fits this model's {plural(len(layers), 'layer')}. Give the layer sizes and "
-                "the interaction that it was written with"
-            )
         dense = [name for layer in taken for name in layers[layer]]
         there = dict.fromkeys(_layer_of(name) for name in _dense_weights(saved))
         return Transfer(

@@ -15,6 +15,19 @@ _YEAR_LAST = re.compile(
     r"(?<![0-9])(?P<first>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P<between>[-._]?)(?P<second>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P=between)"
     r"(?P<year>(?:19|20)[0-9]{2})(?![0-9])"
 )
+_MONTH_AND_YEAR = re.compile(
+    r"(?<![0-9])(?<![0-9][-._])(0?[1-9]|1[0-2])[-._]((?:19|20)[0-9]{2})(?![0-9])(?![-._][0-9])"
+)
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = (
+    r"(?<![a-z])(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
+    r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)(?![a-z])"
+)
+_NAMED_DATE = re.compile(  # 05Jan2024, jan-5-2024, Jan_2024, 2024-Jan-05, jan
+    rf"(?:(?<![0-9])(?P<before>[0-9]{{1,2}}|(?:19|20)[0-9]{{2}})[-._]?)?{_MONTH}"
+    r"(?:[-._]?(?P<after>[0-9]{1,2})(?![0-9]))?(?:[-._]?(?P<year>(?:19|20)[0-9]{2})(?![0-9]))?",
+    re.IGNORECASE,
+)
 _YEAR_FIRST = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-9]{2}")
 
 Key = tuple[str | int, ...]
@@ -47,7 +60,7 @@ def order_files(given: Sequence[str]) -> tuple[list[str], str]:
 
 def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
     """The orders that numbers in the names may mean; none if other text decides between some of the names."""
-    paths = [_without_packing(path) for path in given]
+    paths = _with_numbered_months([_without_packing(path) for path in given])
     readings = [[_with_year_first(path, day, 2 - day) for path in paths] for day in (0, 2)]
     orders: list[list[str]] = []
     for texts in [texts for texts in readings if "" not in texts] or [paths]:
@@ -56,6 +69,20 @@ def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
         if _numbers_decide(keys) and order not in orders:
             orders.append(order)
     return orders
+
+
+def _with_numbered_months(paths: list[str]) -> list[str]:
+    """The paths with 05Jan2024 as 2024-01-05 and jan as 01, if each has one; and with 01-2024 as 2024-01."""
+
+    def turn(match: re.Match[str]) -> str:
+        before, month = match["before"] or "", _MONTHS.index(match["month"][:3].lower()) + 1
+        year = match["year"] or (before if len(before) == 4 else "")
+        day = match["after"] or (before if len(before) < 4 else "")
+        return "-".join(filter(None, (year, f"{month:02}", day)))
+
+    if all(len(_NAMED_DATE.findall(path)) == 1 for path in paths):
+        return [_NAMED_DATE.sub(turn, path) for path in paths]
+    return [_MONTH_AND_YEAR.sub(r"\2-\1", path) for path in paths]
 
 
 def _with_year_first(path: str, day: int, month: int) -> str:

@@ -10,6 +10,7 @@ from dlrm.errors import DatasetError
 _NAMES = re.compile(r".*(md5|sha1|sha256|sha512)sums?.*|.*\.(md5|sha1|sha256|sha512)|checksums?(\..*)?", re.IGNORECASE)
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 _COREUTILS = re.compile(r"\\?(?P<digest>[0-9a-fA-F]{32,128}) [ *](?P<name>.+)")
+_DAY = re.compile(r"day_(\d+)_.+")
 _BSD = re.compile(r"[A-Z0-9-]+ \((?P<name>.+)\) = (?P<digest>[0-9a-fA-F]{32,128})")
 
 
@@ -42,15 +43,21 @@ def find_lists(folder: Path) -> list[Path]:
 def read_lists(lists: Iterable[Path], folder: Path) -> dict[str, Sum]:
     """Checksums by the file's name in `folder`.
 
+    A list may name files of days before the folder's first one, as the last day alone is enough to score a model.
+
     Raises:
-        DatasetError: if a list is not one, or names a file that is not in the folder.
+        DatasetError: if a list is not one, or names another file that is not in the folder.
     """
     sums = {}
+    first = min((int(match[1]) for path in folder.glob("day_*") if (match := _DAY.fullmatch(path.name))), default=0)
     for path in lists:
         for name, one in _read_list(path).items():
             # Lists are also made a folder above, or with ./ before the names.
             candidates = (name, Path(name).name)
             found = next((candidate for candidate in candidates if (folder / candidate).is_file()), None)
+            match = _DAY.fullmatch(candidates[-1])
+            if found is None and match is not None and int(match[1]) < first:
+                continue
             if found is None or ".." in Path(found).parts or Path(found).is_absolute():
                 raise DatasetError(f"{folder / Path(name).name}: missing, though {path} lists it. Fetch it again.")
             sums[Path(found).as_posix()] = one

@@ -18,12 +18,13 @@ class Wish(IntEnum):
     GO_ON = 0
     SAVE = 1
     SIGHUP = 2
-    SIGUSR1 = 3
-    SIGUSR2 = 4
-    SIGXCPU = 5
-    SIGINT = 6
-    SIGTERM = 7
-    FAIL = 8
+    SIGQUIT = 3
+    SIGUSR1 = 4
+    SIGUSR2 = 5
+    SIGXCPU = 6
+    SIGINT = 7
+    SIGTERM = 8
+    FAIL = 9
 
 
 class Agreement:

@@ -16,7 +16,7 @@ from dlrm.checkpoint.transfer import Transfer, check_tables
 from dlrm.config import Config
 from dlrm.console import plural
 from dlrm.errors import CheckpointError, MisfitError
-from dlrm.runtime import Runtime, on_every_rank
+from dlrm.runtime import Runtime
 from dlrm.train.trainer import Trainer
 
 
@@ -48,21 +48,13 @@ def take_weights(trainer: Trainer, source: Source, runtime: Runtime) -> list[str
     """Fills a trainer's model with what fits of a checkpoint; says in lines what was taken, drawn and left. Collective.
 
     Raises:
-        MisfitError: if no dense layer fits.
         CheckpointError: if a tensor can't be read.
     """
     config = trainer.config
     position = Position.from_json(source.manifest.position)
     saved = source.manifest.tensors
     model = model_state(trainer.model, runtime.world_size)
-
-    def compare() -> Transfer:
-        try:
-            return Transfer.of(saved, {name: (tuple(p.shape), _name_of(p.dtype)) for name, p in model.items()})
-        except MisfitError as error:
-            raise MisfitError(f"--init_from: {source.address}: {error}.") from None
-
-    transfer = on_every_rank(runtime, compare)
+    transfer = Transfer.of(saved, {name: (tuple(p.shape), _name_of(p.dtype)) for name, p in model.items()})
     wanted = {name: model[name] for name in transfer.weights}
     states: State = {}
     if config.checkpoint.init_optimizer:

@@ -132,8 +132,12 @@ class RunSafety(Safety):
 
         One of several ranks can't save: the others wait in the step that it did not take.
         """
-        if self.checkpointer is None or self._runtime.world_size > 1 or trainer.step == 0:
+        if self.checkpointer is None or trainer.step == 0:
             return error
+        if self._runtime.world_size > 1:
+            last = self.checkpointer.last_step
+            kept = "no checkpoint yet" if last is None else f"the last checkpoint is of step {last:,}"
+            return DatasetError(f"{error} One of several ranks can't save alone: {kept}.")
         try:
             if self.checkpointer.last_step != trainer.step:
                 self._save(trainer, self.checkpointer, wait=True)

@@ -97,10 +97,6 @@ def test_a_run_that_begins_warm_says_with_what_and_continues_with_its_own(folder
             "--init_from: old/checkpoints/step_0000000064: t_cat_0 has 64 rows there and 63 here",
         ),
         (["--init_optimizer", "--optimizer", "rowwise_adagrad"], "its optimizer's state is of adagrad, and --init_opt"),
-        (
-            ["--dense_arch_layer_sizes", "24,8", "--over_arch_layer_sizes", "24,1"],
-            "none of its dense layers fits this model's 4 layers.",
-        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(

@@ -130,6 +130,20 @@ def test_lists_of_checksums_in_the_folder_count(name, algorithm, prefix, days, c
     assert f"day_1_dense.npy: missing, though {days / name} lists it" in refusal(capsys, days)
 
 
+def test_a_list_of_all_days_beside_the_last_one_alone(days, capsys):
+    for part in ("dense", "sparse", "labels"):
+        (days / f"day_0_{part}.npy").rename(days / f"day_3_{part}.npy")
+        (days / f"day_1_{part}.npy").rename(days / f"day_4_{part}.npy")
+    (days / "md5sums.txt").write_text(list_of("md5", days))
+    for path in days.glob("day_3_*"):
+        path.unlink()
+    assert verify(days) == 0
+    assert capsys.readouterr().out.endswith(f"{days}: 3 files as in {days / 'md5sums.txt'}\n")
+    for path in days.glob("day_4_*"):
+        path.rename(days / path.name.replace("day_4", "day_3"))
+    assert "day_4_dense.npy: missing, though" in refusal(capsys, days)
+
+
 def test_a_list_beside_the_folder_and_what_md5sum_itself_writes(days, tmp_path, capsys):
     (days / "notes").write_text("other files may be listed too")
     names = sorted(path.name for path in days.iterdir())

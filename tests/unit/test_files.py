@@ -23,6 +23,14 @@ ORDERED = [
     ["01-31-2024.tsv", "02-01-2024.tsv", "01-13-2025.tsv"],
     ["31122023.tsv", "01012024.tsv"],
     [f"part-{part:08}.tsv" for part in (2001, 2002, 2010)],
+    ["part-12019", "part-12020", "part-22019"],
+    ["11-2023.tsv", "12-2023.tsv", "01-2024.tsv", "2-2024.tsv"],
+    ["jan.tsv", "feb.tsv", "mar.tsv", "december.tsv.gz"],
+    ["log_31Dec2023", "log_1Jan2024", "log_2Jan2024", "log_01Feb2024"],
+    ["Sept-30-2024.tsv", "Oct-1-2024.tsv", "Jan-1-2025.tsv"],
+    ["clicks_dec_2023.gz", "clicks_jan_2024.gz", "clicks_apr_2024.gz"],
+    ["2024-Jan-31.tsv", "2024-Feb-01.tsv"],
+    ["jan/day_1.tsv", "jan/day_2.tsv", "jan/day_10.tsv", "feb/day_1.tsv"],
 ]
 
 
@@ -47,7 +55,8 @@ def test_a_shell_that_sorts_by_letters_alone():
 @pytest.mark.parametrize(
     ("files", "is_told"),
     [
-        (["jan.tsv", "feb.tsv", "mar.tsv"], False),
+        (["may.tsv", "jan.tsv", "feb.tsv"], True),
+        (["mon.tsv", "tue.tsv", "wed.tsv"], False),
         (["train.tsv", "test.tsv"], False),
         (["day_2.tsv", "day_0.tsv", "day_1.tsv"], True),
         (["b/1.tsv", "b/2.tsv", "a/1.tsv", "a/2.tsv"], False),
@@ -66,7 +75,7 @@ def test_an_order_that_somebody_made_stays(files, is_told):
     "files",
     [
         ["01-02-2024.tsv", "02-01-2024.tsv"],
-        ["jan/day_1.tsv", "jan/day_10.tsv", "jan/day_2.tsv", "feb/day_1.tsv"],
+        ["old/day_1.tsv", "old/day_10.tsv", "old/day_2.tsv", "new/day_1.tsv"],
     ],
 )
 def test_names_that_do_not_tell_are_refused(files):

@@ -87,6 +87,11 @@ def test_cpu_quotas(tmp_path: Path, tree: tuple[str, str], files: dict[str, str]
             2.5 * GIB,
         ),
         (
+            v2("/a"),
+            {"a/memory.max": str(4 * GIB), "a/memory.high": str(3 * GIB), "a/memory.current": str(GIB)},
+            2 * GIB,
+        ),
+        (
             v1("/a"),
             {
                 "memory/a/memory.limit_in_bytes": str(4 * GIB),

@@ -8,7 +8,7 @@ import pytest
 from dlrm import signals as module
 from dlrm.signals import Ended, StopSignals, ended_by_signals, exit_code, say
 
-REQUESTS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+REQUESTS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
 class Exited(BaseException):

@@ -66,9 +66,10 @@ def test_states_follow_their_weights() -> None:
     assert transfer.takes_state("dense.dense_arch._mlp.0._linear.bias.sum", SAVED, (16,), "float32")
 
 
-def test_no_dense_layer_that_fits_is_refused() -> None:
-    with pytest.raises(MisfitError, match="none of its dense layers fits this model's 2 layers"):
-        transfer_to(**{"dense.over_arch.1.weight": (1, 32), "dense.dense_arch._mlp.0._linear.weight": (32, 13)})
+def test_tables_are_taken_though_no_dense_layer_fits() -> None:
+    transfer = transfer_to(**{"dense.over_arch.1.weight": (1, 32), "dense.dense_arch._mlp.0._linear.weight": (32, 13)})
+    assert len(transfer.weights) == 26
+    assert transfer.describe(None, "adagrad")[0] == "  taken: 26 tables, 0 of 2 dense layers"
 
 
 @pytest.mark.parametrize(
