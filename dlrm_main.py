@@ -3,7 +3,7 @@
 import sys
 
 from dlrm import cli
-from dlrm.train.main import main
+from dlrm.train.command import train as main
 
 __all__ = ["main"]
 

@@ -35,19 +35,19 @@ from benchmarks.calibration_fit import (
     summarize,
 )
 from benchmarks.flags import Parser, each, positive_int, result_file, run_script, some_of
-from dlrm.bench.provenance import read_result, write_result
-from dlrm.bench.rank_ceilings import RankCeilings, combine
-from dlrm.bench.report import quantile
-from dlrm.bench.workers import Side, Workers, start_workers
+from dlrm.bench.harness.provenance import read_result, write_result
+from dlrm.bench.harness.rank_ceilings import RankCeilings, combine
+from dlrm.bench.harness.report import quantile
+from dlrm.bench.harness.workers import Side, Workers, start_workers
+from dlrm.config.flags import is_named
+from dlrm.cost.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
+from dlrm.cost.step import Step
 from dlrm.errors import ConfigError, DatasetError, DlrmError
-from dlrm.flags import is_named
-from dlrm.host import available_cores, available_memory_bytes
-from dlrm.plan.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
-from dlrm.plan.placing import Placing
-from dlrm.plan.predict import workload_of
-from dlrm.plan.step import Step
+from dlrm.plan.forecast import workload_of
+from dlrm.plan.search import Placing
 from dlrm.sharding.plan import Placement
-from dlrm.train.main import quieten_libraries
+from dlrm.system.host import available_cores, available_memory_bytes
+from dlrm.system.quiet import quieten_libraries
 
 BEFORE = {
     "matrix_efficiency": 0.7,
@@ -246,7 +246,7 @@ def _fit_again(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def describe_kind(fitted: Knobs, measured: Measured) -> dict[str, float]:
-    """The numbers of the `cpu` kind that follow, for dlrm/plan/hardware.py: of ranks that have a core each.
+    """The numbers of the `cpu` kind that follow, for dlrm/cost/hardware.py: of ranks that have a core each.
 
     Its matrix rate and memory bandwidth are a data sheet's. What a large product and a copy reach of those is not known
     here, and taken to be ASSUMED_EFFICIENCY. What is gloo's is this machine's.

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dlrm.bench.config import WARM_UP_STEPS
-from dlrm.bench.ours import build_trainer, training_turns
-from dlrm.bench.rank_ceilings import measure_rank
-from dlrm.bench.shape import NUM_CACHED_BATCHES, make_model
-from dlrm.bench.workers import Turns
-from dlrm.config import (
+from dlrm.bench.harness.flags import WARM_UP_STEPS
+from dlrm.bench.harness.our_side import lay_timed_foundation, training_turns
+from dlrm.bench.harness.rank_ceilings import measure_rank
+from dlrm.bench.harness.shape import NUM_CACHED_BATCHES, make_model
+from dlrm.bench.harness.workers import Turns
+from dlrm.config.config import (
     Config,
     DataConfig,
     EvaluationConfig,
@@ -22,8 +22,8 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.runtime import Runtime, start_runtime
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.ranks.runtime import Runtime, start_runtime
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
 
 CEILINGS = "ceilings"
 Sharding = dict[str, tuple[str, tuple[int, ...]]]
@@ -107,12 +107,11 @@ def open_cases(cases: tuple[Case, ...]) -> Iterator[Turns]:
 
 def train_case(case: Case, runtime: Runtime) -> dict[str, Any]:
     """Builds a case's training anew, and trains: seconds of each step, threads of this rank, where tables are."""
-    config = case.config(runtime.world_size)
-    trainer = build_trainer(config, runtime)
-    turns = training_turns(trainer, config)
+    foundation, clock = lay_timed_foundation(case.config(runtime.world_size), runtime)
+    turns = training_turns(foundation, clock)
     placed: Sharding = {
         table: (sharding.sharding_type, tuple(sharding.ranks or ()))
-        for module in trainer.model.plan.plan.values()
+        for module in foundation.model.plan.plan.values()
         for table, sharding in module.items()  # type: ignore[attr-defined] # an EmbeddingModuleShardingPlan is a dict
     }
     return {"step_seconds": turns["train"](), "threads": turns["describe"]()["threads"], "sharding": placed}

@@ -7,9 +7,9 @@ from dataclasses import asdict, astuple, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.plan.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
-from dlrm.plan.predict import reached
-from dlrm.plan.step import Step, Workload, build_step
+from dlrm.cost.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
+from dlrm.cost.step import Step, Workload, build_step
+from dlrm.plan.forecast import reached
 
 Vector = npt.NDArray[np.float64]
 

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from dlrm.cli import exit_code_of
-from dlrm.config_checks import check_output_file
-from dlrm.console import result_alone
+from dlrm.config.checks import check_output_file
+from dlrm.config.flags import value_of
 from dlrm.errors import ConfigError, DlrmError
-from dlrm.flags import value_of
+from dlrm.system.console import result_alone
+from dlrm.system.ending import exit_code_of
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)

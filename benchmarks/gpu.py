@@ -22,10 +22,10 @@ import torch
 from benchmarks.flags import Parser, between, run_script
 from benchmarks.gpu_report import add_floor, to_markdown
 from benchmarks.gpu_step import Case
-from dlrm.artifacts import write_json
-from dlrm.config_checks import check_output_file
+from dlrm.config.checks import check_output_file
 from dlrm.errors import ConfigError
-from dlrm.train.run_directory import describe_software
+from dlrm.system.environment import describe_software
+from dlrm.system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 CHECK_GROUPS = (

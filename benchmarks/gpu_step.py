@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_kernels import Clock
-from dlrm.bench.floor import training_work
-from dlrm.config import (
+from dlrm.assembly.foundation import lay_foundation
+from dlrm.bench.harness.floor import training_work
+from dlrm.config.config import (
     PROFILE_WARM_UP_STEPS,
     Config,
     DataConfig,
@@ -32,17 +33,12 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.data.batch import Batch
-from dlrm.data.splits import open_run_splits
+from dlrm.config.recipes import MLPERF_ROWS
+from dlrm.loader.batch import Batch
+from dlrm.loader.splits import open_run_splits
 from dlrm.metrics.training import TrainingMeter
-from dlrm.recipes import MLPERF_ROWS
-from dlrm.runtime import Runtime, peak_memory_gib, start_runtime
-from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.main import quieten_libraries
-from dlrm.train.optimizers import build_optimizer
-from dlrm.train.pipeline import build_pipeline
+from dlrm.ranks.runtime import Runtime, peak_memory_gib, start_runtime
+from dlrm.system.quiet import quieten_libraries
 from dlrm.train.profiling import StepProfiler
 from dlrm.train.schedule import LearningRateSchedule
 
@@ -108,12 +104,9 @@ class Loop:
     """The trainer's step: rate, pipeline, meter; nothing of it waits for the device."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
-        model = build_model(config, runtime)
-        plan = plan_run(config, Cluster.detect(runtime, config.sharding), model)
-        self.model = shard_model(model, plan, make_sharder(config), runtime.device, 0)
-        optimizer = build_optimizer(self.model, config.optimizer)
-        self.schedule = LearningRateSchedule(optimizer, config.optimizer)
-        self.pipeline = build_pipeline(config.training.pipeline, self.model, optimizer, runtime.device)
+        foundation = lay_foundation(config, runtime, ("train",), is_quiet=True)
+        self.model, self.pipeline = foundation.model, foundation.pipeline
+        self.schedule = LearningRateSchedule(foundation.optimizer, config.optimizer)
         self.meter = TrainingMeter(1 << 12, runtime.device, runtime.world_size)
         self.step = 0
 
@@ -121,8 +114,7 @@ class Loop:
         """A step."""
         self.step += 1
         self.schedule.begin_step(self.step)
-        loss, _, _ = self.pipeline.progress(batches)
-        self.meter.update(self.step, loss, 1)
+        self.meter.update(self.step, self.pipeline.progress(batches).loss, 1)
 
 
 def take_batches(config: Config, runtime: Runtime) -> list[Batch]:

@@ -27,11 +27,11 @@ from typing import Any
 import psutil
 
 from benchmarks.flags import Parser, between, positive_int, result_file, run_script, some_of
-from dlrm.bench.provenance import write_result
+from dlrm.bench.harness.provenance import write_result
 from dlrm.checkpoint.find import check_files, complete_checkpoints
 from dlrm.checkpoint.store import open_store
 from dlrm.preprocess.command import main as preprocess
-from dlrm.preprocess.synthesize import main as synthesize
+from dlrm.synthesize.command import main as synthesize
 
 KINDS = ("rank", "ranks", "launcher")
 STEPS = 60

@@ -18,12 +18,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from benchmarks.flags import Parser, positive_int, result_file, run_script
-from dlrm.bench.config import WARM_UP_STEPS, Shape
-from dlrm.bench.ours import open_ours
-from dlrm.bench.provenance import write_result
-from dlrm.bench.reference import open_reference
-from dlrm.bench.shape import make_config
-from dlrm.bench.workers import Side, Workers, start_workers
+from dlrm.bench.harness.flags import WARM_UP_STEPS, Shape
+from dlrm.bench.harness.our_side import open_ours
+from dlrm.bench.harness.plain_side import open_reference
+from dlrm.bench.harness.provenance import write_result
+from dlrm.bench.harness.shape import make_config
+from dlrm.bench.harness.workers import Side, Workers, start_workers
 
 SPIN = "GOMP_SPINCOUNT"
 COUNTS = ("300000", "100000", "10000", "3000", "1000", "300", "0")

@@ -31,19 +31,15 @@ from typing import Any
 import torch
 
 from benchmarks.flags import Parser, between, positive_int, result_file, run_script
-from dlrm.bench.config import Shape
-from dlrm.bench.provenance import write_result
-from dlrm.bench.shape import make_config
-from dlrm.bench.workers import Side as Processes
-from dlrm.bench.workers import Turns, start_workers
-from dlrm.config import PROFILE_WARM_UP_STEPS, Config
-from dlrm.data.splits import open_run_splits
-from dlrm.runtime import Runtime, start_runtime
-from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.optimizers import build_optimizer
-from dlrm.train.pipeline import PipelineName, build_pipeline
+from dlrm.assembly.foundation import lay_foundation
+from dlrm.assembly.pipeline import PipelineName
+from dlrm.bench.harness.flags import Shape
+from dlrm.bench.harness.provenance import write_result
+from dlrm.bench.harness.shape import make_config
+from dlrm.bench.harness.workers import Side as Processes
+from dlrm.bench.harness.workers import Turns, start_workers
+from dlrm.config.config import PROFILE_WARM_UP_STEPS, Config
+from dlrm.ranks.runtime import Runtime, start_runtime
 from dlrm.train.profiling import StepProfiler
 
 WARM_UP_STEPS = 6
@@ -151,12 +147,10 @@ def _measure_phase(
 def build_side(side: Side, config: Config, runtime: Runtime, steps: int) -> Callable[[Path], dict[str, Any]]:
     """A function that trains one turn, writing traces to a folder, and gives samples/s and this rank's phases."""
     config = replace(config, training=replace(config.training, pipeline=side.pipeline))
-    model = build_model(config, runtime)
-    plan = plan_run(config, Cluster.detect(runtime, config.sharding), model)
-    sharded = shard_model(model, plan, make_sharder(config), runtime.device, 0)
-    pipeline = build_pipeline(side.pipeline, sharded, build_optimizer(sharded, config.optimizer), runtime.device)
-    batches = replace(open_run_splits(config, runtime)["train"], batches_ahead=side.batches_ahead).batches()
-    sharded.train()
+    foundation = lay_foundation(config, runtime, ("train",), is_quiet=True)
+    pipeline = foundation.pipeline
+    batches = replace(foundation.splits["train"], batches_ahead=side.batches_ahead).batches()
+    foundation.model.train()
 
     def take_turn(folder: Path) -> dict[str, Any]:
         for _ in range(WARM_UP_STEPS):

@@ -17,10 +17,10 @@ import jinja2
 from benchmarks import planted, scaling_picture, speed_table
 from benchmarks.figures import FIGURES
 from benchmarks.flags import Parser, run_script
-from dlrm.artifacts import write_atomically
-from dlrm.bench.provenance import read_result, short_commit
+from dlrm.bench.harness.provenance import read_result, short_commit
+from dlrm.config.recipes import CRITEO_1T_TRAINING_ROWS
 from dlrm.errors import DatasetError
-from dlrm.recipes import CRITEO_1T_TRAINING_ROWS
+from dlrm.system.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flags import Parser, result_file, run_script
-from dlrm.bench.provenance import write_result
+from dlrm.bench.harness.provenance import write_result
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = {

@@ -20,7 +20,7 @@ import altair
 import vl_convert
 
 from benchmarks.flags import Parser, result_file, run_script
-from dlrm.bench.provenance import read_summary, write_result
+from dlrm.bench.harness.provenance import read_summary, write_result
 
 ROOT = Path(__file__).parent.parent
 TARGET = 0.8025

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flags import Parser, between, positive_int, result_file, run_script
-from dlrm.bench.preprocess import DAYS, dlrm, run_ours, synthesize
-from dlrm.bench.provenance import write_result
+from dlrm.bench.cases.preprocess import DAYS, dlrm, run_ours, synthesize
+from dlrm.bench.harness.provenance import write_result
 
 STAGES = ("parse", "count", "encode", "create", "plan", "scatter", "gather", "verify")
 NO_INTEGERS = "\t" * 13

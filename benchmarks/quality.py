@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flags import Parser, each, result_file, run_script
-from dlrm.bench.provenance import read_summary, write_result
-from dlrm.data.binary_days import open_splits
+from dlrm.bench.harness.provenance import read_summary, write_result
+from dlrm.config.flags import is_named, parse_args
+from dlrm.dataset.binary_days import open_splits
 from dlrm.errors import ConfigError
-from dlrm.flags import is_named, parse_args
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ("--precision", "fp32")

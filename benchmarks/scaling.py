@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.flags import Parser, between, result_file, run_script
-from dlrm.bench.provenance import write_result
-from dlrm.config import Config
-from dlrm.console import align
+from dlrm.bench.harness.provenance import write_result
+from dlrm.config.config import Config
+from dlrm.config.recipes import spec_full_size_a100x80
+from dlrm.cost.hardware import GIB, ClusterShape, Hardware, HardwareConfig, hardware_of
 from dlrm.errors import DoesNotFitError
-from dlrm.plan.hardware import GIB, ClusterShape, Hardware, HardwareConfig, hardware_of
-from dlrm.plan.placing import Placing
-from dlrm.plan.predict import predict
-from dlrm.recipes import spec_full_size_a100x80
-from dlrm.schema import TABLE_NAMES
+from dlrm.plan.forecast import predict
+from dlrm.plan.search import Placing
+from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement
-from dlrm.train.main import quieten_libraries
+from dlrm.system.console import align
+from dlrm.system.quiet import quieten_libraries
 
 KINDS = ("a100_40gb", "h100")
 MODES = ("weak", "strong")

@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.flags import Parser, between, result_file, run_script
 from benchmarks.kills import Run, folder_of_trainings, make_days
-from dlrm.bench.provenance import write_result
+from dlrm.bench.harness.provenance import write_result
 from dlrm.checkpoint.find import check_files, complete_checkpoints
 from dlrm.checkpoint.store import open_store
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dlrm.bench.provenance import short_commit
-from dlrm.console import plural
+from dlrm.bench.harness.provenance import short_commit
 from dlrm.errors import DatasetError
+from dlrm.system.console import plural
 
 _COLUMNS = (
     "ids",

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.flags import Parser, positive_int, result_file, run_script
-from dlrm.bench.provenance import write_result
+from dlrm.bench.harness.provenance import write_result
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d")

@@ -18,8 +18,8 @@ from collections import defaultdict
 from typing import Any, get_args
 
 from benchmarks.flags import Parser, positive_int, result_file, run_script
-from dlrm.bench.config import WARM_UP_STEPS, Arithmetic
-from dlrm.bench.provenance import write_result
+from dlrm.bench.harness.flags import WARM_UP_STEPS, Arithmetic
+from dlrm.bench.harness.provenance import write_result
 
 STEPS = 10
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
@@ -44,27 +44,23 @@ def profile_steps(optimizer: str, precision: str) -> dict[str, float]:
     """Runs in a process of its own: milliseconds a step of each group."""
     from torch.profiler import ProfilerActivity, profile
 
-    from dlrm.allocator import tune_process
-    from dlrm.bench.config import Shape
-    from dlrm.bench.ours import StepClock, build_trainer
-    from dlrm.bench.shape import make_config
-    from dlrm.runtime import start_runtime
-    from dlrm.train.main import quieten_libraries
+    from dlrm.bench.harness.flags import Shape
+    from dlrm.bench.harness.our_side import lay_timed_foundation, training_turns
+    from dlrm.bench.harness.shape import make_config
+    from dlrm.ranks.runtime import start_runtime
+    from dlrm.system.allocator import tune_process
+    from dlrm.system.quiet import quieten_libraries
 
     tune_process()
     quieten_libraries()
     options: Any = {"optimizer": optimizer, "precision": precision}
     config = make_config(Shape(ranks=1, **options), WARM_UP_STEPS + STEPS)
     with start_runtime() as runtime:
-        trainer = build_trainer(config, runtime)
-        clock = trainer.pipeline
-        assert isinstance(clock, StepClock)
-        trainer.train()
-        clock.seconds()
-        trainer.epoch = 0
+        turns = training_turns(*lay_timed_foundation(config, runtime))
+        turns["train"]()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            trainer.train()
-        step_ms = 1e3 * statistics.mean(clock.seconds())
+            seconds = turns["train"]()
+        step_ms = 1e3 * statistics.mean(seconds)
     return {"step": step_ms, **group_times(profiler.key_averages(), WARM_UP_STEPS + STEPS, step_ms)}
 
 

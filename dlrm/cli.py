@@ -1,27 +1,25 @@
 """The `dlrm` command. A command's module is loaded only when it is called."""
 
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dlrm import __version__
-from dlrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, DlrmError, explain
-from dlrm.shortage import shortage_as_error
-from dlrm.signals import Ended, InterruptedRun, ended_by_signals, exit_code
-from dlrm.streams import safe_streams
+from dlrm.errors import EXIT_USER_ERROR
+from dlrm.system.ending import exit_code_of
+from dlrm.system.streams import safe_streams
 
 COMMANDS = {
-    "synthesize": ("dlrm.preprocess.synthesize", "write raw Criteo text whose best AUROC is known"),
+    "synthesize": ("dlrm.synthesize.command", "write raw Criteo text whose best AUROC is known"),
     "preprocess": ("dlrm.preprocess.command", "turn raw Criteo text into binary days"),
-    "materialize": ("dlrm.preprocess.materialize", "give binary days several ids per feature, as MLPerf v2 has"),
-    "verify": ("dlrm.preprocess.verify", "check binary days against their manifest"),
+    "materialize": ("dlrm.materialize.command", "give binary days several ids per feature, as MLPerf v2 has"),
+    "verify": ("dlrm.dataset.command", "check binary days against their manifest"),
     "plan": ("dlrm.plan.command", "say what a training would take on a cluster: memory, sharding, step time"),
     "train": ("dlrm.train.command", "train, validate and test; the same as dlrm_main.py"),
-    "evaluate": ("dlrm.train.evaluate", "score the held-out sets with a checkpoint's weights"),
-    "inspect": ("dlrm.checkpoint.inspect", "say what a checkpoint holds, or which checkpoints there are"),
-    "export-table": ("dlrm.checkpoint.export_table", "write an embedding table of a checkpoint as .parquet or .npy"),
-    "compare": ("dlrm.compare", "say in what two runs differ, and show their metrics side by side"),
+    "evaluate": ("dlrm.evaluate.command", "score the held-out sets with a checkpoint's weights"),
+    "inspect": ("dlrm.inspect.command", "say what a checkpoint holds, or which checkpoints there are"),
+    "export-table": ("dlrm.export_table.command", "write an embedding table of a checkpoint as .parquet or .npy"),
+    "compare": ("dlrm.compare.command", "say in what two runs differ, and show their metrics side by side"),
     "bench": ("dlrm.bench.command", "measure speed against plain TorchRec on this machine"),
     "doctor": ("dlrm.doctor", "say whether what is installed fits together and runs"),
 }
@@ -62,40 +60,6 @@ def _run(arguments: Sequence[str]) -> int:
         return EXIT_USER_ERROR
     path = COMMANDS[name][0]
     return exit_code_of(f"dlrm {name}", lambda: importlib.import_module(path).main(rest), path)
-
-
-def exit_code_of(program: str, run: Callable[[], int | None], module: str = "") -> int:
-    """Runs a program; what a user can mend is told in one line.
-
-    Args:
-        module: whose IF_INTERRUPTED is said after an interruption.
-    """
-
-    def consequence() -> str:
-        return getattr(sys.modules.get(module), "IF_INTERRUPTED", "")
-
-    try:
-        with ended_by_signals(), shortage_as_error():
-            code = run() or 0
-        sys.stdout.flush()
-        return code
-    except DlrmError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except InterruptedRun:
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted. {consequence()}".rstrip(), file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Ended as ended:
-        print(f"{program}: {ended.number.name}: ended. {consequence()}".rstrip(), file=sys.stderr)
-        return exit_code(ended.number)
-    except BrokenPipeError:  # the reader of our output has gone, as in `dlrm ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, UnicodeEncodeError) as error:
-        print(f"{program}: error: {explain(error).rstrip('.')}.", file=sys.stderr)
-        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dlrm.console import plural, show_bytes
 from dlrm.errors import ConfigError
-from dlrm.host import available_cores, available_memory_bytes, chosen_threads, usable_cores
-from dlrm.limits import cpu_quota, open_files_limit
-from dlrm.package_sets import SETS
+from dlrm.system.console import plural, show_bytes
+from dlrm.system.host import available_cores, available_memory_bytes, chosen_threads, usable_cores
+from dlrm.system.limits import cpu_quota, open_files_limit
+from dlrm.system.package_sets import SETS
 
 REMEDY = "pip install --no-deps -r requirements/cpu.txt (or cuda.txt), or `make setup` in a fresh checkout"
 

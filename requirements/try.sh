@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole suite with another set of PyTorch, TorchRec and FBGEMM than the pinned one: those of dlrm/package_sets.py.
+# The whole suite with another set of PyTorch, TorchRec and FBGEMM than the pinned one: those of dlrm/system/package_sets.py.
 #
 #   requirements/try.sh newest             environment, lists and logs in build/sets/newest (about 7 GB with CUDA's libraries)
 #   requirements/try.sh oldest FOLDER      the same elsewhere; the folder belongs to this checkout alone
@@ -18,7 +18,7 @@ if [[ $# -lt 1 || $# -gt 2 || $set == -* ]]; then
     [[ $set == -h || $set == --help ]] && exit 0 || exit 2
 fi
 for pinned in cpu cuda; do
-    lists+=("$("$python" -m dlrm.package_sets "$set" <"requirements/$pinned.txt")") || exit 2
+    lists+=("$("$python" -m dlrm.system.package_sets "$set" <"requirements/$pinned.txt")") || exit 2
 done
 mkdir -p "${2:-build/sets/$set}"
 folder=$(cd "${2:-build/sets/$set}" && pwd)

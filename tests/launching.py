@@ -61,7 +61,7 @@ class Fork:
 
         Args:
             log: a file for what it says on stdout; stderr goes to another one beside it.
-            changes: values for names in modules, as in `{"dlrm.lock._SECONDS": 1.0}`.
+            changes: values for names in modules, as in `{"dlrm.system.lock._SECONDS": 1.0}`.
         """
         self._files = (log, log.with_suffix(".err"))
         for file in self._files:
@@ -99,6 +99,7 @@ def _main(flags: Sequence[str], stdout: str, stderr: str, changes: Mapping[str, 
     for path, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     from dlrm.cli import main
 
     for name, value in changes.items():

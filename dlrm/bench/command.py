@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from dlrm.bench.config import (
+from dlrm.bench.harness.flags import (
     CheckpointBench,
     EmbeddingBench,
     EvaluateBench,
@@ -14,9 +14,9 @@ from dlrm.bench.config import (
     ProductsBench,
     TrainBench,
 )
-from dlrm.console import result_alone
+from dlrm.config.flags import parse_flags, value_of
 from dlrm.errors import EXIT_USER_ERROR, ConfigError
-from dlrm.flags import parse_flags, value_of
+from dlrm.system.console import result_alone
 
 CASES: dict[str, tuple[type[Any], str]] = {
     "train": (TrainBench, "samples/s of training, against a plain TorchRec loop in fp32"),

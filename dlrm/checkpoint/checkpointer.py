@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException, save
 
+from dlrm.checkpoint.dcp import ShardPlanner, Writer
 from dlrm.checkpoint.find import best_of, complete_checkpoints
 from dlrm.checkpoint.manifest import File, Manifest, Tensor
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.state import Part, State, blocks
-from dlrm.checkpoint.storage import ShardPlanner, Writer
 from dlrm.checkpoint.store import Store
+from dlrm.checkpoint.tensors import Part, State, blocks
 from dlrm.errors import CheckpointError, reason_of
-from dlrm.host import give_way
-from dlrm.runtime import Runtime, new_gloo_group, on_main_rank
+from dlrm.ranks.runtime import Runtime, new_gloo_group, on_main_rank
+from dlrm.system.host import give_way
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Checkpointer:
         documents: Callable[[], Mapping[str, bytes]],
         left_out: Collection[str] = (),
         note_written: Callable[[], None] = lambda: None,
+        last_step: int | None = None,
     ) -> None:
         """Collective.
 
@@ -59,6 +60,7 @@ class Checkpointer:
             documents: gives files of rank 0 that a checkpoint holds too.
             left_out: checkpoints there that this training did not go on from. They stay, and count for nothing.
             note_written: called now and then, from any thread, while a checkpoint is written.
+            last_step: of the newest checkpoint of this training that is there.
 
         Raises:
             CheckpointError: if what is there can't be listed.
@@ -73,7 +75,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | RuntimeError | None = None
         self._saved: list[Saved] = []
-        self.last_step: int | None = None
+        self.last_step = last_step
         """Of the newest checkpoint, even if it is still being written."""
         self._complete_step: int | None = None
         on_main_rank(runtime, self._remove_leftovers)

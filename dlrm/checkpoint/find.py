@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dlrm.checkpoint.manifest import MANIFEST, Manifest, step_of
 from dlrm.checkpoint.store import Store, open_store
-from dlrm.config import Config
+from dlrm.config.config import Config
 from dlrm.errors import CheckpointError, ConfigError, reason_of
 
 _READ_BYTES = 1 << 22

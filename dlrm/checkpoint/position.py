@@ -42,6 +42,39 @@ class Position:
     samples_before: int = 0
     optimizer_steps: int = 0
 
+    @property
+    def own_aurocs(self) -> list[float | None]:
+        """AUROC of each validation on this data; None where it is undefined."""
+        return [validation["auroc"] for validation in self.validations[self.foreign_validations :]]
+
+    @property
+    def step_auroc(self) -> float | None:
+        """AUROC of a validation after this very step, if there was one and it is defined."""
+        is_validated = self.validations and self.validated_step == self.step
+        return self.validations[-1]["auroc"] if is_validated else None
+
+    def reaches(self, auroc: float | None) -> bool:
+        """Whether a validation on this data has come to that AUROC; False for None."""
+        return auroc is not None and any((own or 0.0) >= auroc for own in self.own_aurocs)
+
+    def after_step(self, rows: int) -> "Position":
+        """The same after a step on so many rows, over all ranks."""
+        return replace(
+            self,
+            step=self.step + 1,
+            epoch_step=self.epoch_step + 1,
+            row=self.row + rows,
+            num_samples=self.num_samples + rows,
+        )
+
+    def after_epoch(self) -> "Position":
+        """The start of the next epoch."""
+        return replace(self, epoch=self.epoch + 1, epoch_step=0, row=0)
+
+    def after_validation(self, metrics: Mapping[str, Any]) -> "Position":
+        """The same with one validation more."""
+        return replace(self, validated_step=self.step, validations=(*self.validations, metrics))
+
     def on_new_data(self) -> "Position":
         """The start of the first epoch on other data, in the same training."""
         return replace(self, epoch=0, epoch_step=0, row=0, foreign_validations=len(self.validations))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch.distributed.checkpoint import CheckpointException, load
 
+from dlrm.checkpoint.dcp import Reader, RestorePlanner
 from dlrm.checkpoint.find import (
     RemovedError,
     UnfinishedError,
@@ -15,12 +16,11 @@ from dlrm.checkpoint.find import (
 )
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.pick import open_address
-from dlrm.checkpoint.state import RANDOM, State
-from dlrm.checkpoint.storage import Reader, RestorePlanner
 from dlrm.checkpoint.store import Store, open_store
-from dlrm.config import Config
+from dlrm.checkpoint.tensors import RANDOM, State
+from dlrm.config.config import Config
 from dlrm.errors import CheckpointError, MisfitError
-from dlrm.runtime import Runtime, on_every_rank, on_main_rank
+from dlrm.ranks.runtime import Runtime, on_every_rank, on_main_rank
 
 
 @dataclass(frozen=True)

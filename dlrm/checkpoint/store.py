@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dlrm.artifacts import sync
 from dlrm.checkpoint.manifest import MANIFEST, File, step_of
 from dlrm.errors import CheckpointError, DlrmError
+from dlrm.system.files import sync
 
 _PARTIAL = ".partial"
 _PIECE_BYTES = 1 << 22

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from dlrm.checkpoint.manifest import Tensor
-from dlrm.config import ModelConfig
-from dlrm.console import plural, some
+from dlrm.config.config import ModelConfig
 from dlrm.errors import MisfitError
-from dlrm.schema import TABLE_NAMES
+from dlrm.schema.criteo import TABLE_NAMES
+from dlrm.system.console import plural, some
 
 _DENSE = "dense."
 _TABLES = "tables."

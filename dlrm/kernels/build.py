@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from dlrm.errors import reason_of
-from dlrm.host import available_cores
+from dlrm.system.host import available_cores
 
 SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi")

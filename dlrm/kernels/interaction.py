@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from dlrm.kernels.native import has_native
-
-MOST_TRITON_VECTORS = 64
-"""What a program of the Triton kernel holds on the chip."""
+from dlrm.kernels.sizes import MOST_TRITON_VECTORS
 
 
 def dot_interaction(

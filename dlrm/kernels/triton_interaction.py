@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlrm.kernels.interaction import MOST_TRITON_VECTORS
+from dlrm.kernels.sizes import MOST_TRITON_VECTORS
 
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES_PER_PROGRAM: int = 1

@@ -6,8 +6,8 @@ from typing import List, Optional  # noqa: UP035 - the types that torchx 0.7 rea
 
 from torchx import specs
 
+from dlrm.config.flags import parse_args
 from dlrm.errors import EXIT_USER_ERROR, DlrmError, LaunchError
-from dlrm.flags import parse_args
 from dlrm.launch.resources import (
     check_options,
     count_cores,

@@ -7,9 +7,9 @@ from pathlib import Path
 from torchx import specs
 from torchx.util.types import to_dict
 
-from dlrm.config import MOST_RANKS, Config
+from dlrm.config.config import MOST_RANKS, Config
 from dlrm.errors import LaunchError
-from dlrm.schema import TABLE_NAMES
+from dlrm.schema.criteo import TABLE_NAMES
 
 GIB = 2**30
 _CORES_PER_PROCESS = {"cpu": 2, "cuda": 8}

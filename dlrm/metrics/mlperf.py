@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlrm.config import Config, OptimizerConfig
-from dlrm.console import print_line
+from dlrm.config.config import Config, OptimizerConfig
 from dlrm.metrics.sinks import reported
+from dlrm.system.console import print_line
 
 BENCHMARK = "dlrm_dcnv2"
 # What only a submitter knows, to be edited in the log.

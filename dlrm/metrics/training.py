@@ -13,13 +13,9 @@ from dlrm.errors import DivergedError
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Since the last report: mean loss per sample and samples per second, over all ranks.
-
-    `num_train_samples` counts from the start of the run.
-    """
+    """Since the last report: mean loss per sample and samples per second, over all ranks."""
 
     step: int
-    num_train_samples: int
     loss: float
     samples_per_second: float
 
@@ -27,15 +23,27 @@ class TrainingReport:
 class TrainingMeter:
     """Collects each step's loss without waiting for the device."""
 
-    def __init__(self, capacity: int, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        device: torch.device,
+        world_size: int,
+        seconds: float = 0.0,
+        pending: Sequence[tuple[int, int, float]] = (),
+    ) -> None:
+        """Begins, or continues where another meter was.
+
+        Args:
+            capacity: most steps between two reports.
+            seconds: what the other one had spent training.
+            pending: its steps that were not reported.
+        """
         self._losses = torch.zeros(capacity, device=device)
         self._world_size = world_size
         self._steps: list[tuple[int, int]] = []
-        self._restored: list[tuple[int, int, float]] = []
-        self.num_samples = 0
-        """Of all steps, over all ranks."""
+        self._restored = list(pending)
         self._started = time.perf_counter()
-        self.seconds = 0.0
+        self.seconds = seconds
         """Time spent training up to the last report, evaluations left out."""
 
     def resume_clock(self) -> None:
@@ -46,7 +54,6 @@ class TrainingMeter:
         """Takes in this rank's loss of a step; the mean over ranks is the mean over the step's samples."""
         self._losses[len(self._steps)] = loss
         self._steps.append((step, global_rows))
-        self.num_samples += global_rows
 
     @property
     def is_full(self) -> bool:
@@ -56,12 +63,6 @@ class TrainingMeter:
     def elapsed_seconds(self) -> float:
         """Time spent training up to now; call while training."""
         return self.seconds + (time.perf_counter() - self._started if self._steps else 0.0)
-
-    def restore(self, num_samples: int, seconds: float, pending: Sequence[tuple[int, int, float]]) -> None:
-        """Goes on where another meter was: its samples and seconds, and of them the steps that were not reported."""
-        self.num_samples = num_samples
-        self.seconds = seconds
-        self._restored = list(pending)
 
     def pending(self) -> tuple[tuple[int, int, float], ...]:
         """Steps since the last report: step, samples, mean loss over all ranks. Collective.
@@ -95,7 +96,7 @@ class TrainingMeter:
         rows = sum(rows for _, rows, _ in steps)
         loss = sum(loss * rows for _, rows, loss in steps) / rows
         rate = sum(rows for _, rows in self._steps) / seconds
-        report = TrainingReport(steps[-1][0], self.num_samples, loss, rate)
+        report = TrainingReport(steps[-1][0], loss, rate)
         self._steps.clear()
         self._restored.clear()
         return report

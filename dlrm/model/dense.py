@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torchrec.modules.mlp import MLP
 
-from dlrm.data.dense_statistics import DenseStatistics
 from dlrm.kernels.mlp import IntegerFormat, mlp
-from dlrm.schema import MISSING_DENSE
+from dlrm.loader.dense_statistics import DenseStatistics
+from dlrm.schema.criteo import MISSING_DENSE
 
 
 class ReluMLP(MLP):

@@ -3,6 +3,8 @@
 Shapes: B samples of this rank, I integer features, D embedding dimension.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.fx
 from torch import nn
@@ -11,13 +13,13 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from dlrm.config import ModelConfig
-from dlrm.data.batch import Batch
-from dlrm.data.dense_statistics import DenseStatistics
+from dlrm.config.config import ModelConfig
+from dlrm.loader.batch import Batch
+from dlrm.loader.dense_statistics import DenseStatistics
+from dlrm.model.chunked_loss import loss_in_pieces
 from dlrm.model.dense import BucketEmbeddings, ReluMLP, StandardizedDense
 from dlrm.model.interaction import DCNInteraction, DotInteraction, ProjectionInteraction
-from dlrm.model.pieces import loss_in_pieces
-from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
 
 @torch.fx.wrap
@@ -86,6 +88,19 @@ class Fp32Linear(nn.Linear):
             return super().forward(input.float())
 
 
+class Output(NamedTuple):
+    """What came of a batch, detached: the loss, scaled as `DLRMTrain` says, and the logits of the real samples."""
+
+    loss: torch.Tensor
+    logits_B: torch.Tensor
+    batch: Batch
+
+    @property
+    def labels_B(self) -> torch.Tensor:
+        """Of the real samples, as `logits_B`."""
+        return self.batch.labels_B[: self.batch.span.rows]
+
+
 class DLRMTrain(nn.Module):
     """A DLRM with its loss, as a TorchRec pipeline calls it.
 
@@ -104,22 +119,22 @@ class DLRMTrain(nn.Module):
         self.autocast = autocast
         self.rows_at_once = rows_at_once
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Returns the loss to differentiate, and (loss, logits, labels) of this rank's real samples, detached.
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Output]:
+        """Returns the loss to differentiate, and what came of the batch.
 
         TorchRec and DDP average gradients over ranks. So that an uneven last batch counts every sample once, the loss
         is the sum over this rank's samples times world size over the samples of all ranks; its mean over ranks is the
         mean over samples.
         """
-        scale = self.world_size / batch.global_rows
+        scale = self.world_size / batch.span.global_rows
         with torch.autocast(self.autocast or "cpu", torch.bfloat16, enabled=self.autocast is not None):
             if self.rows_at_once is None:
-                logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.num_rows]
-                loss = _sum_of_losses(logits_B, batch.labels_B[: batch.num_rows]) * scale
+                logits_B = self.model(batch.dense_BI, batch.sparse_features)[: batch.span.rows]
+                loss = _sum_of_losses(logits_B, batch.labels_B[: batch.span.rows]) * scale
             else:
                 awaited = self.model.embedding_bag_collection(batch.sparse_features)
                 loss, logits_B = _score_in_pieces(self.model, self.rows_at_once, batch, awaited, scale)
-        return loss, (loss.detach(), logits_B.detach(), batch.labels_B[: batch.num_rows].detach())
+        return loss, Output(loss.detach(), logits_B.detach(), batch)
 
 
 def _sum_of_losses(logits_B: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
@@ -136,7 +151,7 @@ def _score_in_pieces(
     first_columns = find_features(awaited)
 
     def loss_of(piece: slice, pooled_BW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dense_BI, labels_B = batch.dense_BI[piece], batch.labels_B[: batch.num_rows][piece]
+        dense_BI, labels_B = batch.dense_BI[piece], batch.labels_B[: batch.span.rows][piece]
         dense_BD = first_BD if piece.start == 0 else model.embed_dense(dense_BI)
         logits_B = model.score(dense_BI, dense_BD, pooled_BW, first_columns)[: len(labels_B)]
         return _sum_of_losses(logits_B, labels_B) * scale, logits_B

@@ -8,12 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from dlrm.config import Config, ShardingConfig, optional
-from dlrm.config_checks import check_ranges
-from dlrm.console import plural, signs_of_life
-from dlrm.errors import DoesNotFitError
-from dlrm.flags import base_of, is_named, parse_flags, settle, value_of
-from dlrm.plan.hardware import (
+from dlrm.config.checks import check_ranges
+from dlrm.config.config import Config, ShardingConfig, optional
+from dlrm.config.flags import base_of, is_named, parse_flags, settle, value_of
+from dlrm.cost.hardware import (
     ClusterShape,
     Hardware,
     HardwareConfig,
@@ -22,9 +20,11 @@ from dlrm.plan.hardware import (
     parse_cluster,
     precision_on,
 )
+from dlrm.errors import DoesNotFitError
 from dlrm.plan.picture import check_plot, draw
 from dlrm.plan.report import to_text
-from dlrm.train.main import quieten_libraries
+from dlrm.system.console import plural, signs_of_life
+from dlrm.system.quiet import quieten_libraries
 
 PROG = "dlrm plan"
 DESCRIPTION = """Says whether a training fits a cluster, how its tables would be sharded, and what a step would take,
@@ -91,8 +91,8 @@ def plan(
     shape = parse_cluster(asked.cluster)
     quieten_libraries()
     # Here and not above, so that --help and a mistyped flag answer without loading torch.
-    from dlrm.plan.placing import Placing
-    from dlrm.plan.predict import predict
+    from dlrm.plan.forecast import predict
+    from dlrm.plan.search import Placing
 
     if precision_on(asked.run, hardware(shape), shape) != asked.run.training.arithmetic:
         note(f"No GPU in {shape}: tf32 without effect.")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlrm.artifacts import write_atomically
-from dlrm.config_checks import check_output_file
+from dlrm.config.checks import check_output_file
 from dlrm.errors import ConfigError, reason_of
 from dlrm.plan.report import PARTS
+from dlrm.system.files import write_atomically
 
 _SUFFIXES = (".html", ".svg")
 _WIDTH = 860

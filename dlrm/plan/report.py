@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from dlrm.console import align, plural
+from dlrm.system.console import align, plural
 
 PARTS = ("weights", "optimizer", "activations", "reserve", "free")
 

@@ -1,1 +1,1 @@
-"""Raw click logs become binary days."""
+"""Raw click logs become training rows: binary days and their manifest."""

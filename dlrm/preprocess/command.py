@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from dlrm import __version__
-from dlrm.artifacts import writing
-from dlrm.console import plural, show_bytes
+from dlrm.config.flags import parse_flags
+from dlrm.dataset.name_order import source_names
+from dlrm.dataset.verify import read_manifest
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.flags import parse_flags
 from dlrm.preprocess.config import PreprocessConfig, Resources
-from dlrm.preprocess.files import check_distinct, describe_parts, source_names
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.logarithm import check_logarithm, record_logarithm
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import Sample, check_raw, sample
-from dlrm.preprocess.verify import read_manifest
+from dlrm.preprocess.raw_files import check_distinct, describe_parts
 from dlrm.preprocess.workspace import Workspace
-from dlrm.schema import CATEGORICAL_NAMES, NUM_COLUMNS
-from dlrm.shortage import check_room_for_libraries
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_COLUMNS
+from dlrm.system.console import plural, show_bytes
+from dlrm.system.files import writing
+from dlrm.system.shortage import check_room_for_libraries
 
 IF_INTERRUPTED = "Continue with --resume."
 KEPT_BYTES_PER_ROW = 160

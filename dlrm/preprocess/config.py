@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import psutil
 import tyro
 
-from dlrm.config import optional
-from dlrm.console import plural, show_bytes
+from dlrm.config.config import optional
+from dlrm.dataset.name_order import order_files
+from dlrm.dataset.verify import check_vocabulary, read_manifest
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.host import available_cores, available_memory_bytes
-from dlrm.preprocess.files import order_files
 from dlrm.preprocess.raw import USUAL_WINDOW_BYTES
-from dlrm.preprocess.verify import check_vocabulary, read_manifest
-from dlrm.schema import CATEGORICAL_NAMES
+from dlrm.schema.criteo import CATEGORICAL_NAMES
+from dlrm.system.console import plural, show_bytes
+from dlrm.system.host import available_cores, available_memory_bytes
 
 _MARGIN_BYTES = 192 << 20
 _LEAST_BYTES_PER_WORKER = 200 << 20

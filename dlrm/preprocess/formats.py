@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dlrm.errors import DatasetError
-from dlrm.schema import NUM_COLUMNS
+from dlrm.schema.criteo import NUM_COLUMNS
 
 HEAD_BYTES = 4096
 Packing = Literal["gzip", "zstd"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dlrm.schema import num_kaggle_training_rows
+from dlrm.schema.criteo import num_kaggle_training_rows
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.artifacts import naming, write_array
-from dlrm.console import plural
 from dlrm.preprocess.kernels import MAX_ID_DIGITS, parse_rows
 from dlrm.preprocess.raw import TextBlock
-from dlrm.schema import (
+from dlrm.schema.criteo import (
     CATEGORICAL_NAMES,
     INTEGER_NAMES,
     NUM_CATEGORICAL_FEATURES,
     NUM_COLUMNS,
     NUM_INTEGER_FEATURES,
 )
+from dlrm.system.console import plural
+from dlrm.system.files import naming, write_array
 
 MIN_ROW_BYTES = NUM_COLUMNS - 1  # 38 tabs, a newline, and nothing between, not even a label
 PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 2 + 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from typing_extensions import Self
 
 from dlrm.errors import LaunchError
-from dlrm.launcher import adopt_launcher
+from dlrm.ranks.launcher import adopt_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

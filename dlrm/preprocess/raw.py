@@ -16,9 +16,9 @@ import numpy.typing as npt
 import zstandard
 from typing_extensions import Buffer
 
-from dlrm.console import show_bytes
 from dlrm.errors import DatasetError
 from dlrm.preprocess.formats import HEAD_BYTES, check_kind, packing_of
+from dlrm.system.console import show_bytes
 
 BLOCK_BYTES = 16 << 20
 USUAL_WINDOW_BYTES = 128 << 20

@@ -9,15 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dlrm.console import Progress
+from dlrm.dataset.name_order import source_names
 from dlrm.preprocess.config import PreprocessConfig, Resources
-from dlrm.preprocess.files import source_names
 from dlrm.preprocess.layout import Block
 from dlrm.preprocess.ranks import Ranks
-from dlrm.preprocess.threads import in_order
 from dlrm.preprocess.vocabulary import TooManyIdsError
 from dlrm.preprocess.workspace import Workspace
-from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+from dlrm.system.console import Progress
+from dlrm.system.threads import in_order
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.artifacts import naming
 from dlrm.preprocess.kernels import bucket_sizes, gather_rows, scatter_rows, shuffle_keys
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
+from dlrm.system.files import naming
 
 KEY_BYTES = 8
 RECORD_BYTES = 4 * NUM_COLUMNS

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from dlrm.artifacts import write_atomically
 from dlrm.errors import DatasetError, system_error_in
 from dlrm.preprocess.kernels import count_ids, insert_slots, look_up_ids, mix_ids, unmix_ids
+from dlrm.system.files import write_atomically
 
 MISSING_INDEX = 0
 RARE_INDEX = 1

@@ -10,9 +10,9 @@ from typing import Any
 
 from typing_extensions import Self
 
-from dlrm.artifacts import sync, write_json
 from dlrm.errors import ConfigError, reason_of
-from dlrm.lock import FileLock
+from dlrm.system.files import sync, write_json
+from dlrm.system.lock import FileLock
 
 _LOCK_TEXT = "dlrm preprocess\n"
 _RAW_FILES = "raw files"

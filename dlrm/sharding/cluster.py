@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torchrec.distributed.planner import Topology
 
-from dlrm.config import ShardingConfig
-from dlrm.runtime import Runtime
+from dlrm.config.config import ShardingConfig
+from dlrm.ranks.runtime import Runtime
 
 GIB = 2**30
 

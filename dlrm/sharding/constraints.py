@@ -17,11 +17,11 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder
 
-from dlrm.console import plural
+from dlrm.config.table_rules import SHARDING_TYPES, TableConstraint
 from dlrm.errors import PlanError
-from dlrm.schema import TABLE_NAMES
+from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
-from dlrm.table_constraints import SHARDING_TYPES, TableConstraint
+from dlrm.system.console import plural
 
 _MULTIPLE_OF_COLUMNS = 4
 

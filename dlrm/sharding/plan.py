@@ -15,15 +15,15 @@ from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.config import ModelConfig, ShardingConfig
+from dlrm.config.config import ModelConfig, ShardingConfig
+from dlrm.config.frozen import large_tables
+from dlrm.config.table_rules import ROW_SPLITS, TableConstraint, constraints_of_tables, parse_rules
 from dlrm.errors import DoesNotFitError, PlanError
-from dlrm.freezing import large_tables
-from dlrm.runtime import count
-from dlrm.schema import TABLE_NAMES
+from dlrm.ranks.runtime import count
+from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.constraints import Enumerator, PinnedPartitioner, to_parameter_constraints
 from dlrm.sharding.sharder import TableSharder
-from dlrm.table_constraints import ROW_SPLITS, TableConstraint, constraints_of_tables, parse_rules
 
 _BYTES_PER_WEIGHT = 4
 _PLENTY = 1 << 60

@@ -16,11 +16,11 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm.kernels.draw import draw_uniform
-from dlrm.kernels.embedding import freeze_lookups, replace_lookups, round_lookups
-from dlrm.kernels.gradient_exchange import replace_averages
-from dlrm.kernels.pooled_exchange import replace_exchanges
-from dlrm.runtime import derive_seed
-from dlrm.schema import TABLE_NAMES
+from dlrm.ranks.runtime import derive_seed
+from dlrm.schema.criteo import TABLE_NAMES
+from dlrm.sharding.host.gradients import replace_averages
+from dlrm.sharding.host.lookups import freeze_lookups, replace_lookups, round_lookups
+from dlrm.sharding.host.pooled_rows import replace_exchanges
 from dlrm.sharding.sharder import TableSharder
 
 _BLOCK_ROWS = 1 << 16

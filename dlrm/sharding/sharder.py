@@ -9,7 +9,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
-from dlrm.config import CommPrecision
+from dlrm.config.config import CommPrecision
 
 
 class TableSharder(EmbeddingBagCollectionSharder):

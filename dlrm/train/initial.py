@@ -7,17 +7,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from dlrm.assembly.foundation import Foundation
 from dlrm.checkpoint.find import read_file
 from dlrm.checkpoint.manifest import MANIFEST, Manifest
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import Source, find_given, restore
-from dlrm.checkpoint.state import State, fill_optimizer_states, model_state, optimizer_state
+from dlrm.checkpoint.tensors import State, fill_optimizer_states, model_state, optimizer_state
 from dlrm.checkpoint.transfer import Transfer, check_tables
-from dlrm.config import Config
-from dlrm.console import plural
+from dlrm.config.config import Config
 from dlrm.errors import CheckpointError, MisfitError
-from dlrm.runtime import Runtime
-from dlrm.train.trainer import Trainer
+from dlrm.ranks.runtime import Runtime
+from dlrm.system.console import plural
 
 
 def find_initial(config: Config, runtime: Runtime) -> Source:
@@ -44,32 +44,36 @@ def _check_fit(config: Config, manifest: Manifest, saved: Config) -> None:
         )
 
 
-def take_weights(trainer: Trainer, source: Source, runtime: Runtime) -> list[str]:
-    """Fills a trainer's model with what fits of a checkpoint; says in lines what was taken, drawn and left. Collective.
+def take_weights(foundation: Foundation, source: Source) -> tuple[Position, list[str]]:
+    """Fills a model with what fits of a checkpoint. Collective.
+
+    Returns:
+        Where training begins, and lines that say what was taken, drawn and left.
 
     Raises:
         CheckpointError: if a tensor can't be read.
     """
-    config = trainer.config
+    config, runtime = foundation.config, foundation.runtime
     position = Position.from_json(source.manifest.position)
     saved = source.manifest.tensors
-    model = model_state(trainer.model, runtime.world_size)
+    model = model_state(foundation.model, runtime.world_size)
     transfer = Transfer.of(saved, {name: (tuple(p.shape), _name_of(p.dtype)) for name, p in model.items()})
     wanted = {name: model[name] for name in transfer.weights}
     states: State = {}
+    start = Position()
     if config.checkpoint.init_optimizer:
-        trainer.optimizer_steps = position.step + position.optimizer_steps
-        fill_optimizer_states(trainer.optimizer, trainer.optimizer_steps)
+        start = Position(optimizer_steps=position.step + position.optimizer_steps)
+        fill_optimizer_states(foundation.optimizer, start.optimizer_steps)
         states = {
             name: parts
-            for name, parts in optimizer_state(trainer.optimizer, runtime.world_size).items()
+            for name, parts in optimizer_state(foundation.optimizer, runtime.world_size).items()
             if transfer.takes_state(name, saved, tuple(parts.shape), _name_of(parts.dtype))
         }
     restore(source, {name: parts.cut(saved[name].shape) for name, parts in (wanted | states).items()}, runtime)
     names = _of_all_ranks(set(states), runtime) if config.checkpoint.init_optimizer else None
     written = f"step {position.step:,}, trained on {position.num_samples:,} samples"
     ranks = plural(source.manifest.world_size, "rank")
-    return [
+    return start, [
         f"First weights from {source.address} ({written}, written by {ranks}):",
         *transfer.describe(names, config.optimizer.algorithm),
     ]

@@ -7,27 +7,11 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from dlrm.artifacts import write_atomically
-from dlrm.config import PROFILE_WARM_UP_STEPS, Config
-from dlrm.console import plural
-from dlrm.errors import ConfigError, RunDirectoryError, reason_of
-from dlrm.runtime import Runtime
-
-
-def check_profile(config: Config, steps_per_epoch: int) -> None:
-    """Refuses to trace more steps than the run has.
-
-    Raises:
-        ConfigError: with the most that there are.
-    """
-    steps, total = config.output.profile, config.training.epochs * steps_per_epoch
-    if steps is None or PROFILE_WARM_UP_STEPS + steps <= total:
-        return
-    most = total - PROFILE_WARM_UP_STEPS
-    raise ConfigError(
-        f"--profile {steps}: the run has {plural(total, 'training step')}, of which {PROFILE_WARM_UP_STEPS} warm up. "
-        + (f"Expected {most} or less." if most > 0 else "Leave it out, or train longer.")
-    )
+from dlrm.config.config import PROFILE_WARM_UP_STEPS
+from dlrm.errors import RunDirectoryError, reason_of
+from dlrm.ranks.runtime import Runtime
+from dlrm.system.console import plural
+from dlrm.system.files import write_atomically
 
 
 class StepProfiler:

@@ -4,25 +4,25 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
+from dlrm.assembly.foundation import Foundation
+from dlrm.checkpoint.compatibility import differences, misfits
 from dlrm.checkpoint.find import checkpoint_names, read_file
-from dlrm.checkpoint.fit import differences, misfits
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.restore import Source, find_given, find_newest, restore
-from dlrm.checkpoint.state import counts_of, fill_optimizer_states, restore_random_states
 from dlrm.checkpoint.store import LocalStore, make_folder, open_store
-from dlrm.config import Config, OptimizerConfig
-from dlrm.console import plural
-from dlrm.data.fingerprint import fingerprint
+from dlrm.checkpoint.tensors import counts_of, fill_optimizer_states, restore_random_states
+from dlrm.checkpoint.vocabulary import compare_vocabulary
+from dlrm.config.config import Config, OptimizerConfig
+from dlrm.dataset.fingerprint import fingerprint
 from dlrm.errors import CheckpointError, ConfigError, DlrmError, MisfitError, reason_of
-from dlrm.lock import Locks
+from dlrm.metrics.evaluation import EvaluationResult
 from dlrm.metrics.sinks import reported
-from dlrm.runtime import Runtime, on_every_rank, on_main_rank
+from dlrm.ranks.runtime import Runtime, on_every_rank, on_main_rank
+from dlrm.system.console import plural
+from dlrm.system.lock import Locks
 from dlrm.train.initial import find_initial
 from dlrm.train.run_directory import RunDirectory
-from dlrm.train.safety import state_of
-from dlrm.train.same_vocabulary import compare_vocabulary
-from dlrm.train.trainer import Trainer
 
 _SHOWN_DIFFERENCES = 6
 
@@ -239,7 +239,7 @@ def _show_digest(data: str | None) -> str:
     return "random samples" if data is None else f"digest {data[:12]}"
 
 
-def check_left(trainer: Trainer, start: Start) -> None:
+def check_left(foundation: Foundation, start: Start) -> None:
     """Refuses a checkpoint after which nothing is left to train.
 
     A run whose own training had ended is completed all the same: its test or its summary may be missing.
@@ -250,17 +250,18 @@ def check_left(trainer: Trainer, start: Start) -> None:
     source, position = start.source, start.position
     if source is None:
         return
-    epochs = trainer.config.training.epochs
+    config = foundation.config
+    epochs = config.training.epochs
     if start.is_own and source.config.training.epochs <= epochs:
         return
-    rest = trainer.splits["train"].partition.resumed(position.row, position.epoch_step)
+    rest = foundation.splits["train"].partition.resumed(position.row, position.epoch_step)
     done = position.epoch + (rest.num_steps == position.epoch_step)
-    target = trainer.config.evaluation.validation_auroc
-    aurocs = [result["auroc"] or 0.0 for result in position.validations[position.foreign_validations :]]
+    target = config.evaluation.validation_auroc
     if done >= epochs:
         why = f"it has trained for {plural(done, 'epoch')}, and --epochs is {epochs}. Give a larger one"
-    elif not start.is_own and target is not None and max(aurocs, default=0.0) >= target:
-        why = f"a validation AUROC of {max(aurocs):.6f} has reached --validation_auroc {target:g}. Give a higher one"
+    elif not start.is_own and position.reaches(target):
+        best = max(auroc or 0.0 for auroc in position.own_aurocs)
+        why = f"a validation AUROC of {best:.6f} has reached --validation_auroc {target:g}. Give a higher one"
     else:
         return
     raise CheckpointError(
@@ -275,20 +276,22 @@ def with_seed_of(config: Config, source: Source | None) -> Config:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=source.config.training.seed))
 
 
-def resume_training(trainer: Trainer, source: Source, position: Position, runtime: Runtime) -> bytes:
-    """Gives a trainer a checkpoint's tensors, and a position; gives the metrics of its run up to there. Collective.
+def restore_training(foundation: Foundation, source: Source, position: Position) -> bytes:
+    """Fills the model and the optimizer from a checkpoint; gives the metrics of its run up to there. Collective.
 
     Raises:
-        CheckpointError: if its tensors are not this model's.
+        CheckpointError: if its tensors are not this model's, or its validations have other metrics.
     """
-    fill_optimizer_states(trainer.optimizer, position.step + position.optimizer_steps)
-    state = restore(source, state_of(trainer), runtime)
+    runtime = foundation.runtime
+    fill_optimizer_states(foundation.optimizer, position.step + position.optimizer_steps)
+    state = restore(source, foundation.state(), runtime)
     on_every_rank(runtime, lambda: restore_random_states(state, runtime))
-    frequencies = trainer.splits["train"].frequencies
+    frequencies = foundation.splits["train"].frequencies
     if frequencies is not None and runtime.is_main:
         frequencies.add(counts_of(state))
     try:
-        trainer.resume(position)
+        for validation in position.validations:
+            EvaluationResult(**validation)
     except TypeError as error:
         raise CheckpointError(f"{source.address}: its validations have other metrics ({error})") from None
     return on_main_rank(runtime, lambda: read_file(source.open(), source.name, "metrics.jsonl"))

@@ -4,35 +4,32 @@ import dataclasses
 import importlib.util
 import json
 import secrets
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from dlrm.config import Config
-from dlrm.console import plural, some
-from dlrm.data.binary_days import Stage
+from dlrm.assembly.foundation import Foundation, lay_foundation
+from dlrm.checkpoint.position import Position
+from dlrm.config.config import Config
+from dlrm.config.frozen import DENSE
+from dlrm.dataset.binary_days import Stage
 from dlrm.errors import ConfigError, RunDirectoryError
-from dlrm.freezing import DENSE
-from dlrm.launcher import note_separate_launchers
-from dlrm.lock import Locks
-from dlrm.metrics.evaluation import EvaluationResult
+from dlrm.metrics.journal import Journal
 from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
-from dlrm.runtime import Runtime, on_every_rank, on_main_rank, peak_memory_gib
+from dlrm.ranks.launcher import note_separate_launchers
+from dlrm.ranks.runtime import Runtime, on_every_rank, on_main_rank
 from dlrm.sharding.plan import Placement
-from dlrm.signals import StopSignals
-from dlrm.train.assemble import assemble
-from dlrm.train.guard import guard
+from dlrm.system.console import plural, some
+from dlrm.system.lock import Locks
+from dlrm.system.signals import StopSignals
+from dlrm.train.guard import open_hooks
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, check_left, find_start, resume_training, with_seed_of
-from dlrm.train.run_directory import RunDirectory, describe_environment, device_name
+from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training, with_seed_of
+from dlrm.train.run_directory import RunDirectory, describe_environment
+from dlrm.train.summary import describe_samples, explain_target, summarize
 from dlrm.train.trainer import Trainer
 
 
@@ -65,17 +62,9 @@ def _run_from(
         _note_other_ranks(config, runtime)
         if (note := note_separate_launchers()) is not None:
             print(note, flush=True)
-    trainer, base = assemble(config, runtime)
-    runtime = base.runtime
-    check_left(trainer, start)
-    position, metrics, taken = start.position, None, []
-    origin: dict[str, str] = {}
-    if (source := start.source) is not None:
-        metrics = resume_training(trainer, source, position, runtime)
-        origin = on_main_rank(runtime, partial(read_origin, source))
-    elif (initial := start.initial) is not None:
-        taken = take_weights(trainer, initial, runtime)
-        origin = on_main_rank(runtime, partial(describe_origin, initial))
+    base = lay_foundation(config, runtime)
+    check_left(base, start)
+    position, metrics, taken, origin = _fill(base, start)
     directory = on_main_rank(
         runtime,
         lambda: RunDirectory.open(
@@ -87,97 +76,56 @@ def _run_from(
             metrics,
         ),
     )
-    rows = {stage: split.partition.num_used_rows for stage, split in trainer.splits.items()}
+    rows = {stage: split.partition.num_used_rows for stage, split in base.splits.items()}
     if runtime.is_main:
         _announce(config, base.placement, rows)
         print("\n".join(taken), end="\n" if taken else "", flush=True)
-    if config.output.profile:
-        trainer.profiler = StepProfiler(config.output.profile, directory.path, runtime)
-    with _open_sinks(config, runtime, directory, rows, started, base.data_opened) as trainer.sink:
+    steps = config.output.profile
+    profiler = StepProfiler(steps, directory.path, runtime) if steps else None
+    with _open_sinks(config, runtime, directory, rows, started, base.data_opened) as sink:
+        journal = Journal(sink, position.total_seconds)
         where = {"epoch": position.epoch, "row": position.row, "has_new_data": start.has_new_data}
         if start.source is not None:
-            trainer.write("resume", checkpoint=start.source.address, world_size=runtime.world_size, **where)
+            journal.write("resume", position, checkpoint=start.source.address, world_size=runtime.world_size, **where)
         elif start.initial is not None:
-            trainer.write("init", checkpoint=start.initial.address)
-        with guard(trainer, directory, start, signals) as trainer.safety:
+            journal.write("init", position, checkpoint=start.initial.address)
+        with open_hooks(base, directory, start, signals, journal) as hooks:
+            trainer = Trainer(base, journal, position, hooks, profiler)
             trainer.train()
-            trace = trainer.profiler.close() if trainer.profiler is not None else None
+            trace = profiler.close() if profiler is not None else None
             if runtime.is_main and trace is not None:
                 print(trace, flush=True)
-            if (frequencies := trainer.splits["train"].frequencies) is not None:
+            if (frequencies := base.splits["train"].frequencies) is not None:
                 counts = frequencies.total(runtime)
                 on_main_rank(runtime, lambda: directory.write_frequencies(counts))
             test = trainer.test() if config.evaluation.evaluate_on_training_end else None
-    summary = summarize(config, runtime, trainer, test)
+            hooks.close(trainer.position)
+    summary = summarize(config, runtime, trainer, journal, test)
     if runtime.is_main:
         directory.write_summary(summary)
         print(
-            f"Trained on {_describe_samples(trainer, start)} in {trainer.meter.seconds:.1f} s "
+            f"Trained on {describe_samples(trainer.position, start)} in {trainer.train_seconds:.1f} s "
             f"({summary['samples_per_second']:,.0f} samples/s, start-up included), peak memory "
             f"{summary['peak_memory_gib']:.2f} GiB a rank. Run directory: {directory.path}",
             flush=True,
         )
         if (target := config.evaluation.validation_auroc) is not None and not trainer.reached_target:
-            print(_explain_target(target, [result.auroc for result in trainer.own_results]), flush=True)
+            print(explain_target(target, trainer.position.own_aurocs), flush=True)
 
 
-def _explain_target(target: float, aurocs: Sequence[float | None]) -> str:
-    """Why training has not ended at --validation_auroc."""
-    defined = [auroc for auroc in aurocs if auroc is not None]
-    if defined:
-        return f"The target was not reached: --validation_auroc {target:g}, the best validation has {max(defined):.6f}."
-    why = "nothing was validated" if not aurocs else "AUROC is undefined, as the validation set has one class only"
-    return f"The target was not reached: --validation_auroc {target:g}, and {why}."
+def _fill(base: Foundation, start: Start) -> tuple[Position, bytes | None, list[str], dict[str, str]]:
+    """Fills the model from the checkpoint that a run begins with, if there is one. Collective.
 
-
-def _describe_samples(trainer: Trainer, start: Start) -> str:
-    total, begun = trainer.num_samples, start.position
-    parts = []
-    if before := trainer.samples_before:
-        parts.append(f"{before:,} before this run and {total - before:,} in it")
-    if start.is_own:
-        parts.append(f"{total - begun.num_samples:,} since it was resumed at step {begun.step:,}")
-    return f"{total:,} samples" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def summarize(config: Config, runtime: Runtime, trainer: Trainer, test: EvaluationResult | None) -> dict[str, Any]:
-    """What summary.json holds. Collective: memory is the largest over ranks."""
-    peak = torch.tensor(peak_memory_gib(runtime.device), dtype=torch.float64, device=runtime.device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    seconds = trainer.meter.seconds
-    target = config.evaluation.validation_auroc
-    return {
-        **{
-            f"val_{metric}": [getattr(result, metric) for result in trainer.val_results]
-            for metric in ("auroc", "logloss", "ne", "calibration")
-        },
-        "test_auroc": test and test.auroc,
-        "test_logloss": test and test.logloss,
-        "test_ne": test and test.ne,
-        "test_calibration": test and test.calibration,
-        "num_test_samples": test and test.num_samples,
-        "num_train_samples": trainer.num_samples,
-        "num_train_samples_before": trainer.samples_before,
-        "num_foreign_validations": trainer.foreign_validations,
-        "num_train_steps": trainer.step,
-        "train_seconds": seconds,
-        "total_seconds": trainer.seconds,
-        "samples_per_second": trainer.num_samples / seconds if seconds else 0.0,
-        "target_auroc": target,
-        "target_reached": trainer.reached_target if target is not None else None,
-        "world_size": runtime.world_size,
-        "device": device_name(runtime.device),
-        "precision": _precision(config, runtime),
-        "seed": config.training.seed,
-        "peak_memory_gib": peak.item(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _precision(config: Config, runtime: Runtime) -> str:
-    """What matrix products were computed in: a CPU has no tf32."""
-    asked = config.training.arithmetic
-    return "fp32" if asked == "tf32" and runtime.device.type != "cuda" else asked
+    Returns:
+        Where training begins; metrics up to there; what was taken, in lines; where the first weights are from.
+    """
+    if (source := start.source) is not None:
+        metrics = restore_training(base, source, start.position)
+        return start.position, metrics, [], on_main_rank(base.runtime, partial(read_origin, source))
+    if (initial := start.initial) is not None:
+        position, taken = take_weights(base, initial)
+        return position, None, taken, on_main_rank(base.runtime, partial(describe_origin, initial))
+    return start.position, None, [], {}
 
 
 @contextmanager
@@ -197,7 +145,7 @@ def _open_sinks(
                     drawn.append_metrics(line)
                 sinks.append(drawn)
             if config.output.mlperf_log:
-                device = device_name(runtime.device)
+                device = runtime.device_name
                 facts = describe_run(config, device, runtime.world_size, rows["train"], rows["val"])
                 log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
                 sinks.append(stack.enter_context(closing(log)))

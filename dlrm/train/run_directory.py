@@ -1,13 +1,11 @@
 """The run directory: what was asked for, on what it ran, and what came out."""
 
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,19 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dlrm.artifacts import MANIFEST_NAME, write_atomically, write_json
 from dlrm.checkpoint.manifest import step_of
-from dlrm.config import Config
-from dlrm.data.cautions import Folded
-from dlrm.data.manifest import read_vocabulary
+from dlrm.config.config import Config
+from dlrm.dataset.cautions import Folded
+from dlrm.dataset.manifest import read_vocabulary
 from dlrm.errors import DatasetError, RunDirectoryError
-from dlrm.lock import LOCK, Locks
 from dlrm.metrics.sinks import reported, unwritable
-from dlrm.runtime import Runtime
+from dlrm.ranks.runtime import Runtime
+from dlrm.system.environment import describe_software
+from dlrm.system.files import MANIFEST_NAME, write_atomically, write_json
+from dlrm.system.lock import LOCK, Locks
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
 _OTHERS = ("mlperf_log.txt", "tensorboard", "trace_rank0.json.gz")
-_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "dlrm")
 DOCUMENTS = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
 """What a checkpoint holds a copy of."""
 
@@ -308,43 +306,13 @@ def describe_environment(
         "launch": launch_id(),
         "world_size": runtime.world_size,
         "local_world_size": runtime.local_world_size,
-        "device": device_name(runtime.device),
+        "device": runtime.device_name,
         "data_fingerprint": data,
         "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
         "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
         "vocabulary_sha256": _vocabulary(config.data.folder),
         "folded_ids": {part.name: [round(share, 4) for share in part.shares_F.tolist()] for part in folded},
     }
-
-
-def describe_software() -> dict[str, Any]:
-    """Versions of what computes, and the commit of this source tree."""
-    return {"versions": {"python": platform.python_version(), **_versions()}, "commit": _commit()}
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for package in _PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-def _commit() -> str | None:
-    """Commit of this source tree, with `-dirty` where it has changes; None outside a checkout."""
-    try:
-        git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]  # killed, it would leave its lock
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _vocabulary(folder: str | None) -> str | None:

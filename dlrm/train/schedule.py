@@ -5,7 +5,7 @@ Source: the policy of the public DLRM example and of MLPerf's DLRM (Naumov et al
 
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm.config import OptimizerConfig
+from dlrm.config.config import OptimizerConfig
 
 FLOOR = 1e-7
 """Smallest learning rate of a decay."""

@@ -5,81 +5,76 @@ Shapes: B samples of this rank.
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
 
-from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer
-
+from dlrm.assembly.foundation import Foundation
 from dlrm.checkpoint.position import Position
-from dlrm.config import Config
-from dlrm.console import Progress
-from dlrm.data.batch import Batch
-from dlrm.data.binary_days import Stage
-from dlrm.data.partition import Partition
-from dlrm.data.splits import Split
+from dlrm.checkpoint.tensors import State
+from dlrm.dataset.binary_days import Stage
+from dlrm.errors import DatasetError
+from dlrm.evaluate.scorer import Scorer
+from dlrm.fault_tolerance.hooks import Hooks
+from dlrm.loader.batch import Batch
 from dlrm.metrics.evaluation import EvaluationResult
-from dlrm.metrics.sinks import Sink
+from dlrm.metrics.journal import Journal
 from dlrm.metrics.training import TrainingMeter, TrainingReport
-from dlrm.runtime import Runtime
-from dlrm.train.pipeline import build_pipeline
+from dlrm.system.console import Progress
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.safety import Safety
 from dlrm.train.schedule import LearningRateSchedule
-from dlrm.train.scoring import Scorer
 
 MAX_STEPS_PER_REPORT = 100
 REPORTS_PER_EPOCH = 50
 
 
 class Trainer:
-    """Trains, validates and tests. Every rank has one, and calls the same methods in the same order."""
+    """Trains, validates and tests. Every rank has one, and calls the same methods in the same order.
+
+    Attributes:
+        position: where training stands, but for times and losses that are not reported yet: `snapshot` has these too.
+    """
 
     def __init__(
         self,
-        config: Config,
-        runtime: Runtime,
-        splits: dict[Stage, Split],
-        model: DistributedModelParallel,
-        optimizer: CombinedOptimizer,
-        sink: Sink,
+        foundation: Foundation,
+        journal: Journal,
+        position: Position | None = None,
+        hooks: Hooks | None = None,
         profiler: StepProfiler | None = None,
-        safety: Safety | None = None,
     ) -> None:
-        self.config = config
-        self.runtime = runtime
-        self.splits = splits
-        self.model = model
-        self.optimizer = optimizer
-        self.sink = sink
-        self.profiler = profiler
-        self.safety = safety or Safety()
-        self.pipeline = build_pipeline(config.training.pipeline, model, optimizer, runtime.device)
-        self.scorer = Scorer(model, self.pipeline, runtime, config.data.logit_correction, config.output.print_progress)
-        self.schedule = LearningRateSchedule(optimizer, config.optimizer)
-        self.step = 0
-        self.epoch = 0
-        self.epoch_step = 0
-        """Steps taken of the epoch."""
-        self.row = 0
-        """Rows taken of the epoch's order."""
-        self.validated_step = 0
-        self.val_results: list[EvaluationResult] = []
-        self.foreign_validations = 0
-        self.samples_before = 0
-        self.optimizer_steps = 0
-        """As `Position` has them."""
-        self.steps_per_report = config.output.log_every or max(
-            1, min(MAX_STEPS_PER_REPORT, splits["train"].partition.num_steps // REPORTS_PER_EPOCH)
+        """A trainer that begins at `position`; the model and the optimizer are as they are there."""
+        config, runtime = foundation.config, foundation.runtime
+        self._foundation, self._config, self._runtime = foundation, config, runtime
+        self._model, self._pipeline, self._split = foundation.model, foundation.pipeline, foundation.splits["train"]
+        self.position = position or Position()
+        self._journal = journal
+        self._hooks = hooks or Hooks()
+        self._profiler = profiler
+        self._scorer = Scorer(foundation)
+        self._schedule = LearningRateSchedule(foundation.optimizer, config.optimizer)
+        self._meter = TrainingMeter(
+            config.output.log_every
+            or max(1, min(MAX_STEPS_PER_REPORT, self._split.partition.num_steps // REPORTS_PER_EPOCH)),
+            runtime.device,
+            runtime.world_size,
+            self.position.train_seconds,
+            self.position.pending,
         )
-        self.meter = TrainingMeter(self.steps_per_report, runtime.device, runtime.world_size)
         self._shows = runtime.is_main and config.output.print_progress
-        self._started = time.perf_counter()
 
-    def train(self) -> None:
-        """All epochs that are left, with the validations and checkpoints that are due.
+    @property
+    def train_seconds(self) -> float:
+        """Spent training up to the last report, evaluations left out."""
+        return self._meter.seconds
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether a validation has come to --validation_auroc."""
+        return self.position.reaches(self._config.evaluation.validation_auroc)
+
+    def train(self, epochs: int | None = None) -> None:
+        """Trains until so many epochs are done, by default --epochs, with the validations and checkpoints that are due.
 
         Raises:
             DivergedError: when a loss or a score is not finite.
@@ -87,95 +82,113 @@ class Trainer:
             CheckpointError: when a checkpoint can't be written.
             Stopped: when a signal has ended training; what it had reached is saved.
         """
-        if self.step == 0:
-            self._started = time.perf_counter()
-        while self.epoch < self.config.training.epochs and not self.reached_target:
-            self._train_epoch()
-        self.safety.end_training(self)
-        self.write("train_stop", reached_target=self.reached_target)
+        epochs = self._config.training.epochs if epochs is None else epochs
+        with self._saved_from_bad_rows():
+            while self.position.epoch < epochs and not self.reached_target:
+                self._train_epoch()
+            self._hooks.end_training(self.position, self.snapshot)
+        self._journal.write("train_stop", self.position, reached_target=self.reached_target)
 
     def _train_epoch(self) -> None:
-        """What is left of an epoch. The pipeline runs dry before each validation and is filled again after it."""
-        split = self.splits["train"].resumed(self.row, self.epoch_step)
+        """What is left of an epoch, in segments that end where a validation is due."""
+        split = self._split.resumed(self.position.row, self.position.epoch_step)
         steps = split.partition.num_steps
-        if self.epoch_step == 0:
-            self.write("epoch_start", epoch=self.epoch)
-        batches = self.safety.watched(split.batches(self.epoch), "training")
-        every = self.config.evaluation.validation_freq_within_epoch or max(1, steps)
-        with closing(Progress(f"Epoch {self.epoch}", steps, "steps", self._shows, self.epoch_step)) as progress:
-            while True:
-                if self._validation_is_due(steps):
-                    paused = time.perf_counter()
-                    self._validate(progress)
-                    progress.pause(time.perf_counter() - paused)
-                if self.epoch_step == steps or self.reached_target:
-                    break
-                stop = min(steps, (self.epoch_step // every + 1) * every)
-                self._train_steps(islice(batches, stop - self.epoch_step), stop, split.partition, progress)
-        self.write("epoch_stop", epoch=self.epoch)
-        if self.epoch_step == steps:
-            self.epoch += 1
-            self.row = self.epoch_step = 0
+        if self.position.epoch_step == 0:
+            self._journal.write("epoch_start", self.position, epoch=self.position.epoch)
+        batches = self._hooks.watched(split.batches(self.position.epoch), "training")
+        label, done = f"Epoch {self.position.epoch}", self.position.epoch_step
+        with closing(Progress(label, steps, "steps", self._shows, done)) as progress:
+            self._validate_if_due(steps, progress)  # where a checkpoint was written just before one
+            for stop in self._segments(steps):
+                self._train_segment(batches, stop, steps, progress)
+                self._validate_if_due(steps, progress)
+        self._journal.write("epoch_stop", self.position, epoch=self.position.epoch)
+        if self.position.epoch_step == steps:
+            self.position = self.position.after_epoch()
+
+    def _segments(self, steps: int) -> Iterator[int]:
+        """The step of the epoch at which each segment ends, up to the epoch's end or the target."""
+        every = self._config.evaluation.validation_freq_within_epoch or max(1, steps)
+        while self.position.epoch_step < steps and not self.reached_target:
+            yield min(steps, (self.position.epoch_step // every + 1) * every)
 
     def _validation_is_due(self, steps: int) -> bool:
-        """Whether one is, in an epoch of so many steps, at the step that was just taken."""
-        if self.epoch_step == 0 or self.validated_step == self.step:
+        """Whether a validation is due after the step just taken, in an epoch of `steps` steps."""
+        epoch_step = self.position.epoch_step
+        if epoch_step == 0 or self.position.validated_step == self.position.step:
             return False
-        every = self.config.evaluation.validation_freq_within_epoch
-        within = every is not None and self.epoch_step % every == 0
-        return within or (self.epoch_step == steps and self.config.evaluation.evaluate_on_epoch_end)
+        every = self._config.evaluation.validation_freq_within_epoch
+        within = every is not None and epoch_step % every == 0
+        return within or (epoch_step == steps and self._config.evaluation.evaluate_on_epoch_end)
 
-    def _train_steps(self, batches: Iterator[Batch], stop: int, partition: Partition, progress: Progress) -> None:
-        """Steps of the epoch up to `stop`."""
-        frequencies = self.splits["train"].frequencies
-        self.model.train()
-        self.pipeline.reset()
-        self.meter.resume_clock()
-        while self.epoch_step < stop:
-            self.schedule.begin_step(self.step + 1)
-            if self.config.output.print_lr and self.runtime.is_main:
+    def _train_segment(self, batches: Iterator[Batch], stop: int, steps: int, progress: Progress) -> None:
+        """Steps of the epoch up to `stop`. The pipeline is filled at its start, and runs dry at its end."""
+        frequencies = self._split.frequencies
+        batches = islice(batches, stop - self.position.epoch_step)
+        self._model.train()
+        self._pipeline.reset()
+        self._meter.resume_clock()
+        while self.position.epoch_step < stop:
+            self._schedule.begin_step(self.position.step + 1)
+            if self._config.output.print_lr and self._runtime.is_main:
                 self._print_learning_rates(progress)
-            loss, _, _ = self.pipeline.progress(batches)
-            rows = partition.span(self.epoch_step, self.runtime.rank).global_rows
-            self.step += 1
-            self.epoch_step += 1
-            self.row = partition.rows_before(self.epoch_step)
-            if self.profiler is not None:
-                self.profiler.advance()
+            output = self._pipeline.progress(batches)
+            rows = output.batch.span.global_rows
+            self.position = self.position.after_step(rows)
+            if self._profiler is not None:
+                self._profiler.advance()
             if frequencies is not None:
-                frequencies.count()
-            self.meter.update(self.step, loss, rows)
-            is_due = self.meter.is_full or self.epoch_step == stop
-            progress.advance(note=self._report(self.meter.drain()) if is_due else "")
-            self.safety.after_step(self, before_validation=self._validation_is_due(partition.num_steps))
+                frequencies.count(output.batch)
+            self._meter.update(self.position.step, output.loss, rows)
+            is_due = self._meter.is_full or self.position.epoch_step == stop
+            progress.advance(note=self._report(self._meter.drain()) if is_due else "")
+            self._hooks.after_step(self.position, self.snapshot, before_validation=self._validation_is_due(steps))
 
     def _report(self, report: TrainingReport) -> str:
-        """Writes a report to the sink; returns it in words."""
-        rate = self.schedule.learning_rate
-        last = self.own_results[-1].auroc if self.own_results else None
+        """Writes a report's line; gives it in words."""
+        rate, dense_rate = self._schedule.learning_rate, self._schedule.dense_learning_rate
+        position = self.position
+        self._journal.write(
+            "train",
+            position,
+            epoch=position.epoch,
+            **asdict(report),
+            learning_rate=rate,
+            dense_learning_rate=dense_rate,
+        )
+        last = position.own_aurocs[-1] if position.own_aurocs else None
         auroc = "-" if last is None else f"{last:.6f}"
-        dense_rate = self.schedule.dense_learning_rate
-        self.write("train", epoch=self.epoch, **asdict(report), learning_rate=rate, dense_learning_rate=dense_rate)
         return f"{report.samples_per_second:,.0f} samples/s | loss {report.loss:.5f} | lr {rate:g} | val AUROC {auroc}"
 
-    def _validate(self, progress: Progress) -> None:
+    def _validate_if_due(self, steps: int, progress: Progress) -> None:
+        if not self._validation_is_due(steps):
+            return
+        paused = time.perf_counter()
         result = self.evaluate("val")
-        is_best = result.auroc is not None and all(result.auroc > (past.auroc or 0.0) for past in self.own_results)
-        self.val_results.append(result)
-        self.validated_step = self.step
-        if self.runtime.is_main:
+        past = self.position.own_aurocs
+        is_best = result.auroc is not None and all(result.auroc > (auroc or 0.0) for auroc in past)
+        self.position = self.position.after_validation(asdict(result))
+        if self._runtime.is_main:
             progress.print(f"AUROC over val set: {result.describe()}")
-        if self.reached_target and self.runtime.is_main:
+        if self.reached_target and self._runtime.is_main:
             progress.print(
-                f"Validation AUROC {result.auroc:.6f} reached the target {self.config.evaluation.validation_auroc:g} "
-                f"after {self.num_samples:,} samples and {self.seconds:.1f} s."
+                f"Validation AUROC {result.auroc:.6f} reached the target "
+                f"{self._config.evaluation.validation_auroc:g} after {self.position.num_samples:,} samples and "
+                f"{self._journal.seconds:.1f} s."
             )
-        self.safety.after_validation(self, is_best=is_best)
+        self._hooks.after_validation(self.position, self.snapshot, is_best=is_best)
+        progress.pause(time.perf_counter() - paused)
 
     def test(self) -> EvaluationResult:
-        """Scores the test set."""
-        result = self.evaluate("test")
-        if self.runtime.is_main:
+        """Scores the test set.
+
+        Raises:
+            DivergedError: if a score is not finite.
+            DatasetError: when mapped data turns out to be wrong.
+        """
+        with self._saved_from_bad_rows():
+            result = self.evaluate("test")
+        if self._runtime.is_main:
             print(f"AUROC over test set: {result.describe()}", flush=True)
         return result
 
@@ -185,76 +198,35 @@ class Trainer:
         Raises:
             DivergedError: if a score is not finite.
         """
-        self.write(f"{stage}_start")
-        split = self.splits[stage]
-        batches = self.safety.watched(split.batches(), "evaluating")
-        result = self.scorer.score(stage, split.partition, batches, lambda: self.safety.within_evaluation(self))
-        self.write(stage, **asdict(result))
+        self._journal.write(f"{stage}_start", self.position)
+        batches = self._hooks.watched(self._foundation.splits[stage].batches(), "evaluating")
+        result = self._scorer.score(stage, batches, lambda: self._hooks.within_evaluation(self.position, self.snapshot))
+        self._journal.write(stage, self.position, **asdict(result))
         return result
 
-    @property
-    def num_samples(self) -> int:
-        """Trained on, over all ranks."""
-        return self.meter.num_samples
-
-    @property
-    def reached_target(self) -> bool:
-        """Whether a validation has come to --validation_auroc."""
-        target = self.config.evaluation.validation_auroc
-        return target is not None and any((result.auroc or 0.0) >= target for result in self.own_results)
-
-    @property
-    def own_results(self) -> list[EvaluationResult]:
-        """Validations on this data."""
-        return self.val_results[self.foreign_validations :]
-
-    @property
-    def seconds(self) -> float:
-        """Since training began, validations included, and time before it was resumed."""
-        return time.perf_counter() - self._started
-
-    def position(self) -> Position:
-        """All of the training's state but its tensors. Collective.
+    def snapshot(self) -> tuple[State, Position]:
+        """All of the training's state: its tensors as views, and where it stands. Collective.
 
         Raises:
             DivergedError: if a loss that is not reported yet is not finite.
         """
-        return Position(
-            step=self.step,
-            epoch=self.epoch,
-            epoch_step=self.epoch_step,
-            row=self.row,
-            num_samples=self.num_samples,
-            validated_step=self.validated_step,
-            train_seconds=self.meter.elapsed_seconds(),
-            total_seconds=self.seconds,
-            pending=self.meter.pending(),
-            validations=tuple(asdict(result) for result in self.val_results),
-            foreign_validations=self.foreign_validations,
-            samples_before=self.samples_before,
-            optimizer_steps=self.optimizer_steps,
+        position = replace(
+            self.position,
+            train_seconds=self._meter.elapsed_seconds(),
+            total_seconds=self._journal.seconds,
+            pending=self._meter.pending(),
         )
+        return self._foundation.state(), position
 
-    def resume(self, position: Position) -> None:
-        """Goes on from there; the model and the optimizer have been restored.
-
-        Raises:
-            TypeError: if its validations have other metrics.
-        """
-        self.step, self.epoch, self.epoch_step = position.step, position.epoch, position.epoch_step
-        self.row, self.validated_step = position.row, position.validated_step
-        self.val_results = [EvaluationResult(**result) for result in position.validations]
-        self.foreign_validations, self.samples_before = position.foreign_validations, position.samples_before
-        self.optimizer_steps = position.optimizer_steps
-        self.meter.restore(position.num_samples, position.train_seconds, position.pending)
-        self._started = time.perf_counter() - position.total_seconds
-
-    def write(self, kind: str, **fields: Any) -> None:
-        """Writes a line to the sink."""
-        where = {"kind": kind, "step": self.step, "num_train_samples": self.num_samples}
-        self.sink.append_metrics({**where, **fields, "elapsed_seconds": round(self.seconds, 3)})
+    @contextmanager
+    def _saved_from_bad_rows(self) -> Iterator[None]:
+        """Has the hooks save what training has reached, if rows turn out to be wrong."""
+        try:
+            yield
+        except DatasetError as error:
+            raise self._hooks.after_bad_rows(error, self.position, self.snapshot) from None
 
     def _print_learning_rates(self, progress: Progress) -> None:
-        rates = {"tables": self.schedule.learning_rate, "dense": self.schedule.dense_learning_rate}
+        rates = {"tables": self._schedule.learning_rate, "dense": self._schedule.dense_learning_rate}
         for group, rate in rates.items():
-            progress.print(f"lr: {self.step} {group} {rate:.6f}")
+            progress.print(f"lr: {self.position.step} {group} {rate:.6f}")

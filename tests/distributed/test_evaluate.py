@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm.checkpoint.storage import Reader
+from dlrm.checkpoint.dcp import Reader
 from dlrm.checkpoint.store import open_store
-from dlrm.config import (
+from dlrm.config.config import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -26,11 +26,11 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.runtime import Runtime, on_main_rank, start_runtime
-from dlrm.signals import StopSignals
-from dlrm.train.evaluate import parse_evaluate
+from dlrm.evaluate.config import parse_evaluate
+from dlrm.evaluate.run import score_checkpoint
+from dlrm.ranks.runtime import Runtime, on_main_rank, start_runtime
+from dlrm.system.signals import StopSignals
 from dlrm.train.run import run
-from dlrm.train.score_checkpoint import score_checkpoint
 from tests.distributed.test_faults import write_days
 from tests.launching import launch, read_metrics, read_summary
 

@@ -21,12 +21,12 @@ from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm.kernels.embedding import HostTables
 from dlrm.kernels.exchange import exchange_in_memory
-from dlrm.kernels.gradient_exchange import replace_averages
 from dlrm.kernels.native import has_native
-from dlrm.kernels.pooled_exchange import HostPooledDist
 from dlrm.model.dense import ReluMLP
+from dlrm.sharding.host.gradients import replace_averages
+from dlrm.sharding.host.lookups import HostTables
+from dlrm.sharding.host.pooled_rows import HostPooledDist
 from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
 from tests.unit.test_kernels import RATE, make_tables
 

@@ -48,7 +48,7 @@ class Onlooker:
 
 def train(flags: list[str], is_watched: bool) -> int:
     """Runs on every rank; gives how often it was looked at."""
-    from dlrm.train.main import main
+    from dlrm.train.command import train as main
 
     if not is_watched:
         main(flags)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm.config import (
+from dlrm.assembly import build
+from dlrm.assembly.foundation import lay_foundation
+from dlrm.config.config import (
     Config,
     DataConfig,
     ModelConfig,
@@ -17,14 +19,10 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.data.splits import open_run_splits
+from dlrm.config.table_rules import SHARDING_TYPES
 from dlrm.kernels.native import why_no_vnni
-from dlrm.runtime import on_main_rank, start_runtime
-from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.shard import shard_model
-from dlrm.table_constraints import SHARDING_TYPES
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.optimizers import build_optimizer
+from dlrm.metrics.journal import Journal
+from dlrm.ranks.runtime import start_runtime
 from dlrm.train.trainer import Trainer
 from tests.launching import launch
 
@@ -45,17 +43,14 @@ class Lines:
 
 def train_losses(config: Config, rows_at_once: int | None = None) -> list[float]:
     """Runs in a worker: the global loss of each step, of a validation and of a test."""
+    if rows_at_once is not None:
+        build.ROWS_AT_ONCE = rows_at_once
     with start_runtime() as runtime:
-        model = build_model(config, runtime)
-        model.rows_at_once = rows_at_once
-        cluster = Cluster("cpu", runtime.world_size, runtime.local_world_size, 2**30)
-        plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
+        foundation = lay_foundation(config, runtime, is_quiet=True)
         if rules := config.sharding.table_constraints:
-            assert {p.sharding_type for tables in plan.plan.values() for p in tables.values()} == {rules.split()[-1]}
-        sharded = shard_model(model, plan, make_sharder(config), runtime.device, config.training.seed or 0)
+            assert {table.sharding_type for table in foundation.placement.tables} == {rules.split()[-1]}
         sink = Lines()
-        optimizer = build_optimizer(sharded, config.optimizer)
-        trainer = Trainer(config, runtime, open_run_splits(config, runtime), sharded, optimizer, sink)
+        trainer = Trainer(foundation, Journal(sink))
         trainer.train()
         trainer.test()
     return [line.get("loss", line.get("logloss")) for line in sink.lines if line["kind"] in ("train", "val", "test")]
@@ -235,7 +230,7 @@ def scheduled_losses(sharding: str, **optimizer: float) -> list[float]:
     return train_losses(config)[:6]
 
 
-# FBGEMM's dense lookup on a CPU (2026-11-23: fbgemm-gpu-cpu 1.8); dlrm.train.main says why.
+# FBGEMM's dense lookup on a CPU (2026-11-23: fbgemm-gpu-cpu 1.8); dlrm.system.quiet says why.
 @pytest.mark.filterwarnings("ignore:fbgemm..dense_embedding_codegen_lookup_function:UserWarning")
 @pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
 def test_the_schedule_sets_the_rate_of_tables_and_dense_parameters(sharding):

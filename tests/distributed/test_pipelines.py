@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm.config import Config
-from dlrm.runtime import start_runtime
-from dlrm.train.pipeline import PipelineName
+from dlrm.assembly.pipeline import PipelineName
+from dlrm.config.config import Config
+from dlrm.ranks.runtime import start_runtime
 from tests.distributed.test_parity import Case, train_losses
 from tests.launching import TINY, launch, run_main
 

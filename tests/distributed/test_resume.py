@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from dlrm.assembly.foundation import lay_foundation
 from dlrm.checkpoint.checkpointer import Checkpointer
 from dlrm.checkpoint.find import check_files, complete_checkpoints
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.store import open_store
-from dlrm.config import (
+from dlrm.config.config import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -28,14 +29,16 @@ from dlrm.config import (
     ShardingConfig,
     TrainingConfig,
 )
-from dlrm.lock import Locks
-from dlrm.runtime import Runtime, start_runtime
-from dlrm.signals import StopSignals
-from dlrm.train import control
-from dlrm.train.assemble import assemble
-from dlrm.train.resume import find_start, resume_training
+from dlrm.fault_tolerance import agreement as control
+from dlrm.fault_tolerance.hooks import Stopped
+from dlrm.metrics.journal import Journal
+from dlrm.metrics.sinks import Sinks
+from dlrm.ranks.runtime import Runtime, start_runtime
+from dlrm.system.lock import Locks
+from dlrm.system.signals import StopSignals
+from dlrm.train.resume import find_start, restore_training
 from dlrm.train.run import run
-from dlrm.train.safety import Stopped, state_of
+from dlrm.train.trainer import Trainer
 from tests.distributed.test_faults import write_days
 from tests.launching import launch, read_metrics
 
@@ -231,11 +234,12 @@ def load_and_save_again(config: Config, runtime: Runtime, folder: Path) -> tuple
     with Locks() as locks:
         start = find_start(config, runtime, locks)
     assert start.source is not None
-    trainer, _ = assemble(replace(config, training=start.source.config.training), runtime)
-    resume_training(trainer, start.source, start.position, runtime)
+    base = lay_foundation(replace(config, training=start.source.config.training), runtime)
+    restore_training(base, start.source, start.position)
+    trainer = Trainer(base, Journal(Sinks([])), start.position)
     documents = {"config.json": json.dumps(config.to_json()).encode(), "metrics.jsonl": b""}
     copy = Checkpointer(open_store(str(folder / "checkpoints")), runtime, 1, False, start.data, lambda: documents)
-    copy.save(state_of(trainer), trainer.position(), None, wait=True)
+    copy.save(*trainer.snapshot(), None, wait=True)
     result = trainer.evaluate("val")
     assert result.auroc is not None
     return result.auroc, result.logloss

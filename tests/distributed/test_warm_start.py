@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
+from dlrm.assembly.foundation import lay_foundation
 from dlrm.checkpoint.checkpointer import Checkpointer
+from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.store import open_store
-from dlrm.config import Config, OptimizerConfig
-from dlrm.freezing import DENSE
+from dlrm.config.config import Config, OptimizerConfig
+from dlrm.config.frozen import DENSE
 from dlrm.kernels import native
-from dlrm.lock import Locks
-from dlrm.runtime import Runtime, start_runtime
-from dlrm.schema import TABLE_NAMES
-from dlrm.signals import StopSignals
-from dlrm.train.assemble import assemble
+from dlrm.ranks.runtime import Runtime, start_runtime
+from dlrm.schema.criteo import TABLE_NAMES
+from dlrm.system.lock import Locks
+from dlrm.system.signals import StopSignals
 from dlrm.train.initial import take_weights
 from dlrm.train.resume import find_start
 from dlrm.train.run import run
-from dlrm.train.safety import state_of
 from tests.distributed.test_faults import write_days
 from tests.distributed.test_resume import ROWS, After, Case, CrashError, digests, measured, tensors_of
 from tests.launching import launch, read_metrics, read_summary
@@ -112,10 +112,10 @@ def begin(config: Config, runtime: Runtime, folder: Path) -> list[str]:
     """Saves what a run begins with; gives what it says of that."""
     with Locks() as locks:
         start = find_start(config, runtime, locks)
-    trainer, base = assemble(replace(config, training=replace(config.training, seed=8)), runtime)
-    lines = take_weights(trainer, start.initial, base.runtime) if start.initial is not None else []
+    base = lay_foundation(replace(config, training=replace(config.training, seed=8)), runtime)
+    position, lines = take_weights(base, start.initial) if start.initial is not None else (Position(), [])
     copy = Checkpointer(open_store(str(folder / "checkpoints")), runtime, 1, False, None, dict)
-    copy.save(state_of(trainer), trainer.position(), None, wait=True)
+    copy.save(base.state(), position, None, wait=True)
     return lines
 
 

@@ -24,15 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm.config import Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
+from dlrm.assembly.build import build_model, make_sharder, plan_run
+from dlrm.config.config import Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
 from dlrm.kernels.interaction import dot_interaction
-from dlrm.runtime import start_runtime
-from dlrm.schema import CATEGORICAL_NAMES
+from dlrm.ranks.runtime import start_runtime
+from dlrm.schema.criteo import CATEGORICAL_NAMES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.main import main as train
-from dlrm.train.main import quieten_libraries
+from dlrm.system.quiet import quieten_libraries
+from dlrm.train.command import train
 from tests.gpu.twins import BF16, INTERACTION_CASES, InteractionCase, dot_interaction_in_float64, relative_error
 
 ON_GPU = torch.cuda.is_available()

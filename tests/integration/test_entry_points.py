@@ -69,16 +69,16 @@ NOTEBOOK = """
 import os, signal, sys, threading
 import torch.distributed as dist
 import dlrm_main
-from dlrm.train.safety import RunSafety
+from dlrm.fault_tolerance.hooks import RunHooks
 
-flags, folder, after_step = sys.argv[2:], sys.argv[1], RunSafety.after_step
+flags, folder, after_step = sys.argv[2:], sys.argv[1], RunHooks.after_step
 before = [signal.getsignal(number) for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP)]
 stdout = sys.stdout
 
-def interrupt(self, trainer, **named):
-    if trainer.step == 3:
+def interrupt(self, position, snapshot, **named):
+    if position.step == 3:
         os.kill(os.getpid(), number)
-    after_step(self, trainer, **named)
+    after_step(self, position, snapshot, **named)
 
 def call(name, *more):
     try:
@@ -91,10 +91,10 @@ def call(name, *more):
     assert sys.stdout is stdout and not dist.is_initialized() and threading.active_count() == 1
 
 for number in (signal.SIGINT, signal.SIGHUP):
-    RunSafety.after_step = interrupt
+    RunHooks.after_step = interrupt
     call("saved", "--checkpoint_every", "1000", "--resume", "never")
     call("lost")
-    RunSafety.after_step = after_step
+    RunHooks.after_step = after_step
     call("lost", "--learning_rat", "1")
     call("lost", "--in_memory_binary_criteo_path", f"{folder}/none")
     call("saved", "--checkpoint_every", "1000")

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from dlrm.checkpoint import vocabulary as same_vocabulary_module
 from dlrm.checkpoint.restore import Source
 from dlrm.cli import main as dlrm
+from dlrm.config.flags import parse_args
 from dlrm.errors import DlrmError
-from dlrm.flags import parse_args
-from dlrm.runtime import start_runtime
-from dlrm.signals import StopSignals
-from dlrm.train import same_vocabulary as same_vocabulary_module
-from dlrm.train.evaluate import parse_evaluate
+from dlrm.evaluate.config import parse_evaluate
+from dlrm.evaluate.run import score_checkpoint
+from dlrm.ranks.runtime import start_runtime
+from dlrm.system.signals import StopSignals
 from dlrm.train.run import run
-from dlrm.train.score_checkpoint import score_checkpoint
 from tests.distributed.test_faults import write_days
 from tests.launching import BIN, TINY, Fork, launch
 from tests.launching import run as run_command

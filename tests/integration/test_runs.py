@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config import Config
+from dlrm.config.config import Config
 from tests.distributed.test_faults import write_days
 from tests.launching import TINY, read_metrics, read_summary, run_main
 

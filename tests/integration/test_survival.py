@@ -294,7 +294,7 @@ def test_two_runs_on_one_run_directory(folder: Path) -> None:
     first = start(folder, "shared")
     wait_until(lambda: (folder / "shared" / "metrics.jsonl").exists())
     first.send(signal.SIGSTOP)
-    second = start(folder, "shared", log="second", changes={"dlrm.lock._SECONDS": 0.5})
+    second = start(folder, "shared", log="second", changes={"dlrm.system.lock._SECONDS": 0.5})
     assert second.wait() == 2
     assert "another run is using it. Waiting for up to a minute." in second.stdout
     assert f"--run_dir {folder / 'shared'}: another run is using it. Choose another folder, or end" in second.stderr
@@ -313,7 +313,7 @@ def test_two_runs_on_one_folder_of_checkpoints(folder: Path) -> None:
     first = start(folder, "owner", *place)
     wait_until(lambda: (folder / "owner" / "metrics.jsonl").exists())
     first.send(signal.SIGSTOP)
-    second = start(folder, "guest", *place, changes={"dlrm.lock._SECONDS": 0.5})
+    second = start(folder, "guest", *place, changes={"dlrm.system.lock._SECONDS": 0.5})
     assert second.wait() == 2
     assert f"--checkpoint_dir {folder / 'shared place'}: another run is using it. Choose another" in second.stderr
     assert not (folder / "guest").exists()
@@ -343,7 +343,7 @@ def test_another_batch_size_is_told(folder: Path) -> None:
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
     """The first one comes while a batch is read that never arrives, so that there is no step at which to save."""
-    running = start(folder, "twice", changes={"dlrm.data.splits.build_batch": _never})
+    running = start(folder, "twice", changes={"dlrm.loader.splits.build_batch": _never})
     wait_until(lambda: (folder / "twice" / "metrics.jsonl").exists())
     time.sleep(0.2)
     running.send(signal.SIGTERM)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlrm.checkpoint.manifest import Chunk, File, Manifest, Tensor, name_of
 from dlrm.checkpoint.position import Position
-from dlrm.config import Config, TrainingConfig
+from dlrm.config.config import Config, TrainingConfig
 
 ROWS, DIM = 37, 12
 VALIDATION = {

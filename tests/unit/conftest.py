@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.data.batch import Rows
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from dlrm.dataset.rows import Rows
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 from tests.unit.preprocessed import ROWS
 
 WriteDays = Callable[..., Rows]

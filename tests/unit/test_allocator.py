@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from dlrm.allocator import sleep_while_waiting
+from dlrm.system.allocator import sleep_while_waiting
 
 GIVEN_BACK = """
 import ctypes, os
-from dlrm.allocator import describe_allocator, keep_freed_memory
+from dlrm.system.allocator import describe_allocator, keep_freed_memory
 
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "mallopt"):

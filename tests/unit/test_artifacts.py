@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from dlrm.artifacts import sha256_of, write_atomically, write_json, write_result, writing
 from dlrm.errors import DatasetError
+from dlrm.system.files import sha256_of, write_atomically, write_json, write_result, writing
 
 
 def test_write_atomically_replaces_the_file(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlrm import cli
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
 
 
 @pytest.fixture

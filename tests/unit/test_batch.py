@@ -3,10 +3,11 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm.data.batch import Batch, Rows, build_batch
-from dlrm.data.partition import Span
-from dlrm.recipes import MLPERF_MULTI_HOT_SIZES
-from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES
+from dlrm.config.recipes import MLPERF_MULTI_HOT_SIZES
+from dlrm.dataset.rows import Rows
+from dlrm.loader.batch import Batch, build_batch
+from dlrm.loader.partition import Span
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES
 
 ONE_HOT = (1,) * 26
 HOTNESS = {"one_hot": ONE_HOT, "two_hot": (2,) * 26, "mlperf": MLPERF_MULTI_HOT_SIZES}
@@ -61,7 +62,7 @@ def test_parity_with_from_lengths_sync(kind, num_rows, padding):
         assert torch.equal(ours.lengths(), theirs.lengths())
     for ours, theirs in zip(batch.sparse_features.split([5, 1, 20]), reference.split([5, 1, 20]), strict=True):
         assert_same(ours, theirs)
-    assert (batch.num_rows, batch.global_rows) == (num_rows, 99)
+    assert (batch.span.rows, batch.span.global_rows) == (num_rows, 99)
     np.testing.assert_array_equal(batch.dense_BI[:num_rows], rows.dense_BI)
     np.testing.assert_array_equal(batch.labels_B[:num_rows], rows.labels_B)
     assert batch.dense_BI.shape == (num_rows + padding, NUM_INTEGER_FEATURES)
@@ -88,7 +89,7 @@ def test_a_rank_without_rows(kind):
     assert_same(batch.sparse_features, reference_of(rows, HOTNESS[kind], 1))
     assert torch.equal(batch.dense_BI, torch.zeros(1, NUM_INTEGER_FEATURES))
     assert torch.equal(batch.labels_B, torch.zeros(1))
-    assert (batch.num_rows, batch.global_rows) == (0, 3)
+    assert (batch.span.rows, batch.span.global_rows) == (0, 3)
 
 
 def test_batches_of_one_size_do_not_share_what_differs():
@@ -107,7 +108,7 @@ def test_to_keeps_everything():
     assert_same(moved.sparse_features, batch.sparse_features)
     assert torch.equal(moved.dense_BI, batch.dense_BI)
     assert torch.equal(moved.labels_B, batch.labels_B)
-    assert (moved.num_rows, moved.global_rows) == (3, 7)
+    assert (moved.span.rows, moved.span.global_rows) == (3, 7)
     meta = batch.to(torch.device("meta"))
     assert {meta.dense_BI.device.type, meta.labels_B.device.type, meta.sparse_features.device().type} == {"meta"}
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm.bench import ceilings, checkpoint, config, micro, products, torchrec_preprocess
-from dlrm.bench import preprocess as preprocess_module
-from dlrm.bench import rounds as rounds_module
-from dlrm.bench.workers import Reply, Side
+from dlrm.bench.cases import checkpoint, products, torchrec_preprocess
+from dlrm.bench.cases import preprocess as preprocess_module
+from dlrm.bench.harness import ceilings
+from dlrm.bench.harness import flags as config
+from dlrm.bench.harness import repeat as micro
+from dlrm.bench.harness import rounds as rounds_module
+from dlrm.bench.harness.workers import Reply, Side
 from dlrm.cli import main
 from dlrm.kernels import build, native
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dlrm.bench.command import CASES
-from dlrm.bench.config import Shape, Workload
-from dlrm.bench.shape import make_config, memory_gib, scale_rows, table_rows
+from dlrm.bench.harness.flags import Shape, Workload
+from dlrm.bench.harness.shape import make_config, memory_gib, scale_rows, table_rows
 from dlrm.cli import main
-from dlrm.config_checks import check_config
-from dlrm.recipes import MLPERF_ROWS
+from dlrm.config.checks import check_config
+from dlrm.config.recipes import MLPERF_ROWS
 
 USER_ERROR = 2
 

@@ -2,9 +2,17 @@
 
 import pytest
 
-from dlrm.bench.floor import Ceilings, Floor, Work, embedding_work, evaluation_work, interaction_work, training_work
-from dlrm.bench.shape import make_model
-from dlrm.config import ModelConfig
+from dlrm.bench.harness.floor import (
+    Ceilings,
+    Floor,
+    Work,
+    embedding_work,
+    evaluation_work,
+    interaction_work,
+    training_work,
+)
+from dlrm.bench.harness.shape import make_model
+from dlrm.config.config import ModelConfig
 
 SPEC = make_model((100_000,) * 26)
 SMALL = ModelConfig(num_embeddings=10, embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(16, 1))

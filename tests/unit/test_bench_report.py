@@ -1,7 +1,7 @@
 import pytest
 
-from dlrm.bench.floor import Ceilings, Floor, Work
-from dlrm.bench.report import Speed, compare, print_floor, print_memory, print_speeds, quantile, ratios
+from dlrm.bench.harness.floor import Ceilings, Floor, Work
+from dlrm.bench.harness.report import Speed, compare, print_floor, print_memory, print_speeds, quantile, ratios
 
 OURS = Speed(100, [[1.0, 1.0], [0.5, 0.5], [2.0, 2.0]])
 REFERENCE = Speed(100, [[4.0], [4.0], [4.0]])

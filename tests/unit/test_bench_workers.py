@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from dlrm.bench.workers import Side, Turns, WorkerError, start_workers
+from dlrm.bench.harness.workers import Side, Turns, WorkerError, start_workers
 from dlrm.errors import ConfigError
-from dlrm.host import available_cores
+from dlrm.system.host import available_cores
 
 
 @contextmanager

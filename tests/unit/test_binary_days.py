@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
-from dlrm.data.binary_days import open_splits
+from dlrm.dataset.binary_days import open_splits
 from dlrm.errors import DatasetError
-from dlrm.schema import NUM_INTEGER_FEATURES
+from dlrm.schema.criteo import NUM_INTEGER_FEATURES
+from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
 
 KAGGLE = {"names": ["train"]}
 

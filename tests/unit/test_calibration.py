@@ -22,14 +22,14 @@ from benchmarks.calibration_fit import (
     least_squares,
     summarize,
 )
-from dlrm.bench import rank_ceilings
-from dlrm.bench.rank_ceilings import RankCeilings, combine, measure_rank
-from dlrm.config import ModelConfig
-from dlrm.config_checks import check_config
+from dlrm.bench.harness import rank_ceilings
+from dlrm.bench.harness.rank_ceilings import RankCeilings, combine, measure_rank
+from dlrm.config.checks import check_config
+from dlrm.config.config import ModelConfig
+from dlrm.cost.hardware import KINDS, ClusterShape
+from dlrm.cost.step import Workload
+from dlrm.cost.work import Table
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.plan.cost import Table
-from dlrm.plan.hardware import KINDS, ClusterShape
-from dlrm.plan.step import Workload
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "calibration.json"
 KNOWN = Knobs(0.6, 0.35, 0.8, 25.0, 1.5)

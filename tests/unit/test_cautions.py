@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION
-from dlrm.data.binary_days import open_splits
-from dlrm.data.cautions import compare_folded, describe_days, find_copies, measure_each_part, note_unknown_folding
-from dlrm.data.splits import open_run_splits
+from dlrm.dataset.binary_days import open_splits
+from dlrm.dataset.cautions import compare_folded, describe_days, find_copies, measure_each_part, note_unknown_folding
 from dlrm.errors import DatasetError
+from dlrm.loader.splits import open_run_splits
+from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
 from tests.unit.test_splits import config_of, runtime_of
 
 TABLE_ROWS = np.full(26, 1000)

@@ -19,9 +19,9 @@ from dlrm.checkpoint.manifest import Chunk, Manifest, Tensor, name_of
 from dlrm.checkpoint.pick import read_newest
 from dlrm.checkpoint.restore import MisfitError, find_given, find_newest
 from dlrm.checkpoint.store import open_store
-from dlrm.config import CheckpointConfig, Config, TrainingConfig
+from dlrm.config.config import CheckpointConfig, Config, TrainingConfig
 from dlrm.errors import CheckpointError
-from dlrm.runtime import Runtime
+from dlrm.ranks.runtime import Runtime
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
 

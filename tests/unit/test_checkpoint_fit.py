@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlrm.checkpoint.fit import _FREE, Difference, differences, misfits, model_misfits
-from dlrm.config import Config
+from dlrm.checkpoint.compatibility import _FREE, Difference, differences, misfits, model_misfits
+from dlrm.config.config import Config
 
 SECTIONS = [
     field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), field.name))

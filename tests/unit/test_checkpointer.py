@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 
 from dlrm.checkpoint import checkpointer as checkpointers
-from dlrm.checkpoint import storage
+from dlrm.checkpoint import dcp as storage
 from dlrm.checkpoint.checkpointer import Checkpointer
 from dlrm.checkpoint.find import check_files, complete_checkpoints, read_manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.state import Part, Parts
 from dlrm.checkpoint.store import LocalStore
+from dlrm.checkpoint.tensors import Part, Parts
 from dlrm.errors import CheckpointError
-from dlrm.runtime import Runtime
-from dlrm.train.main import _is_lost_peer
+from dlrm.ranks.runtime import Runtime
+from dlrm.system.ending import is_lost_peer
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
@@ -103,7 +103,7 @@ def test_a_rank_that_is_lost_while_writing_is_told_like_one_lost_in_training(sto
     monkeypatch.setattr(checkpointers, "save", fail)
     with pytest.raises(RuntimeError, match="Connection reset by peer") as raised:
         save(checkpointer, 1)
-    assert _is_lost_peer(raised.value)
+    assert is_lost_peer(raised.value)
     assert not isinstance(raised.value, CheckpointError)
 
 

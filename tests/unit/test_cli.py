@@ -8,7 +8,7 @@ import pytest
 
 from dlrm import __version__
 from dlrm.cli import COMMANDS, main
-from dlrm.data.binary_days import open_splits
+from dlrm.dataset.binary_days import open_splits
 
 USER_ERROR = 2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dlrm.cli import main
-from dlrm.config import Config, DataConfig, OptimizerConfig, OutputConfig
+from dlrm.config.config import Config, DataConfig, OptimizerConfig, OutputConfig
 from tests.unit.checkpoint_folders import write_checkpoint
 
 USER_ERROR = 2

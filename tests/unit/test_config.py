@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config import CONFIG_VERSION, Config, DataConfig, ModelConfig, OutputConfig
-from dlrm.config_checks import check_config, check_output_file
+from dlrm.config.checks import check_config, check_output_file
+from dlrm.config.config import CONFIG_VERSION, Config, DataConfig, ModelConfig, OutputConfig
+from dlrm.config.recipes import MLPERF_ROWS, RECIPES
 from dlrm.errors import ConfigError
-from dlrm.recipes import MLPERF_ROWS, RECIPES
 
 
 def config_with(**fields: object) -> Config:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dlrm import console
+from dlrm.system import console
 
 
 class Terminal:
@@ -53,7 +53,7 @@ def test_bytes_and_plurals():
 
 ALONE = """
 import subprocess
-from dlrm import console
+from dlrm.system import console
 
 with console.result_alone("/dev/stdout"):
     print("for people")

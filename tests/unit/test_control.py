@@ -3,10 +3,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dlrm import signals
-from dlrm.runtime import Runtime
-from dlrm.train import control
-from dlrm.train.control import Agreement, Wish
+from dlrm.fault_tolerance import agreement as control
+from dlrm.fault_tolerance.agreement import Agreement, Wish
+from dlrm.ranks.runtime import Runtime
+from dlrm.system import signals
 
 
 def test_a_rank_alone_agrees_with_itself():

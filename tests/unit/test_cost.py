@@ -7,13 +7,11 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from dlrm.config import ModelConfig
-from dlrm.errors import ConfigError
-from dlrm.plan import cost
-from dlrm.plan.cost import Rates, Table, Work
-from dlrm.plan.hardware import GIB, KINDS, ClusterShape, HardwareConfig, hardware_of, parse_cluster
-from dlrm.plan.memory import memory_of_ranks
-from dlrm.plan.network import (
+from dlrm.config.config import ModelConfig
+from dlrm.cost import work as cost
+from dlrm.cost.hardware import GIB, KINDS, ClusterShape, HardwareConfig, hardware_of, parse_cluster
+from dlrm.cost.memory import memory_of_ranks
+from dlrm.cost.network import (
     Network,
     all_to_all,
     dense_reduction,
@@ -24,7 +22,9 @@ from dlrm.plan.network import (
     replicated_reduction,
     ring,
 )
-from dlrm.plan.step import Step, Workload, build_step
+from dlrm.cost.step import Step, Workload, build_step
+from dlrm.cost.work import Rates, Table, Work
+from dlrm.errors import ConfigError
 
 RATES = Rates(1e12, 1e11, 1e10, 1e-6)
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(16, 1))
@@ -321,5 +321,5 @@ def test_newer_kinds_are_not_slower() -> None:
 
 
 def test_the_cost_model_loads_no_torch() -> None:
-    code = "import sys, dlrm.plan.command, dlrm.plan.step; sys.exit('torch' in sys.modules)"
+    code = "import sys, dlrm.plan.command, dlrm.cost.step; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.config import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
-from dlrm.data.binary_days import Stage
-from dlrm.data.splits import STAGES, Split, draw_run_companions, open_run_splits
+from dlrm.config.config import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
+from dlrm.dataset.binary_days import Stage
 from dlrm.errors import DatasetError
-from dlrm.preprocess.materialize import MaterializeConfig, materialize
-from dlrm.runtime import Runtime
+from dlrm.loader.splits import STAGES, Split, draw_run_companions, open_run_splits
+from dlrm.materialize.command import MaterializeConfig, materialize
+from dlrm.ranks.runtime import Runtime
 
 TABLE_ROWS = (1000, 3, 50, 70_001) + (20,) * 20 + (1, 400)
 SIZES = (3, 1, 2, 7) + (1,) * 20 + (5, 2)
@@ -47,14 +47,14 @@ def steps_of(config: Config, world_size: int, stage: str = "train", epoch: int =
 
 def rows_of(batches) -> list[int]:
     """Numbers of real rows, which `write_days` wrote into the first integer."""
-    return [int(row) for batch in batches for row in batch.dense_BI[: batch.num_rows, 0]]
+    return [int(row) for batch in batches for row in batch.dense_BI[: batch.span.rows, 0]]
 
 
 def ids_of(batches) -> list[np.ndarray]:
     """Ids of each feature, [rows, hotness]."""
     parts = []
     for batch in batches:
-        parts.append([batch.sparse_features[f"cat_{i}"].values().reshape(batch.num_rows, -1) for i in range(26)])
+        parts.append([batch.sparse_features[f"cat_{i}"].values().reshape(batch.span.rows, -1) for i in range(26)])
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
 
 
@@ -86,10 +86,10 @@ def test_a_shuffled_step_holds_the_same_rows_whatever_the_world_size(undersampli
             assert seen.setdefault(epoch, [sorted(rows_of(step)) for step in steps]) == [
                 sorted(rows_of(step)) for step in steps
             ]
-            for batch in (batch for step in steps for batch in step if batch.num_rows):
+            for batch in (batch for step in steps for batch in step if batch.span.rows):
                 rows = rows_of([batch])
-                np.testing.assert_array_equal(batch.dense_BI[: batch.num_rows], written.dense_BI[rows])
-                np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows])
+                np.testing.assert_array_equal(batch.dense_BI[: batch.span.rows], written.dense_BI[rows])
+                np.testing.assert_array_equal(batch.labels_B[: batch.span.rows], written.labels_B[rows])
                 np.testing.assert_array_equal(np.hstack(ids_of([batch])), written.ids_BN[rows] % TABLE_ROWS)
         everything = sorted(row for rows in seen[epoch] for row in rows)
         assert len(set(everything)) == len(everything)
@@ -357,7 +357,7 @@ def test_headers_are_checked_before_companions_are_drawn(days, monkeypatch):
     splits = open_run_splits(config, runtime_of(0, 1), companions)
     assert all(splits[stage].source.companions is companions for stage in STAGES)
     (days[0] / "day_1_dense.npy").unlink()
-    monkeypatch.setattr("dlrm.data.expansion.draw_table", None)
+    monkeypatch.setattr("dlrm.loader.expansion.draw_table", None)
     with pytest.raises(DatasetError, match=r"day_1_dense.npy: missing"):
         draw_run_companions(config, runtime_of(0, 1))
 
@@ -406,7 +406,7 @@ def test_a_pass_that_goes_on_at_other_world_sizes_takes_each_row_once(knobs, mma
                 break
             for batch in batches:
                 rows = rows_of([batch])
-                np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows])
+                np.testing.assert_array_equal(batch.labels_B[: batch.span.rows], written.labels_B[rows])
             seen += rows_of(batches)
             step += 1
         row = splits[0].partition.rows_before(step)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.config import Config, DataConfig, ModelConfig
-from dlrm.data.dense_statistics import DenseStatistics, sample_rows
-from dlrm.data.splits import measure_dense
+from dlrm.config.config import Config, DataConfig, ModelConfig
+from dlrm.loader.dense_statistics import DenseStatistics, sample_rows
+from dlrm.loader.splits import measure_dense
+from dlrm.materialize.command import MaterializeConfig, materialize
 from dlrm.model.dense import BucketEmbeddings, StandardizedDense
-from dlrm.preprocess.materialize import MaterializeConfig, materialize
 
 RNG = np.random.default_rng(3)
 

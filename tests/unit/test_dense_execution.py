@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from dlrm.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
+from dlrm.assembly import dense_execution
+from dlrm.assembly.build import build_model
+from dlrm.assembly.dense_execution import check_dense_execution, set_dense_execution
+from dlrm.assembly.optimizers import _kernel_options
+from dlrm.config.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
 from dlrm.model.dlrm import DLRMTrain
-from dlrm.runtime import start_runtime
-from dlrm.train import dense_execution
-from dlrm.train.build import build_model
-from dlrm.train.dense_execution import check_dense_execution, set_dense_execution
-from dlrm.train.optimizers import _kernel_options
+from dlrm.ranks.runtime import start_runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BATCH_SIZE = 8

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dlrm.cli import main
-from dlrm.config import (
+from dlrm.config.config import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -16,7 +16,7 @@ from dlrm.config import (
     TrainingConfig,
 )
 from dlrm.errors import ConfigError
-from dlrm.train.evaluate import config_on_top, parse_evaluate
+from dlrm.evaluate.config import config_on_top, parse_evaluate
 from tests.unit.checkpoint_folders import write_checkpoint
 
 USER_ERROR = 2

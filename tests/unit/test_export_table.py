@@ -6,12 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dlrm.artifacts import write_atomically
-from dlrm.checkpoint import export_table, tables
+from dlrm.checkpoint import saved_tables as tables
 from dlrm.checkpoint.pick import pick
-from dlrm.checkpoint.tables import tables_of
+from dlrm.checkpoint.saved_tables import tables_of
 from dlrm.cli import main
 from dlrm.errors import CheckpointError
+from dlrm.export_table import command as export_table
+from dlrm.system.files import write_atomically
 from tests.unit.checkpoint_folders import DIM, ROWS, SHARDINGS, weights, write_checkpoint
 
 USER_ERROR = 2

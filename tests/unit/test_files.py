@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from dlrm.dataset.name_order import order_files, source_names
 from dlrm.errors import ConfigError
-from dlrm.preprocess.files import check_distinct, describe_parts, order_files, source_names
+from dlrm.preprocess.raw_files import check_distinct, describe_parts
 
 ORDERED = [
     [f"raw/day_{day}.tsv" for day in range(12)],

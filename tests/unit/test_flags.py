@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dlrm import config as config_module
-from dlrm.config import CONFIG_VERSION, Config
+from dlrm.config.config import CONFIG_VERSION, Config
+from dlrm.config.config import config as config_module
+from dlrm.config.flags import parse_args
+from dlrm.config.recipes import MLPERF_ROWS, RECIPES
 from dlrm.errors import ConfigError
-from dlrm.flags import parse_args
-from dlrm.recipes import MLPERF_ROWS, RECIPES
 
 SECTIONS = {name: value for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.checkpoint.fit import misfits
-from dlrm.config import Config
+from dlrm.assembly.optimizers import allowed_sharding_types
+from dlrm.checkpoint.compatibility import misfits
+from dlrm.config.config import Config
+from dlrm.config.flags import parse_args
 from dlrm.errors import ConfigError, PlanError
-from dlrm.flags import parse_args
-from dlrm.schema import TABLE_NAMES
-from dlrm.train.optimizers import allowed_sharding_types
+from dlrm.schema.criteo import TABLE_NAMES
 
 LARGE = ["--num_embeddings_per_feature", ",".join(["1000", "2000000", *["1000"] * 24]), "--large_table_gib", "0.1"]
 

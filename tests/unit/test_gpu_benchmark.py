@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu import CASES, CHECK_GROUPS, Outcome, Session, run_cases, run_checks
 from benchmarks.gpu_report import add_floor, to_markdown
 from benchmarks.gpu_step import fit_rows, sum_kernels
-from dlrm.recipes import MLPERF_ROWS
+from dlrm.config.recipes import MLPERF_ROWS
 from tests.gpu.checks import CHECKS
 from tests.launching import ROOT, run
 

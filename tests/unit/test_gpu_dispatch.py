@@ -8,9 +8,9 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
+from dlrm.assembly.optimizers import Optimizers
 from dlrm.kernels import interaction
-from dlrm.kernels.embedding import round_lookups
-from dlrm.train.optimizers import Optimizers
+from dlrm.sharding.host.lookups import round_lookups
 
 DENSE_BD = torch.zeros(2, 4)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.artifacts import MANIFEST_NAME
 from dlrm.bench.command import CASES
 from dlrm.cli import COMMANDS, main
+from dlrm.system.files import MANIFEST_NAME
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guides").glob("*.md"))]

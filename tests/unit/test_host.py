@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm import runtime
-from dlrm.host import Core, allowed_cores, give_way, share_of_rank
+from dlrm.ranks import runtime
+from dlrm.system.host import Core, allowed_cores, give_way, share_of_rank
 
-SHOW_THREADS = "import os; from dlrm.host import chosen_threads; print(chosen_threads())"
+SHOW_THREADS = "import os; from dlrm.system.host import chosen_threads; print(chosen_threads())"
 
 
 def write_system(folder: Path, cpus_of_node: list[str], core_of_cpu: dict[int, int]) -> Path:

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlrm.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
+from dlrm.assembly import dense_execution
+from dlrm.assembly.build import build_model, make_sharder
+from dlrm.assembly.dense_execution import check_arithmetic
+from dlrm.config.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
 from dlrm.kernels import build, native
 from dlrm.kernels.gradient_memory import offer_memory
 from dlrm.kernels.mlp import IntegerFormat, mlp, plain_mlp
 from dlrm.model.dense import ReluMLP
-from dlrm.runtime import start_runtime
-from dlrm.train import dense_execution
-from dlrm.train.build import build_model, make_sharder
-from dlrm.train.dense_execution import check_arithmetic
+from dlrm.ranks.runtime import start_runtime
 
 FORMATS: tuple[IntegerFormat, ...] = ("int16", "int8")
 DTYPES = {"int16": torch.float32, "int8": torch.bfloat16}

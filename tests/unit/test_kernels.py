@@ -24,9 +24,9 @@ from torch.testing import assert_close
 
 from dlrm.kernels import build, meta, native
 from dlrm.kernels.draw import draw_uniform, plain_draw_uniform
-from dlrm.kernels.embedding import HostTables
 from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction, take_vectors
 from dlrm.kernels.mlp import mlp, plain_mlp
+from dlrm.sharding.host.lookups import HostTables
 
 RATE, EPS = 0.1, 1e-8
 SCALE = 1 / 3  # of gradients

@@ -12,12 +12,12 @@ from torchx import specs
 from torchx.runner import get_runner
 from torchx.specs import AppDef
 
-from dlrm.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig
+from dlrm.config.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig
+from dlrm.config.flags import parse_args
+from dlrm.config.recipes import RANKS, RECIPES
 from dlrm.errors import LaunchError
-from dlrm.flags import parse_args
 from dlrm.launch.components import train
 from dlrm.launch.resources import Shape, estimate_host_gib, parse_shape
-from dlrm.recipes import RANKS, RECIPES
 from tests.docs.commands import blocks_of
 from tests.launching import ROOT
 

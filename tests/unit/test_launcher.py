@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from dlrm.errors import LaunchError
-from dlrm.launcher import Seat, adopt_launcher, assign_seats, first_host, note_separate_launchers
 from dlrm.preprocess.ranks import Ranks
-from dlrm.rendezvous import share_texts
+from dlrm.ranks.launcher import Seat, adopt_launcher, assign_seats, first_host, note_separate_launchers
+from dlrm.ranks.rendezvous import share_texts
 
 MEETING = {"MASTER_ADDR": "first", "MASTER_PORT": "1234"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}

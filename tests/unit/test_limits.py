@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dlrm import host
-from dlrm.data.binary_days import open_splits
+from dlrm.dataset.binary_days import open_splits
 from dlrm.errors import ShortageError
-from dlrm.limits import allow_open_files, cpu_quota, free_memory_of_groups, free_memory_of_process, open_files_limit
+from dlrm.system import host
+from dlrm.system.limits import (
+    allow_open_files,
+    cpu_quota,
+    free_memory_of_groups,
+    free_memory_of_process,
+    open_files_limit,
+)
 from tests.distributed.test_faults import write_days
 
 GIB = 1 << 30

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from dlrm import lock
 from dlrm.errors import ConfigError, RunDirectoryError
-from dlrm.lock import FileLock, Locks
 from dlrm.preprocess.command import preprocess
 from dlrm.preprocess.ranks import Ranks
+from dlrm.system import lock
+from dlrm.system.lock import FileLock, Locks
 from tests.unit.preprocessed import config_of, digests, write
 
 

@@ -4,13 +4,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from dlrm.companions import draw_companions
-from dlrm.data.multi_hot import map_multi_hot
+from dlrm.dataset.companions import draw_companions
+from dlrm.dataset.multi_hot import map_multi_hot
+from dlrm.dataset.verify import verify
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.preprocess import materialize as materialize_module
-from dlrm.preprocess.materialize import MaterializeConfig, materialize
-from dlrm.preprocess.verify import verify
-from dlrm.schema import NUM_CATEGORICAL_FEATURES
+from dlrm.materialize import command as materialize_module
+from dlrm.materialize.command import MaterializeConfig, materialize
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
 from tests.conftest import file_size_limit
 
 SIZES = (3, 1, 2, 7) + (1,) * 20 + (5, 2)

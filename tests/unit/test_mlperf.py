@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from mlperf_logging.mllog.mllog import MLLogger
 
-from dlrm.config import Config, OptimizerConfig
+from dlrm.config.config import Config, OptimizerConfig
+from dlrm.config.recipes import RECIPES
 from dlrm.errors import RunDirectoryError
 from dlrm.metrics.mlperf import MlperfLog, describe_optimizer, describe_run
-from dlrm.recipes import RECIPES
 
 FACTS = {"train_samples": 1000, "seed": 3}
 

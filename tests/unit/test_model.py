@@ -7,14 +7,14 @@ from torchrec.models import dlrm as reference
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
-from dlrm.data.batch import Batch, build_batch
-from dlrm.data.partition import Partition, Span
-from dlrm.data.random_source import RandomSource
+from dlrm.assembly.build import rows_at_once
+from dlrm.config.config import Config, DataConfig, DenseExecution, ModelConfig, TrainingConfig
 from dlrm.kernels.interaction import dot_interaction
+from dlrm.loader.batch import Batch, build_batch
+from dlrm.loader.partition import Partition, Span
+from dlrm.loader.random_source import RandomSource
 from dlrm.model.dlrm import DLRM, DLRMTrain
-from dlrm.schema import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
-from dlrm.train.build import rows_at_once
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
 ROWS = tuple(range(3, 29))
 CONFIGS = {
@@ -131,10 +131,12 @@ def pieces_of(
 ) -> list[torch.Tensor]:
     """Loss, logits, labels, gradients."""
     train = DLRMTrain(ours, world_size=2, autocast=autocast, rows_at_once=rows_at_once)
-    loss, scored = train(make_batch(rows, padded_rows, global_rows=20))
+    loss, output = train(make_batch(rows, padded_rows, global_rows=20))
     with torch.no_grad():
-        assert all(map(torch.equal, train(make_batch(rows, padded_rows, global_rows=20))[1], scored))
-    return [loss, *scored[1:], *torch.autograd.grad(2 * loss, list(ours.parameters()))]
+        again = train(make_batch(rows, padded_rows, global_rows=20))[1]
+    assert torch.equal(again.loss, output.loss)
+    assert torch.equal(again.logits_B, output.logits_B)
+    return [loss, output.logits_B, output.labels_B, *torch.autograd.grad(2 * loss, list(ours.parameters()))]
 
 
 def test_the_dense_arch_computes_before_pieces_wait_for_pooled_rows() -> None:
@@ -186,10 +188,10 @@ def test_mean_over_uneven_ranks_is_the_mean_over_samples() -> None:
 
 def test_a_rank_without_rows_has_zero_loss_and_gradients() -> None:
     ours, _ = make_pair("original")
-    loss, (_, logits_B, labels_B) = DLRMTrain(ours, world_size=2)(make_batch(0, padded_rows=1, global_rows=1))
+    loss, output = DLRMTrain(ours, world_size=2)(make_batch(0, padded_rows=1, global_rows=1))
     loss.backward()
     assert loss.item() == 0
-    assert len(logits_B) == len(labels_B) == 0
+    assert len(output.logits_B) == len(output.labels_B) == 0
     assert all(not p.grad.any() for p in ours.parameters() if p.grad is not None)
 
 

@@ -5,14 +5,14 @@ import warnings
 import pytest
 import torch
 
-from dlrm.config import Config, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
+from dlrm.assembly.build import build_model, make_sharder, plan_run
+from dlrm.assembly.optimizers import build_optimizer
+from dlrm.config.config import Config, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
+from dlrm.config.flags import parse_args
 from dlrm.errors import ConfigError
-from dlrm.flags import parse_args
-from dlrm.runtime import start_runtime
+from dlrm.ranks.runtime import start_runtime
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.optimizers import build_optimizer
 from dlrm.train.schedule import LearningRateSchedule
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlrm import doctor
-from dlrm.package_sets import PINNED, SETS, main, requirement_lines
+from dlrm.system.package_sets import PINNED, SETS, main, requirement_lines
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -78,7 +78,7 @@ def test_an_unknown_set(capsys: pytest.CaptureFixture[str]) -> None:
 def checkout(tmp_path: Path) -> Path:
     """A repository for try.sh. Its set-up makes an interpreter that only says what tests/PART.says holds."""
     lists = ("requirements/cpu.txt", "requirements/cuda.txt")
-    for name in ("requirements/try.sh", *lists, "dlrm/__init__.py", "dlrm/package_sets.py"):
+    for name in ("requirements/try.sh", *lists, "dlrm/__init__.py", "dlrm/system/package_sets.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tests").mkdir()

@@ -11,8 +11,8 @@ from benchmarks import pages
 from benchmarks.figures import FIGURES
 from benchmarks.pages import PROFILE_TEMPLATE, RESULTS, ROOT, SPEC_ROWS, TEMPLATE, draw_pages
 from benchmarks.plans import CLUSTERS
+from dlrm.config.recipes import RECIPES
 from dlrm.errors import DatasetError
-from dlrm.recipes import RECIPES
 
 BYTES_PER_WEIGHT = 4
 A_SPEED = min(path.name for path in (ROOT / RESULTS / "train").glob("*.json"))

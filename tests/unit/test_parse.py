@@ -21,7 +21,7 @@ from dlrm.preprocess.parse import (
     write_columns,
 )
 from dlrm.preprocess.raw import PADDING, TextBlock
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
 
 EMPTY_ROW = b"0" + b"\t" * (NUM_COLUMNS - 1)
 ODD_FIELDS = (

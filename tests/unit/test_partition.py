@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm.data.partition import Partition, Span
+from dlrm.loader.partition import Partition, Span
 
 partitions = st.builds(
     Partition,

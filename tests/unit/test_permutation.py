@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dlrm.data.permutation import Permutation
-from dlrm.recipes import CRITEO_1T_TRAINING_ROWS
+from dlrm.config.recipes import CRITEO_1T_TRAINING_ROWS
+from dlrm.loader.permutation import Permutation
 
 
 def whole(size: int, seed: int) -> np.ndarray:

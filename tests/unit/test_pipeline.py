@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from dlrm.config import Config, ModelConfig, TrainingConfig
+from dlrm.assembly.build import build_model, make_sharder, plan_run
+from dlrm.assembly.optimizers import build_optimizer
+from dlrm.assembly.pipeline import build_pipeline, check_pipeline, table_kernels
+from dlrm.config.config import Config, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
-from dlrm.runtime import start_runtime
+from dlrm.ranks.runtime import start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import Placement, TablePlacement
 from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
-from dlrm.train.optimizers import build_optimizer
-from dlrm.train.pipeline import build_pipeline, check_pipeline, table_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -9,15 +9,15 @@ import torch
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 
-from dlrm.config import Config, ModelConfig, OptimizerConfig, ShardingConfig
+from dlrm.assembly.build import plan_run
+from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimizer
+from dlrm.config.config import Config, ModelConfig, OptimizerConfig, ShardingConfig
+from dlrm.config.recipes import RECIPES
+from dlrm.config.table_rules import SHARDING_TYPES
 from dlrm.errors import PlanError
 from dlrm.model.dlrm import DLRM, DLRMTrain
-from dlrm.recipes import RECIPES
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.plan import Placement, describe_plan
-from dlrm.table_constraints import SHARDING_TYPES
-from dlrm.train.build import plan_run
-from dlrm.train.optimizers import allowed_sharding_types, fuse_table_optimizer
 
 STATES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 

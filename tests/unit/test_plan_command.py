@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dlrm.cli import main
-from dlrm.config import ModelConfig
-from dlrm.data.dense_statistics import DenseStatistics
+from dlrm.config.config import ModelConfig
+from dlrm.cost.work import dense_parameters
+from dlrm.loader.dense_statistics import DenseStatistics
 from dlrm.model.dlrm import DLRM
-from dlrm.plan.cost import dense_parameters
 from dlrm.plan.picture import _named_ranks
-from dlrm.plan.placing import fewest
-from dlrm.schema import NUM_INTEGER_FEATURES
+from dlrm.plan.search import fewest
+from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 
 USER_ERROR = 2
 PLANS = Path(__file__).parents[2] / "benchmarks" / "results" / "plans.json"
@@ -196,7 +196,7 @@ def test_dense_layers_take_no_memory_and_are_refused_where_they_do_not_fit(capsy
 def test_a_batch_that_does_not_fit_is_not_laid_on_the_tables(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlrm.plan.placing.MOST_SEARCHED_RANKS", 4)
+    monkeypatch.setattr("dlrm.plan.search.MOST_SEARCHED_RANKS", 4)
     error = refusal(capsys, *SMALL, "--batch_size", "8000000", "--device_memory_gib", "20")
     assert "What would help: a smaller --batch_size or --test_batch_size (the larger is 8,000,000 samples" in error
     assert "--num_embeddings" not in error
@@ -211,7 +211,7 @@ def test_host_memory_that_is_short_is_named(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_long_search_gives_signs_of_life(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlrm.console._SECONDS_TO_FIRST_SIGN", 0.01)
+    monkeypatch.setattr("dlrm.system.console._SECONDS_TO_FIRST_SIGN", 0.01)
     assert main(["plan", *LARGE, "--cluster", "h100:1x2", "--json"]) == USER_ERROR
     shown = capsys.readouterr()
     assert json.loads(shown.out)["smallest_cluster"]

@@ -18,20 +18,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchrec.datasets.criteo import BinaryCriteoUtils
 
-from dlrm.data.binary_days import open_splits
+from dlrm.dataset.binary_days import open_splits
+from dlrm.dataset.verify import verify
 from dlrm.errors import ConfigError, DatasetError
+from dlrm.materialize.command import MaterializeConfig, materialize
 from dlrm.preprocess import command as command_module
 from dlrm.preprocess import config as config_module
 from dlrm.preprocess import workspace as workspace_module
 from dlrm.preprocess.command import preprocess
-from dlrm.preprocess.compat import rounded_rows
 from dlrm.preprocess.config import PreprocessConfig
 from dlrm.preprocess.kernels import mix
-from dlrm.preprocess.materialize import MaterializeConfig, materialize
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.stages import parsing, shuffling, verifying
-from dlrm.preprocess.verify import verify
+from dlrm.preprocess.torchrec_compat import rounded_rows
 from tests.unit.preprocessed import PARTS, ROWS, assert_refused, config_of, digests, fields_of, load, write
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}

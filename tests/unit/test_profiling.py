@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm.config import PROFILE_WARM_UP_STEPS, Config, OutputConfig, TrainingConfig
+from dlrm.config.config import PROFILE_WARM_UP_STEPS, Config, OutputConfig, TrainingConfig
 from dlrm.errors import ConfigError, RunDirectoryError
-from dlrm.runtime import Runtime
+from dlrm.ranks.runtime import Runtime
 from dlrm.train.profiling import StepProfiler, check_profile
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))

@@ -4,8 +4,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dlrm.data.random_source import RandomSource, draw_ids
-from dlrm.schema import NUM_INTEGER_FEATURES
+from dlrm.loader.random_source import RandomSource, draw_ids
+from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 
 ROWS, HOTNESS = (2, 1000, 3, 50), (3, 1, 2, 4)
 SOURCE = RandomSource(ROWS, HOTNESS, 1.2, seed=11)

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from torchrec.datasets.criteo import TOTAL_TRAINING_SAMPLES
 
-from dlrm.flags import parse_args
-from dlrm.recipes import CRITEO_1T_TRAINING_ROWS, RANKS, RECIPES
+from dlrm.config.flags import parse_args
+from dlrm.config.recipes import CRITEO_1T_TRAINING_ROWS, RANKS, RECIPES
 
 SPEC = Path(__file__).parents[3] / "shared" / "spec" / "torchrec_dlrm_example.md"
 ON_KAGGLE = ("kaggle", "kaggle_sample")

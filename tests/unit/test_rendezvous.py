@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from dlrm import rendezvous
-from dlrm.rendezvous import open_launch_store
+from dlrm.ranks import rendezvous
+from dlrm.ranks.rendezvous import open_launch_store
 
 WORLD = 3
 

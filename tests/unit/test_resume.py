@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from dlrm.checkpoint.position import Position
-from dlrm.config import OptimizerConfig
+from dlrm.config.config import OptimizerConfig
 from dlrm.errors import CheckpointError
 from dlrm.train.resume import Start, _check_schedule
 

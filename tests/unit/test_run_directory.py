@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm import lock
-from dlrm.artifacts import sha256_of
-from dlrm.config import Config, DataConfig, OutputConfig
+from dlrm.config.config import Config, DataConfig, OutputConfig
+from dlrm.config.recipes import RECIPES
 from dlrm.errors import RunDirectoryError
-from dlrm.lock import Locks
-from dlrm.recipes import RECIPES
-from dlrm.runtime import Runtime
+from dlrm.ranks.runtime import Runtime
+from dlrm.system import lock
+from dlrm.system.environment import describe_software
+from dlrm.system.files import sha256_of
+from dlrm.system.lock import Locks
 from dlrm.train import run_directory
 from dlrm.train.run_directory import (
     RunDirectory,
     describe_environment,
-    describe_software,
-    device_name,
     launch_id,
 )
 
@@ -244,7 +243,7 @@ def test_a_folder_that_is_gone(write, tmp_path):
 def test_environment(tmp_path):
     environment = describe_environment(RUNTIME, Config(), "abc")
     assert (environment["world_size"], environment["local_world_size"]) == (4, 2)
-    assert environment["device"] == device_name(RUNTIME.device) == "cpu"
+    assert environment["device"] == RUNTIME.device_name == "cpu"
     assert environment["threads_per_rank"] == torch.get_num_threads()
     assert environment["versions"]["torch"] == importlib.metadata.version("torch")
     assert environment["versions"]["torchrec"] == importlib.metadata.version("torchrec")

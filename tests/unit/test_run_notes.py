@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dlrm.config import Config
-from dlrm.runtime import Runtime
+from dlrm.config.config import Config
+from dlrm.ranks.runtime import Runtime
 from dlrm.train.run import _explain_target, _note_other_ranks
 
 

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import scaling
 from benchmarks.scaling import RANKS, Point, compare_to_smallest, expect, hardware, place_by_rule, run_of
 from benchmarks.scaling_picture import draw
-from dlrm.plan.hardware import ClusterShape
-from dlrm.plan.predict import predict
+from dlrm.cost.hardware import ClusterShape
+from dlrm.plan.forecast import predict
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "scaling.json"
 

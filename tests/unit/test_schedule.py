@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from dlrm.config import Config, OptimizerConfig
-from dlrm.config_checks import check_config
+from dlrm.config.checks import check_config
+from dlrm.config.config import Config, OptimizerConfig
 from dlrm.errors import ConfigError
 from dlrm.train.schedule import FLOOR, learning_rate_at
 

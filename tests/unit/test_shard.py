@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 
-from dlrm.config import Config, ModelConfig, ShardingConfig, TrainingConfig
-from dlrm.runtime import derive_seed, start_runtime
+from dlrm.assembly.build import build_model, make_sharder, plan_run
+from dlrm.config.config import Config, ModelConfig, ShardingConfig, TrainingConfig
+from dlrm.ranks.runtime import derive_seed, start_runtime
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.shard import shard_model
-from dlrm.train.build import build_model, make_sharder, plan_run
 
 BLOCK_ROWS = 1 << 16
 ROWS = (BLOCK_ROWS + 1000, *range(3, 28))

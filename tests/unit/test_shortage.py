@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm import shortage
-from dlrm.cli import exit_code_of
 from dlrm.errors import ShortageError
-from dlrm.shortage import explain_shortage, shortage_as_error
+from dlrm.system import shortage
+from dlrm.system.ending import exit_code_of
+from dlrm.system.shortage import explain_shortage, shortage_as_error
 
 
 @pytest.mark.parametrize(

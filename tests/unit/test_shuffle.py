@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm.preprocess.compat import merged_ids, numpy_shuffle_positions, round_to_float32
 from dlrm.preprocess.kernels import bucket_sizes
 from dlrm.preprocess.shuffle import (
     KEY_BYTES,
@@ -21,7 +20,8 @@ from dlrm.preprocess.shuffle import (
     write_at,
     write_rows,
 )
-from dlrm.schema import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
+from dlrm.preprocess.torchrec_compat import merged_ids, numpy_shuffle_positions, round_to_float32
+from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
 MASK = 2**64 - 1
 

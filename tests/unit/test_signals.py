@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from dlrm import signals as module
-from dlrm.signals import Ended, StopSignals, ended_by_signals, exit_code, say
+from dlrm.system import signals as module
+from dlrm.system.signals import Ended, StopSignals, ended_by_signals, exit_code, say
 
 REQUESTS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 

@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from dlrm.data import source as source_module
-from dlrm.data.batch import Rows
-from dlrm.data.binary_days import open_splits
-from dlrm.data.partition import Partition
-from dlrm.data.permutation import Permutation
-from dlrm.data.random_source import RandomSource
-from dlrm.data.source import MappedSplit, RandomSplit, ShuffledSplit, fold_ids, load_split
+from dlrm.dataset.binary_days import open_splits
+from dlrm.dataset.rows import Rows
 from dlrm.errors import DatasetError
-from dlrm.runtime import derive_seed
+from dlrm.loader import sources as source_module
+from dlrm.loader.partition import Partition
+from dlrm.loader.permutation import Permutation
+from dlrm.loader.random_source import RandomSource
+from dlrm.loader.sources import MappedSplit, RandomSplit, ShuffledSplit, fold_ids, load_split
+from dlrm.ranks.runtime import derive_seed
 
 TABLE_ROWS = np.array([2**31 - 1, 2**24 + 3, 1000, 7, 1] + [50] * 21, dtype=np.int64)
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.config import Config, DataConfig, ModelConfig, TrainingConfig
-from dlrm.data.prefetch import prefetch
-from dlrm.data.source import MappedSplit, MemorySplit
-from dlrm.data.splits import STAGES, Split, open_run_splits
+from dlrm.config.config import Config, DataConfig, ModelConfig, TrainingConfig
 from dlrm.errors import DatasetError
-from dlrm.runtime import Runtime, derive_seed
+from dlrm.loader.prefetch import prefetch
+from dlrm.loader.sources import MappedSplit, MemorySplit
+from dlrm.loader.splits import STAGES, Split, open_run_splits
+from dlrm.ranks.runtime import Runtime, derive_seed
 
 TABLE_ROWS = (2**31 - 1, 2**24 + 3, 1000, 7, 1) + (50,) * 21
 NUM_TRAIN, NUM_VAL, NUM_TEST = 23, 7, 6
@@ -37,11 +37,11 @@ def open_ranks(config: Config, world_size: int) -> list[dict[str, Split]]:
 
 def rows_of(batch) -> list[int]:
     """Numbers of a batch's real rows, which `write_days` wrote into the first integer."""
-    return batch.dense_BI[: batch.num_rows, 0].int().tolist()
+    return batch.dense_BI[: batch.span.rows, 0].int().tolist()
 
 
 def ids_of(batch) -> np.ndarray:
-    return batch.sparse_features.values().reshape(26, batch.num_rows).T.numpy()
+    return batch.sparse_features.values().reshape(26, batch.span.rows).T.numpy()
 
 
 def assert_same(first, second) -> None:
@@ -69,13 +69,13 @@ def test_every_row_reaches_one_rank_once_and_whole(world_size, mmap_mode, days):
         seen = []
         for step in zip(*(splits[stage].batches() for splits in ranks), strict=True):
             assert len({len(batch.labels_B) for batch in step}) == 1
-            assert {batch.global_rows for batch in step} == {sum(batch.num_rows for batch in step)}
+            assert {batch.span.global_rows for batch in step} == {sum(batch.span.rows for batch in step)}
             for batch in step:
                 rows = rows_of(batch)
                 seen += rows
                 np.testing.assert_array_equal(ids_of(batch), written.ids_BN[rows] % TABLE_ROWS)
-                np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows])
-                np.testing.assert_array_equal(batch.dense_BI[: batch.num_rows], written.dense_BI[rows])
+                np.testing.assert_array_equal(batch.labels_B[: batch.span.rows], written.labels_B[rows])
+                np.testing.assert_array_equal(batch.dense_BI[: batch.span.rows], written.dense_BI[rows])
         assert seen == list(range(first, first + num_rows))
         first += num_rows
 
@@ -128,8 +128,8 @@ def test_sizes_and_limits(days):
     assert [len(batch.labels_B) for batch in splits["val"].batches()] == [2]
     assert [len(batch.labels_B) for batch in splits["test"].batches()] == [2, 1]
     splits = open_run_splits(config_of(days[0], batch_size=3, drop_last_training_batch=True), runtime_of(0, 2))
-    assert [batch.global_rows for batch in splits["train"].batches()] == [6, 6, 6]
-    assert [batch.global_rows for batch in splits["val"].batches()] == [6, 1]
+    assert [batch.span.global_rows for batch in splits["train"].batches()] == [6, 6, 6]
+    assert [batch.span.global_rows for batch in splits["val"].batches()] == [6, 1]
 
 
 def test_a_training_set_that_fills_no_batch_is_refused(days):
@@ -168,7 +168,7 @@ def test_shuffle_permutes_within_each_batch(days):
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
     for batch in shuffled["train"].batches():  # a row's parts stay together
         np.testing.assert_array_equal(ids_of(batch), written.ids_BN[rows_of(batch)] % TABLE_ROWS)
-        np.testing.assert_array_equal(batch.labels_B[: batch.num_rows], written.labels_B[rows_of(batch)])
+        np.testing.assert_array_equal(batch.labels_B[: batch.span.rows], written.labels_B[rows_of(batch)])
     for stage in ("val", "test"):
         for each in (shuffled, other):
             for pair in zip(plain[stage].batches(), each[stage].batches(), strict=True):
@@ -280,7 +280,7 @@ def test_prefetch_builds_ahead_but_no_further_than_its_depth():
 
 
 def test_prefetch_leaves_the_consumer_alone_once_it_has_taken_a_batch(monkeypatch):
-    monkeypatch.setattr("dlrm.data.prefetch._SECONDS_OF_GRACE", 0)
+    monkeypatch.setattr("dlrm.loader.prefetch._SECONDS_OF_GRACE", 0)
     built = []
 
     def items():
@@ -293,7 +293,7 @@ def test_prefetch_leaves_the_consumer_alone_once_it_has_taken_a_batch(monkeypatc
     assert next(ahead) == 0
     while len(built) < 4 and time.monotonic() < deadline:  # the one in hand, two ready, one that waits for its place
         time.sleep(0.01)
-    monkeypatch.setattr("dlrm.data.prefetch._SECONDS_OF_GRACE", 3600)
+    monkeypatch.setattr("dlrm.loader.prefetch._SECONDS_OF_GRACE", 3600)
     assert next(ahead) == 1
     time.sleep(0.1)
     assert len(built) == 4

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.streams import safe_streams
+from dlrm.system.streams import safe_streams
 
 ROOT = Path(__file__).parents[2]
 SAYS = "import sys; from dlrm.cli import main; sys.exit(main({arguments!r}))"
 TRAINS = (
     "import sys, dlrm.cli, dlrm.train.command as command\n"
-    "from dlrm.streams import make_stdout_optional\n"
+    "from dlrm.system.streams import make_stdout_optional\n"
     "def train(argv):\n"
     "    make_stdout_optional()\n"
     "    for step in range(3): print('step', step, flush=True)\n"
@@ -50,7 +50,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 )
 def test_a_terminal_of_another_encoding(environment, shown):
     code = (
-        "import sys\nfrom dlrm.streams import safe_streams\n"
+        "import sys\nfrom dlrm.system.streams import safe_streams\n"
         "with safe_streams():\n"
         "    for stream in (sys.stdout, sys.stderr): print('Lauf \\xe4 \\u6f22 \\udce9', file=stream)"
     )
@@ -89,7 +89,7 @@ def test_another_command_ends_with_its_reader():
 def test_closed_streams_stay_free_of_other_files(redirections, tmp_path):
     path = tmp_path / "file"
     code = (
-        "import os, sys\nfrom dlrm.streams import safe_streams\n"
+        "import os, sys\nfrom dlrm.system.streams import safe_streams\n"
         "with safe_streams():\n"
         f"    number = os.open({str(path)!r}, os.O_WRONLY | os.O_CREAT)\n"
         "    print('text'); print('text', file=sys.stderr)\n"

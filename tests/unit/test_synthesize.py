@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from dlrm.config.recipes import FULL_SIZE_ROWS
 from dlrm.errors import ConfigError, DatasetError
-from dlrm.preprocess import planted as kernels
-from dlrm.preprocess import synthesize as synthesize_module
 from dlrm.preprocess.kernels import unmix
-from dlrm.preprocess.synthesize import Planted, SynthesizeConfig, expected_auroc, measure, synthesize
-from dlrm.recipes import FULL_SIZE_ROWS
+from dlrm.synthesize import command as synthesize_module
+from dlrm.synthesize import planted as kernels
+from dlrm.synthesize.command import Planted, SynthesizeConfig, expected_auroc, measure, synthesize
 from tests.conftest import file_size_limit
 
 ROWS = 24_001
 ROWS_OF_DAY = [8000, 8000, 8001]
-HALVES = {"": slice(None), "val_": slice(0, 4001), "test_": slice(4001, None)}  # as dlrm.data.binary_days cuts
+HALVES = {"": slice(None), "val_": slice(0, 4001), "test_": slice(4001, None)}  # as dlrm.dataset.binary_days cuts
 SMALL_PILOT_ROWS, SMALL_PILOT_BINS = 20_000, 1_000
 FULL_PILOT_ROWS, FULL_PILOT_BINS = synthesize_module._PILOT_ROWS, synthesize_module._PILOT_BINS
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dlrm.config.flags import parse_args
+from dlrm.config.table_rules import TableConstraint, constraints_of_tables, parse_rules, read_rules
 from dlrm.errors import ConfigError
-from dlrm.flags import parse_args
-from dlrm.table_constraints import TableConstraint, constraints_of_tables, parse_rules, read_rules
 
 
 def test_the_most_specific_rule_counts() -> None:

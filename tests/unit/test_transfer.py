@@ -7,10 +7,10 @@ import pytest
 from dlrm.checkpoint.manifest import Tensor
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.transfer import Transfer, check_tables
-from dlrm.config import ModelConfig
+from dlrm.config.config import ModelConfig
+from dlrm.config.flags import parse_args
 from dlrm.errors import CheckpointError, ConfigError, MisfitError
-from dlrm.flags import parse_args
-from dlrm.schema import TABLE_NAMES
+from dlrm.schema.criteo import TABLE_NAMES
 
 MODEL = ModelConfig(num_embeddings=100, embedding_dim=8)
 TABLES = {f"tables.{table}.weight": (100, 8) for table in TABLE_NAMES}

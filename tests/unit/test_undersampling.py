@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from dlrm.data import undersampling as undersampling_module
-from dlrm.data.binary_days import DayRows, open_splits
-from dlrm.data.undersampling import undersample
+from dlrm.dataset.binary_days import DayRows, open_splits
 from dlrm.errors import DatasetError
+from dlrm.loader import undersampling as undersampling_module
+from dlrm.loader.undersampling import undersample
 
 
 def open_rows(folder, write_days, rows_per_day, click_rate=0.1) -> DayRows:
@@ -70,7 +70,7 @@ def test_a_bad_label_is_found_while_labels_are_scanned(tmp_path, write_days):
 
 
 def test_progress_is_shown(tmp_path, write_days, capsys, monkeypatch):
-    monkeypatch.setattr("dlrm.console._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("dlrm.system.console._SECONDS_BETWEEN_LINES", 0.0)
     undersample(open_rows(tmp_path, write_days, (100, 2)), 0.5, 0, "Undersampling")
     assert "Undersampling: 100/100 labels" in capsys.readouterr().out
 

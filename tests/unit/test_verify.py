@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlrm.dataset.command import main
+from dlrm.dataset.verify import verify
 from dlrm.errors import DatasetError
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.stages import parsing
-from dlrm.preprocess.verify import main, verify
 from tests.unit.preprocessed import assert_refused, write
 
 

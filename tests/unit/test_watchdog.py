@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from dlrm.runtime import Runtime, on_main_rank
-from dlrm.train import watchdog as watchdogs
-from dlrm.train.watchdog import Watchdog
+from dlrm.fault_tolerance import watchdog as watchdogs
+from dlrm.fault_tolerance.watchdog import Watchdog
+from dlrm.ranks.runtime import Runtime, on_main_rank
 
 ALONE = Runtime(0, 0, 1, 1, torch.device("cpu"))
 

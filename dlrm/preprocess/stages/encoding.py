@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dlrm.artifacts import naming, write_array
-from dlrm.console import Progress
 from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import read_ids
@@ -25,7 +23,9 @@ from dlrm.preprocess.vocabulary import (
     lookup_tables,
     vocabulary_files,
 )
-from dlrm.schema import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
+from dlrm.system.console import Progress
+from dlrm.system.files import naming, write_array
 
 
 def count(run: Run, layout: Layout) -> None:

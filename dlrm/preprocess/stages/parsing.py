@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.console import Progress
 from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.parse import explain, parse_block, read_rejected, write_columns, write_rejected
 from dlrm.preprocess.raw import TextBlock, read_blocks
 from dlrm.preprocess.repeats import check_repeats, digest_block
 from dlrm.preprocess.run import Run
+from dlrm.system.console import Progress
 
 MAX_REJECTED_PER_BLOCK = 10_000
 

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.preprocess.compat import numpy_shuffle_positions, round_to_float32
 from dlrm.preprocess.kernels import bucket_sizes
 from dlrm.preprocess.layout import Block, Layout
 from dlrm.preprocess.logarithm import log_dense
@@ -26,7 +25,8 @@ from dlrm.preprocess.shuffle import (
     count_buckets,
     write_rows,
 )
-from dlrm.schema import CATEGORICAL_NAMES, MISSING_DENSE, NUM_CATEGORICAL_FEATURES
+from dlrm.preprocess.torchrec_compat import numpy_shuffle_positions, round_to_float32
+from dlrm.schema.criteo import CATEGORICAL_NAMES, MISSING_DENSE, NUM_CATEGORICAL_FEATURES
 
 _BUCKET_ROWS, _MAX_BUCKETS = 1 << 17, 1 << 10
 _SHUFFLE_PURPOSE = 0x53485546464C45  # "SHUFFLE"

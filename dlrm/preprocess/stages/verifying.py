@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dlrm import __version__
-from dlrm.artifacts import MANIFEST_NAME, MANIFEST_VERSION, write_atomically, write_json
+from dlrm.dataset.arrays import measure_file, rows_of
 from dlrm.errors import DatasetError
-from dlrm.preprocess.compat import merged_ids, rounded_rows
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.logarithm import recorded_logarithm
 from dlrm.preprocess.parse import explain, read_rejected
@@ -18,9 +17,10 @@ from dlrm.preprocess.run import Run
 from dlrm.preprocess.shuffle import ArrayFiles
 from dlrm.preprocess.stages.encoding import describe_column
 from dlrm.preprocess.stages.parsing import rejected_path
-from dlrm.preprocess.verify import measure_file, rows_of
+from dlrm.preprocess.torchrec_compat import merged_ids, rounded_rows
 from dlrm.preprocess.vocabulary import FIRST_INDEX
-from dlrm.schema import CATEGORICAL_NAMES
+from dlrm.schema.criteo import CATEGORICAL_NAMES
+from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION, write_atomically, write_json
 
 
 def verify(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:

@@ -1,0 +1,1 @@
+"""Model, plan, optimizer, pipeline and data of a config, put together on the ranks there are."""

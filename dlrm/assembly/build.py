@@ -1,0 +1,101 @@
+"""A run's model and plan, before any of it is sharded."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torchrec.distributed.types import ShardingPlan
+
+from dlrm.assembly.dense_execution import set_dense_execution
+from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimizer
+from dlrm.config.config import Config
+from dlrm.config.table_rules import TableConstraint
+from dlrm.loader.dense_statistics import DenseStatistics
+from dlrm.loader.splits import hotness_of, measure_dense
+from dlrm.model.dense import ReluMLP
+from dlrm.model.dlrm import DLRM, DLRMTrain
+from dlrm.ranks.runtime import Runtime, derive_seed, on_main_rank
+from dlrm.schema.criteo import NUM_INTEGER_FEATURES
+from dlrm.sharding.cluster import Cluster
+from dlrm.sharding.plan import constraints_of, fits_sharding, plan_sharding
+from dlrm.sharding.sharder import TableSharder
+
+ROWS_AT_ONCE = 16384
+"""On a CPU. A larger batch needs no more memory for activations than this one, and pieces cost some five per cent."""
+
+
+def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
+    """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
+
+    Collective. Statistics of the integers are not measured where a checkpoint is about to bring them (`is_restored`).
+    """
+    assert config.training.seed is not None
+    statistics = None
+    if config.model.needs_dense_statistics:
+        unknown = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
+        statistics = unknown if is_restored else on_main_rank(runtime, lambda: measure_dense(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.training.seed, "dense"))
+        model = DLRM(config.model, torch.device("meta"), statistics)
+    for name, part in model.named_children():
+        if name != "embedding_bag_collection":
+            part.to(runtime.device)
+    fuse_table_optimizer(model.embedding_bag_collection, config.optimizer, config.frozen)
+    for part in model.modules():
+        if isinstance(part, ReluMLP):
+            part.through = config.training.integers
+    autocast = runtime.device.type if config.training.activations == "bf16" else None
+    train = DLRMTrain(model, runtime.world_size, autocast, rows_at_once(config, runtime.device))
+    set_dense_execution(train, config.training.dense_execution, config.data.batch_size)
+    return train
+
+
+def rows_at_once(config: Config, device: torch.device) -> int | None:
+    """DLRMTrain's, where a batch of training or evaluation is larger."""
+    largest = max(config.data.batch_size, config.data.test_batch_size or 0)
+    is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > ROWS_AT_ONCE
+    return ROWS_AT_ONCE if is_bounded else None
+
+
+def make_sharder(config: Config) -> TableSharder:
+    """How the run's tables are sharded."""
+    sharding, prefetches = config.sharding, config.training.pipeline == "prefetch"
+    return TableSharder(
+        sharding.forward_comm_precision,
+        sharding.backward_comm_precision,
+        batch_size=config.data.batch_size,
+        prefetches=prefetches,
+        activations=config.training.activations,
+    )
+
+
+def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
+    """Where the run's tables go.
+
+    Raises:
+        DoesNotFitError: if they do not fit.
+        PlanError: if a rule or the optimizer asks for what can't be had.
+    """
+    return plan_sharding(model, cluster, *_plan_arguments(config, cluster))
+
+
+def fits_run(config: Config, cluster: Cluster, model: DLRMTrain) -> bool:
+    """Whether `plan_run` would find a plan; takes the time of one.
+
+    Raises:
+        PlanError: if the optimizer asks for what can't be had.
+    """
+    return fits_sharding(model, cluster, *_plan_arguments(config, cluster))
+
+
+def _plan_arguments(
+    config: Config, cluster: Cluster
+) -> tuple[TableSharder, int, Sequence[int], Mapping[str, TableConstraint], Sequence[str]]:
+    constraints = constraints_of(config.sharding, config.model)
+    return (
+        make_sharder(config),
+        max(config.data.batch_size, config.data.test_batch_size or 0),
+        hotness_of(config),
+        constraints,
+        allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),
+    )

@@ -1,0 +1,1 @@
+"""What `dlrm bench CASE` measures, a module each."""

@@ -1,0 +1,230 @@
+"""A command line becomes a config: recipe first, flags on top, every mistake one line."""
+
+import dataclasses
+import difflib
+import itertools
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
+
+from dlrm.config.checks import check_config, fields_without_effect
+from dlrm.config.config import Config
+from dlrm.config.recipes import RECIPES
+from dlrm.errors import ConfigError
+
+T = TypeVar("T")
+
+_OF_A_VALUE = (tyro_errors.InvalidChoice, tyro_errors.InstantiationFailure)
+_DASHES = "-\N{EN DASH}\N{EM DASH}"
+_FLAG = re.compile(rf"[{_DASHES}]+[A-Za-z]")
+
+PROG = "dlrm_main.py"
+DESCRIPTION = """Trains, validates and tests a Deep Learning Recommendation Model with TorchRec.
+
+Takes the flags of the public TorchRec DLRM example, spelled as there. Without a data path the data is random.
+Start it with python (one process), torchrun or torchx (one process per device)."""
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """The run that a command line asks for, checked.
+
+    Raises:
+        ConfigError: on an unknown flag, a value of the wrong kind, or a combination that makes no sense.
+        SystemExit: after --help, with code 0.
+    """
+    return settle(parse_flags(Config, argv, PROG, description=DESCRIPTION, default=base_of(argv)), argv)
+
+
+def settle(config: Config, argv: Sequence[str], *, needs_data: bool = True) -> Config:
+    """The config of a command line, checked.
+
+    What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and so
+    is, where something reads it (`needs_data`), a recipe's data set that is not given.
+
+    Raises:
+        ConfigError: on a combination that makes no sense.
+    """
+    for section, name, _ in fields_without_effect(config):
+        if not (section == "data" and needs_data) and not is_named(argv, name):
+            config = reset(config, section, name)
+    check_config(config)
+    return config
+
+
+def parse_flags(
+    kind: type[T], argv: Sequence[str], prog: str, description: str | None = None, default: T | None = None
+) -> T:
+    """An instance of the dataclass `kind`, whose fields are the flags.
+
+    Raises:
+        ConfigError: on an unknown flag or a value of the wrong kind.
+        SystemExit: after --help, with code 0.
+    """
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> NoReturn:
+        foreign = _find_foreign(kind, argv)
+        is_theirs = foreign is not None and not isinstance(event, _OF_A_VALUE)
+        text = _describe_foreign(event, foreign, kind, prog) if is_theirs else _describe(event, argv)
+        raise ConfigError(f"{text}. `{prog} --help` lists the flags.")
+
+    with tyro_errors.on_parse_error(refuse):
+        return tyro.cli(
+            kind,
+            args=list(argv),
+            default=default,
+            prog=prog,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes,),
+            use_underscores=True,
+        )
+
+
+def reset(config: Config, section: str, name: str) -> Config:
+    """The config with one field as the public example has it."""
+    owner = getattr(config, section)
+    default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
+    return dataclasses.replace(config, **{section: dataclasses.replace(owner, **{name: default})})
+
+
+def is_named(argv: Sequence[str], flag: str) -> bool:
+    """Whether a command line has this flag."""
+    spelled = (f"--{flag}", f"--{flag.replace('_', '-')}")
+    return any(token.split("=", 1)[0] in spelled for token in argv)
+
+
+def base_of(argv: Sequence[str]) -> Config:
+    """What the other flags of a command line change: a run's config, a recipe, or the defaults.
+
+    Raises:
+        ConfigError: if there is no such recipe or config.
+    """
+    base = _named_base(argv)
+    if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
+        base = reset(base, "model", "num_embeddings_per_feature")
+    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
+        base = reset(base, "optimizer", "optimizer")
+    return base
+
+
+def _named_base(argv: Sequence[str]) -> Config:
+    name, path = value_of(argv, "recipe"), value_of(argv, "config")
+    if path is not None:
+        if name is not None:
+            raise ConfigError("--config with --recipe: give one of the two")
+        return dataclasses.replace(load_config(path), config=path)
+    if name is None:
+        return Config()
+    if name not in RECIPES:
+        raise ConfigError(f"--recipe {name or '(nothing)'}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def load_config(path: str) -> Config:
+    """The config in a run's config.json, to be run anew: without its run directory and what it resumed from.
+
+    Raises:
+        ConfigError: if there is none, or it is not one.
+    """
+    try:
+        config = Config.load(Path(path))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}. Expected the config.json of a run.") from None
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}. Expected the config.json of a run.") from None
+    except ValueError:
+        raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
+    output = dataclasses.replace(config.output, run_dir=None)
+    checkpoint = dataclasses.replace(
+        config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False, allow_other_vocabulary=False
+    )
+    return dataclasses.replace(config, output=output, checkpoint=checkpoint)
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """What a flag is given, before all flags are parsed. Given twice, its last value counts, as with tyro."""
+    value = None
+    for position, token in enumerate(argv):
+        if token == f"--{flag}":
+            value = argv[position + 1] if position + 1 < len(argv) else ""
+        elif token.startswith(f"--{flag}="):
+            value = token.removeprefix(f"--{flag}=")
+    return value
+
+
+def _find_foreign(kind: type, argv: Sequence[str]) -> str | None:
+    """The first flag of a command line that the dataclass has not. Where there is one, tyro may blame another flag."""
+    known = {"--h", "--help", *_flags(kind)}
+    for token in itertools.takewhile(lambda token: token != "--", argv):
+        name = token.split("=", 1)[0]
+        plain = _plain(name)
+        is_known = name.startswith("-") and {f"--{plain}", f"--{plain.removeprefix('no_')}"} & known
+        if _FLAG.match(name) and not is_known:
+            return name
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.lstrip(_DASHES).replace("-", "_")
+
+
+def _describe_foreign(event: tyro_errors.ParseErrorEvent, name: str, kind: type, prog: str) -> str:
+    """What to write in place of a flag that is none. A dataclass may have FOREIGN_NAMES, as other programs say it."""
+    plain, known = _plain(name), _flags(kind)
+    meant = getattr(kind, "FOREIGN_NAMES", {}).get(plain, plain)
+    if meant in _positionals(kind):
+        return f"{name}: not a flag; {meant.upper()} is given without one, as in `{prog} {meant.upper()}`"
+    tokens = event.tokens if isinstance(event, tyro_errors.UnrecognizedArgs) else []
+    shown = " ".join(tokens) if tokens[:1] and tokens[0].startswith(name) else name
+    near = difflib.get_close_matches(f"--{meant}", known, n=1) if len(plain) > 1 else []
+    return f"{shown}: not a flag" + (f"; did you mean {near[0]}" if near else "")
+
+
+def _describe(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
+    """One line for what tyro would print as a box."""
+    match event:
+        case tyro_errors.UnrecognizedArgs(tokens=tokens):
+            given = [part for token in argv for part in token.split("=", 1)]
+            switch = given[given.index(tokens[0]) - 1] if tokens[0] in given[1:] else ""
+            return f"{' '.join(tokens)}: not a flag" + (f", and {switch} takes no value" if _FLAG.match(switch) else "")
+        case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            # Of a flag that may be left out tyro gives the choices as a set, with None among them.
+            allowed = sorted(set(choices) - {"None"}) if "None" in choices else choices
+            return f"{_name(argument)} {value}: expected one of {', '.join(allowed)}"
+        case tyro_errors.BadValue(argument=argument):
+            return f"{_name(argument)}: expected a value"
+        case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
+            # Of a type with alternatives tyro lists what each of them said; the last one is what the user meant.
+            cause = " ".join(message.split()).rsplit("'>: ", 1)[-1].rsplit(")]: ", 1)[-1]
+            return f"{_name(argument)}: expected {argument.lowered.metavar} ({cause})"
+        case tyro_errors.MissingArgs(missing_arguments=missing):
+            return f"missing: {', '.join(_name(context.arg) for context in missing)}"
+    return type(event).__name__
+
+
+def _name(argument: Any) -> str:
+    """As the user writes it: of what has no flag, its name in `--help`."""
+    return argument.field.intern_name if argument.is_positional() else f"--{argument.field.intern_name}"
+
+
+def _positionals(kind: type) -> list[str]:
+    """Fields of a dataclass that are given without a flag."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    marker = tyro.conf.Positional[str].__metadata__[0]  # type: ignore[missing-attribute] # it is an Annotated
+    return [name for name, hint in hints.items() if marker in getattr(hint, "__metadata__", ())]
+
+
+def _flags(kind: type) -> list[str]:
+    """Flags of a dataclass and of the dataclasses in it."""
+    flags, positional = [], _positionals(kind)
+    for field in dataclasses.fields(kind):
+        section = field.default_factory
+        if isinstance(section, type):
+            flags += _flags(section)
+        elif field.name not in positional:
+            flags.append(f"--{field.name}")
+    return flags

@@ -1,0 +1,1 @@
+"""Held-out rows scored, by a training or from a checkpoint."""

@@ -1,0 +1,1 @@
+"""An embedding table as a file that other tools read."""

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, or which checkpoints there are."""

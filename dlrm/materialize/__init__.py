@@ -1,0 +1,1 @@
+"""One-hot days become multi-hot ones."""
