@@ -20,6 +20,8 @@ _CHECKS_PER_TIMEOUT = 8
 _LONGEST_INTERVAL = 15.0
 _SECONDS_FOR_VERDICT = 10.0
 _SECONDS_FOR_STORE = 30.0
+_SECONDS_TO_WAKE = 5.0
+"""A process can stand still for a second or two although nothing is wrong: its core or virtual machine was paused."""
 
 
 class Watchdog:
@@ -128,7 +130,9 @@ class Watchdog:
         os._exit(EXIT_HANGS)
 
     def _judge(self) -> tuple[str, list[int]] | None:
-        """Says what is wrong, and which ranks are to blame; None while a checkpoint is being written, block by block.
+        """Says what is wrong, and which ranks are to blame.
+
+        None while a checkpoint is being written, block by block, and if a rank only stood still and is awake again.
 
         Raises:
             RuntimeError: if the launcher's store does not answer.
@@ -139,7 +143,7 @@ class Watchdog:
         # tell it apart, asked of what each rank publishes, over two intervals:
         #
         #   published   counts looks of the watchdog's thread. It stands still if the whole process does: stopped,
-        #               swapped out, its host gone.
+        #               swapped out, its host gone. It gets some seconds to wake up.
         #   beats       counts what the main thread has begun. The ranks that wait have begun the collective; the one
         #               that hangs has not come to it, so it has fewer beats.
         #   written     counts blocks of a checkpoint. As long as some rank writes, the others wait for a reason.
@@ -150,7 +154,14 @@ class Watchdog:
         after = self._read_all()
         if any(after[rank]["written"] > before[rank]["written"] for rank in after):
             return None
-        silent = [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
+        silent, waited = _silent(before, after), 0.0
+        while silent and waited < _SECONDS_TO_WAKE:
+            time.sleep(self._interval)
+            waited += self._interval
+            self._publish()
+            silent = _silent(before, self._read_all())
+            if not silent:
+                return None
         if silent:
             return f"{_name(silent, after)} gives no sign of life. {_last(silent, after)}", silent
         fewest = min(status["beats"] for status in after.values())
@@ -162,6 +173,11 @@ class Watchdog:
 
     def _read_all(self) -> dict[int, dict[str, Any]]:
         return {rank: json.loads(self._store.get(str(rank))) for rank in range(self._runtime.world_size)}
+
+
+def _silent(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> list[int]:
+    """Ranks whose watchdog has not looked between two readings."""
+    return [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
 
 
 def _name(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
