@@ -209,21 +209,18 @@ class Checkpointer:
     def _prune(self) -> None:
         """Removes all but the newest checkpoints and the best one. What will not go is left and named."""
         try:
-            there = [found for found in complete_checkpoints(self._store) if found[0] not in self._left_out]
+            there = [found for found in complete_checkpoints(self._store) if found.name not in self._left_out]
         except CheckpointError as error:
             print(f"{error}: old checkpoints stay.")
             return
-        best = best_of(
-            [found for found in there if found[1].data == self._data]
-        )  # on other data scores mean another thing
-        for name, _ in there[self._keep :]:
-            if name != best:
+        # On other data a score means another thing.
+        best = best_of([found for found in there if found.manifest.data == self._data])
+        for found in there[self._keep :]:
+            if found.name != best:
                 try:
-                    self._store.remove(name)
+                    self._store.remove(found.name)
                 except OSError as error:
-                    print(
-                        f"{self._store.address}/{name}: an old checkpoint that can't be removed ({reason_of(error)})."
-                    )
+                    print(f"{found.address}: an old checkpoint that can't be removed ({reason_of(error)}).")
 
     def _remove_leftovers(self) -> None:
         try:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dlrm.checkpoint import manifest as files
-from dlrm.checkpoint.find import check_is_there
+from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.checkpoint.store import Hashed, Store, size_of
 from dlrm.checkpoint.tensors import Parts
 from dlrm.errors import CheckpointError
@@ -205,11 +205,11 @@ class Writer(StorageWriter):
 class Reader(StorageReader):
     """Reads what a rank needs of each tensor, and no more."""
 
-    def __init__(self, store: Store, name: str, manifest: files.Manifest) -> None:
-        self._store, self._name, self._manifest = store, name, manifest
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._chunks = {
             (name, chunk.offsets): (tensor, chunk)
-            for name, tensor in manifest.tensors.items()
+            for name, tensor in checkpoint.manifest.tensors.items()
             for chunk in tensor.chunks
         }
 
@@ -229,7 +229,7 @@ class Reader(StorageReader):
                         for chunk in tensor.chunks
                     ],
                 )
-                for name, tensor in self._manifest.tensors.items()
+                for name, tensor in self._checkpoint.manifest.tensors.items()
             },
             storage_meta=StorageMeta(),
         )
@@ -266,9 +266,9 @@ class Reader(StorageReader):
 
     def _open(self, file: str) -> BufferedIOBase:
         try:
-            return self._store.open(self._name, file)
+            return self._checkpoint.store.open(self._checkpoint.name, file)
         except FileNotFoundError:
-            check_is_there(self._store, self._name)
+            self._checkpoint.check_is_there()
             raise
 
     @classmethod

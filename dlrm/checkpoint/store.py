@@ -17,7 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dlrm.checkpoint.manifest import MANIFEST, File, step_of
-from dlrm.errors import CheckpointError, DlrmError
+from dlrm.errors import CheckpointError, DlrmError, reason_of
 from dlrm.system.files import sync
 
 _PARTIAL = ".partial"
@@ -97,6 +97,20 @@ def size_of(store: Store, name: str, file: str) -> int:
     """
     with store.open(name, file) as opened:
         return opened.seek(0, os.SEEK_END)
+
+
+def names_in(store: Store) -> list[str]:
+    """`store.names()`, with errors that say what can't be listed.
+
+    Raises:
+        CheckpointError: if the store can't be listed.
+    """
+    try:
+        return store.names()
+    except NotImplementedError:  # as some of fsspec's file systems raise
+        raise CheckpointError(f"{store.address}: no address at which a folder can be listed") from None
+    except OSError as error:
+        raise CheckpointError(f"{store.address}: {reason_of(error)}") from None
 
 
 def open_store(address: str) -> "Store":

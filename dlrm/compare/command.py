@@ -13,16 +13,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.checkpoint.compatibility import differences
-from dlrm.checkpoint.find import RemovedError, check_files, read_file
+from dlrm.checkpoint.find import read_newest
 from dlrm.checkpoint.manifest import step_of
-from dlrm.checkpoint.pick import Picked, read_newest
+from dlrm.checkpoint.run_files import CONFIG, DOCUMENTS, ENVIRONMENT, METRICS, PLAN, SUMMARY
 from dlrm.config.config import Config
 from dlrm.config.flags import parse_flags
 from dlrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from dlrm.system.console import align, plural, printable
 
-_OF_EVERY_RUN = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
 _SCORES = {"auroc": "AUROC", "logloss": "log loss", "ne": "NE", "calibration": "calibration"}
 _MEASURES = {
     "num_val_samples": ("val samples", ",.0f"),
@@ -107,14 +107,14 @@ def read_record(address: str) -> Record:
         RunDirectoryError: if a file can't be read, or is damaged, naming it.
     """
     folder = Path(address)
-    is_run = "://" not in address and step_of(folder.name) is None and (folder / "config.json").exists()
+    is_run = "://" not in address and step_of(folder.name) is None and (folder / CONFIG).exists()
     address, state, texts = _read_run(folder) if is_run else _read_checkpoint(address)
-    with _reading(address, "config.json"):
-        config = Config.from_text(texts["config.json"])
-    with _reading(address, "environment.json"):
-        environment = _read_environment(json.loads(texts.get("environment.json", "{}")))
-    with _reading(address, "plan.json"):
-        plan = json.loads(texts.get("plan.json", '{"tables": []}'))
+    with _reading(address, CONFIG):
+        config = Config.from_text(texts[CONFIG])
+    with _reading(address, ENVIRONMENT):
+        environment = _read_environment(json.loads(texts.get(ENVIRONMENT, "{}")))
+    with _reading(address, PLAN):
+        plan = json.loads(texts.get(PLAN, '{"tables": []}'))
         places = {table["table"]: _describe_placement(table) for table in plan["tables"]}
     so_far, metrics = _read_progress(address, texts)
     return Record(address, state or so_far, config, environment, places, metrics)
@@ -136,13 +136,13 @@ def _read_environment(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_progress(address: str, texts: Mapping[str, str]) -> tuple[str, dict[str, float | None]]:
     """How far a run is, in words, and its metrics."""
-    with _reading(address, "metrics.jsonl"):
-        lines = _read_lines(texts.get("metrics.jsonl", ""))
+    with _reading(address, METRICS):
+        lines = _read_lines(texts.get(METRICS, ""))
         scored = _numbers(_count_scored(lines))
-        if "summary.json" not in texts:
+        if SUMMARY not in texts:
             return _describe_state(lines), {**_numbers(_sum_up(lines)), **scored}
-    with _reading(address, "summary.json"):
-        summary = json.loads(texts["summary.json"])
+    with _reading(address, SUMMARY):
+        summary = json.loads(texts[SUMMARY])
         return f"finished {summary['finished']}", {**_numbers(_metrics_of(summary)), **scored}
 
 
@@ -157,7 +157,7 @@ def _numbers(metrics: dict[str, float | None]) -> dict[str, float | None]:
 
 def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
     texts = {}
-    for name in (*_OF_EVERY_RUN, "summary.json"):
+    for name in (*DOCUMENTS, SUMMARY):
         try:
             texts[name] = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -168,20 +168,18 @@ def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
 
 
 def _read_checkpoint(address: str) -> tuple[str, str, dict[str, str]]:
-    return read_newest(address, lambda text: print(text, file=sys.stderr), _read_picked)
+    return read_newest(address, lambda text: print(text, file=sys.stderr), _read_documents)
 
 
-def _read_picked(picked: Picked) -> tuple[str, str, dict[str, str]]:
-    manifest = picked.manifest
+def _read_documents(checkpoint: Checkpoint) -> tuple[str, str, dict[str, str]]:
+    manifest = checkpoint.manifest
+    files = [name for name in DOCUMENTS if name in manifest.files]
+    checkpoint.verify(files)
     try:
-        files = [name for name in _OF_EVERY_RUN if name in manifest.files]
-        check_files(picked.store, picked.name, manifest, files)
-        texts = {name: read_file(picked.store, picked.name, name).decode() for name in files}
-    except RemovedError:
-        raise
-    except (CheckpointError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{picked.address}: {error}.") from None
-    return picked.address, f"checkpoint of step {manifest.step:,}, written {manifest.created}", texts
+        texts = {name: checkpoint.read(name).decode() for name in files}
+    except UnicodeDecodeError as error:
+        raise CheckpointError(str(error)) from None
+    return checkpoint.address, f"checkpoint of step {manifest.step:,}, written {manifest.created}", texts
 
 
 def _read_lines(text: str) -> list[dict[str, Any]]:

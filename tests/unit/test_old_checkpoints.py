@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from dlrm.checkpoint.checkpointer import Checkpointer
+from dlrm.checkpoint.find import locate
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import find_given, restore
+from dlrm.checkpoint.restore import find_on_ranks, restore
 from dlrm.checkpoint.store import open_store
 from dlrm.checkpoint.tensors import Part, Parts, State
 from dlrm.cli import main
@@ -87,7 +88,7 @@ def test_the_same_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_training_continues_from_it(old_run: Path) -> None:
-    found = find_given(str(old_run), RUNTIME, lambda *_: None, print)
+    found = find_on_ranks(locate(str(old_run)), RUNTIME, lambda *_: None, print)
     assert found.address == f"{old_run}/checkpoints/{STEP}"
     assert found.config == Config.load(old_run / "config.json")
     assert (found.config.training.seed, found.config.optimizer.algorithm) == (7, "adagrad")
