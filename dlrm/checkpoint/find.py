@@ -130,10 +130,10 @@ def _none_to_take(address: str, left_out: Mapping[str, CheckpointError]) -> Chec
     for name, error in finished.items():
         if isinstance(error, MisfitError):
             return MisfitError(f"{address}/{name}: {error}.")
-    reasons = [f"{name}: {error}." for name, error in (finished or left_out).items()]
+    reasons = " ".join(f"{name}: {error}." for name, error in (finished or left_out).items()) or "None is there."
     advice = "Choose another checkpoint; to start a new training, choose other folders."
     kind = CheckpointError if finished else UnfinishedError
-    return kind(" ".join([f"{address}: no checkpoint there is sound.", *reasons, advice]))
+    return kind(f"{address}: no checkpoint there is sound. {reasons} {advice}")
 
 
 def read_newest(address: str, note: Callable[[str], None], read: Callable[[Checkpoint], T]) -> T:

@@ -84,7 +84,7 @@ def found_at(address, check=None, note=print):
 def test_none_is_there(store):
     with pytest.raises(UnfinishedError, match="no checkpoint there is sound"):
         newest(store)
-    with pytest.raises(CheckpointError, match="holds no checkpoint|no such folder"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint|no such folder"):
         locate(store.address)
 
 
