@@ -1,4 +1,4 @@
-"""Embedding tables as a checkpoint holds them, whatever wrote them. No torch here.
+"""Embedding tables in a checkpoint, read without torch, however they were sharded when it was written.
 
 Shapes: R rows, D columns of a table.
 """
@@ -25,7 +25,7 @@ class Table:
     """An embedding table of a checkpoint.
 
     Attributes:
-        states: what the optimizer keeps of it.
+        states: the tensors of the optimizer's state, by kind: sum, exp_avg, exp_avg_sq.
     """
 
     name: str
@@ -34,22 +34,22 @@ class Table:
 
     @property
     def rows(self) -> int:
-        """Ids that it has a row for."""
+        """How many ids it has a row for."""
         return self.weight.shape[0]
 
     @property
     def dim(self) -> int:
-        """Columns."""
+        """The number of columns."""
         return self.weight.shape[1]
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a block that is read at a time."""
+        """Rows of a block that is read at once."""
         return max(1, _BLOCK_BYTES // (4 * self.dim))
 
     @property
     def files(self) -> set[str]:
-        """That hold its weights."""
+        """The files that hold its weights."""
         return {chunk.file for chunk in self.weight.chunks}
 
 
@@ -57,7 +57,7 @@ def tables_of(tensors: Mapping[str, Tensor]) -> dict[str, Table]:
     """A manifest's tables by name, t_cat_2 before t_cat_10.
 
     Raises:
-        CheckpointError: if one is no table.
+        CheckpointError: if one is not a table.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -78,7 +78,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 
 def read_blocks(checkpoint: Checkpoint, table: Table) -> Iterator[npt.NDArray[np.float32]]:
-    """A table's weights, some MiB of rows after the other: [rows_at_once, D], the last one shorter.
+    """Yields a table's weights in blocks of some MiB: [rows_at_once, D], the last one shorter.
 
     Raises:
         CheckpointError: if a file is missing or too short, or the weights are not float32.
@@ -100,7 +100,7 @@ def read_blocks(checkpoint: Checkpoint, table: Table) -> Iterator[npt.NDArray[np
 
 
 def _fill(block_RD: npt.NDArray[np.float32], start: int, chunk: Chunk, file: Any) -> None:
-    """Reads what a chunk has of the rows from `start` on.
+    """Fills a block, whose first row is row `start` of the table, with the rows that a chunk has of it.
 
     Raises:
         CheckpointError: if its file ends too early.

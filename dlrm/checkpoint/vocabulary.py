@@ -1,4 +1,4 @@
-"""Whether days have the vocabulary that a checkpoint was trained with: with another one, ids are rows of other ids."""
+"""Whether days have the vocabulary that a checkpoint was trained with. In another one, an id means another value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from dlrm.system.files import MANIFEST_NAME, sha256_of
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of the days' vocabulary.
+    """How the vocabulary of days compares with a checkpoint's.
 
     Attributes:
-        is_as_trained: None if that can't be told.
-        text: the same in words.
+        is_as_trained: whether it is the same; None if that can't be told.
+        text: a note for the user; empty if the data is the same.
     """
 
     is_as_trained: bool | None
@@ -27,13 +27,13 @@ class Vocabulary:
 
 
 def compare_vocabulary(checkpoint: Checkpoint, config: Config, data: str | None) -> Vocabulary:
-    """Holds the vocabulary of a run's days against that of a checkpoint.
+    """Compares the vocabulary of a run's days with a checkpoint's.
 
     Args:
         data: digest of the run's data; None for random data.
 
     Raises:
-        DatasetError: if it is another one, and that is not allowed.
+        DatasetError: if it is another one, without --allow_other_vocabulary.
     """
     if data == checkpoint.manifest.data:
         return Vocabulary(True, "")
@@ -65,7 +65,7 @@ def compare_vocabulary(checkpoint: Checkpoint, config: Config, data: str | None)
 
 
 def trained_vocabulary(checkpoint: Checkpoint) -> str | None:
-    """Digest of the vocabulary that a checkpoint was trained with; None if neither it nor its days tell."""
+    """Digest of the vocabulary that a checkpoint was trained with; None if neither its files nor its days tell."""
     try:
         environment = checkpoint.read_environment()
         if "vocabulary_sha256" in environment:

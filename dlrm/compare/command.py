@@ -1,4 +1,4 @@
-"""`dlrm compare`: in what two runs differ, and what came of it. No torch here."""
+"""The command `dlrm compare`: what differs between two runs, and their metrics. No torch here."""
 
 import dataclasses
 import json
@@ -40,9 +40,9 @@ _SHOWN_TABLES = 3
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Says in what two runs differ: flags, data, versions, commit, host, device, ranks, where tables lie; and shows
-    their metrics side by side. What is equal is counted, not listed. A run that has not finished counts with what it
-    has written so far, a checkpoint with what was known at its step.
+    """Shows what differs between two runs: flags, data, versions, commit, host, device, ranks, where tables lie; and
+    their metrics side by side. Equal facts are counted, not listed. A run that has not finished is compared as far as
+    it has come, a checkpoint as of its step.
 
     Example: `dlrm compare runs/first runs/second/checkpoints/step_0000001200`."""
 
@@ -62,7 +62,7 @@ class Record:
     """What is known of a run.
 
     Attributes:
-        state: how far it is, in words.
+        state: how far it has come, in words.
         environment: facts by name, versions among them.
         plan: where each table lies, in words.
         metrics: as in summary.json, of the last validation; None for what is not known.
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that two runs do not have in common."""
+    """A fact that differs between two runs."""
 
     name: str
     first: Any
@@ -87,7 +87,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that differs of one kind, and of how many."""
+    """All facts of one kind that differ, and the number of facts of that kind."""
 
     kind: str
     found: list[Change]
@@ -95,12 +95,12 @@ class Changes:
 
     @property
     def agreeing(self) -> int:
-        """How many are equal."""
+        """How many facts are equal."""
         return self.total - len(self.found)
 
 
 def read_record(address: str) -> Record:
-    """What a run directory or a checkpoint says of its run.
+    """Reads what a run directory or a checkpoint says about its run.
 
     Raises:
         CheckpointError: if there is neither, or the checkpoint is damaged.
@@ -122,7 +122,7 @@ def read_record(address: str) -> Record:
 
 @contextmanager
 def _reading(address: str, name: str) -> Iterator[None]:
-    """Names the file where its content is of another kind than it must be."""
+    """Raises an error that names the file if its content is not what it must be."""
     try:
         yield
     except (ConfigError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -135,7 +135,7 @@ def _read_environment(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_progress(address: str, texts: Mapping[str, str]) -> tuple[str, dict[str, float | None]]:
-    """How far a run is, in words, and its metrics."""
+    """How far a run has come, in words, and its metrics."""
     with _reading(address, METRICS):
         lines = _read_lines(texts.get(METRICS, ""))
         scored = _numbers(_count_scored(lines))
@@ -147,7 +147,7 @@ def _read_progress(address: str, texts: Mapping[str, str]) -> tuple[str, dict[st
 
 
 def _numbers(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """The same, if each is None or a number that can be shown."""
+    """The same metrics, after a check that each is None or a number that can be shown."""
     for name, value in metrics.items():
         if not isinstance(value, int | float | None):
             raise TypeError(f"{name} is {value!r}, expected a number")
@@ -183,13 +183,13 @@ def _read_documents(checkpoint: Checkpoint) -> tuple[str, str, dict[str, str]]:
 
 
 def _read_lines(text: str) -> list[dict[str, Any]]:
-    """Of metrics.jsonl; the last one may be one that is being written."""
+    """The lines of metrics.jsonl, without a last one that is still being written."""
     whole, _, _ = text.rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def _describe_state(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Of a run that has not finished."""
+    """How far a run has come that has not finished."""
     return f"not finished, up to step {lines[-1]['step']:,}" if lines else "not finished, no step yet"
 
 
@@ -199,7 +199,7 @@ def _describe_placement(table: Mapping[str, Any]) -> str:
 
 
 def _metrics_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Of a run that has finished."""
+    """The metrics of a run that has finished."""
     validations = {score: summary.get(f"val_{score}") or [None] for score in _SCORES}
     own = validations["auroc"][summary.get("num_foreign_validations", 0) :]
     known = [auroc for auroc in own if auroc is not None]
@@ -212,7 +212,7 @@ def _metrics_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of a run that has not, from what it has written."""
+    """The metrics of a run that has not finished, from its lines so far."""
     of_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val", "test")}
     last: dict[str, Mapping[str, Any]] = {kind: found[-1] if found else {} for kind, found in of_kind.items()}
     samples = [0, *(line["num_train_samples"] for line in of_kind["train"])]
@@ -234,13 +234,13 @@ def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _count_scored(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Samples of the last validation and of the test."""
+    """The number of samples of the last validation and of the test."""
     scored = {line["kind"]: line.get("num_samples") for line in lines if line["kind"] in ("val", "test")}
     return {f"num_{kind}_samples": scored.get(kind) for kind in ("val", "test")}
 
 
 def changes_between(one: Record, other: Record) -> list[Changes]:
-    """What differs of config, environment and plan."""
+    """What differs in config, environment and plan."""
     sections = [getattr(one.config, field.name) for field in dataclasses.fields(Config)]
     num_fields = sum(len(dataclasses.fields(part)) if dataclasses.is_dataclass(part) else 1 for part in sections)
     fields = [
@@ -273,7 +273,7 @@ def to_text(one: Record, other: Record) -> list[str]:
 
 
 def _join_tables(found: Sequence[Change]) -> list[Change]:
-    """One line for all tables that lie alike in each of the two runs."""
+    """Joins tables that are placed alike in each of the two runs."""
     alike: dict[tuple[Any, Any], list[str]] = {}
     for change in found:
         alike.setdefault((change.first, change.second), []).append(change.name)
@@ -314,7 +314,7 @@ def _share(one: float | None, other: float | None) -> str:
 
 
 def to_json(one: Record, other: Record) -> dict[str, Any]:
-    """The same, ready for JSON: each value a pair, the first run's first."""
+    """The comparison, ready for JSON: each value is a pair, the first run's first."""
     return {
         "runs": [{"address": record.address, "state": record.state} for record in (one, other)],
         **{

@@ -31,8 +31,8 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes an embedding table's weights from a checkpoint, whatever sharding wrote them: row i is the embedding of id
-    i. It reads blocks of rows, so that a table larger than memory works. The file is there whole or not at all.
+    """Writes an embedding table's weights from a checkpoint, however it was sharded: row i is the embedding of id i. It
+    reads blocks of rows, so a table may be larger than memory. The file is written whole or not at all.
 
     Example: `dlrm export-table runs/first t_cat_0 t_cat_0.parquet`."""
 
@@ -67,7 +67,7 @@ def export_table(config: ExportConfig) -> None:
 
 
 def _export(config: ExportConfig, checkpoint: Checkpoint, write: "Write") -> str:
-    """Writes one table of a checkpoint; says what was written."""
+    """Writes one table of a checkpoint; returns a line that says what was written."""
     output = Path(config.output)
     tables = tables_of(checkpoint.manifest.tensors)
     if config.table not in tables:
@@ -101,10 +101,10 @@ Write = Callable[[BinaryIO, Table, Iterator[npt.NDArray[np.float32]]], None]
 
 
 def _writer_of(config: ExportConfig) -> Write:
-    """What writes a file of that name.
+    """The function that writes a file with such a name.
 
     Raises:
-        ConfigError: if nothing does, or the file is there already.
+        ConfigError: if the name has another ending, or if the file is there already.
     """
     path = Path(config.output)
     writers: dict[str, Write] = {".npy": _write_npy, ".parquet": _write_parquet}
@@ -118,7 +118,7 @@ def _writer_of(config: ExportConfig) -> Write:
 
 
 def _check_space(output: Path, table: Table) -> None:
-    """Refuses what is sure to fill the disk.
+    """Refuses a table that does not fit on the disk.
 
     Raises:
         ConfigError: with the sizes.
@@ -174,7 +174,7 @@ def _write_parquet(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np
 
 
 def _noting(blocks: Iterator[T], failures: list[CheckpointError]) -> Iterator[T]:
-    """The blocks. polars tells of what fails in them as text: here is the error itself."""
+    """Yields the blocks and keeps an error that they raise, which polars would pass on only as text."""
     try:
         yield from blocks
     except CheckpointError as error:

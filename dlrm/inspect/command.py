@@ -1,4 +1,4 @@
-"""`dlrm inspect`: what a checkpoint holds, read from its manifest. No torch here."""
+"""The command `dlrm inspect`: what a checkpoint holds, read from its manifest. No torch here."""
 
 import json
 import math
@@ -24,9 +24,9 @@ _DENSE = "dense."
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Says what a checkpoint holds: where training stood, the last validation, each embedding table and what the
-    optimizer keeps of it. Of a run directory it first lists all checkpoints, the newest one on top, and why one can't
-    be used. No tensor is loaded and no code from the checkpoint runs. Exit code 2 where nothing is sound.
+    """Shows what a checkpoint holds: where training stood, the last validation, each embedding table and the
+    optimizer's state of it. For a run directory it first lists all checkpoints, the newest one on top, and why one
+    can't be used. No tensor is loaded and no code from the checkpoint runs. Exit code 2 if none is sound.
 
     Example: `dlrm inspect runs/first`, then `dlrm inspect runs/first/checkpoints/step_0000001200 --verify`."""
 
@@ -42,7 +42,8 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Facts of what is at the path, ready for JSON: `checkpoints`, unless it is a single one, and `checkpoint`.
+    """Facts about checkpoints, ready for JSON: `checkpoint`, the one named or the newest sound one, and all
+    `checkpoints` unless one was named.
 
     Raises:
         CheckpointError: if nothing is there, or the checkpoint that was named is not sound.
@@ -130,10 +131,10 @@ def _basics(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Facts of one checkpoint, ready for JSON.
+    """Facts about one checkpoint, ready for JSON.
 
     Raises:
-        CheckpointError: if its manifest holds something else.
+        CheckpointError: if a part of its manifest is of another type.
     """
     manifest = checkpoint.manifest
     position = Position.from_json(manifest.position)
@@ -271,7 +272,7 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm inspect`.
 
     Raises:
-        CheckpointError: if nothing that is sound is there; with --verify if anything is not.
+        CheckpointError: if no checkpoint is sound; with --verify if one is not.
     """
     config = parse_flags(InspectConfig, argv, "dlrm inspect")
     facts = inspect(config)

@@ -150,7 +150,7 @@ def _find_own(place: _Place, config: Config, runtime: Runtime, check: Check) -> 
 
 
 def _check_start(start: Start, place: _Place, config: Config) -> list[str]:
-    """Refuses a start that would lose or spoil something; returns what the user should know of it.
+    """Refuses a start that would lose or spoil something; returns notes for the user.
 
     Raises:
         CheckpointError: if the run's checkpoints are elsewhere, or the learning rate has decayed.
