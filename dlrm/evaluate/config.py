@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dlrm.checkpoint.compatibility import Difference, differences, model_misfits
-from dlrm.checkpoint.find import RemovedError, read_config
-from dlrm.checkpoint.pick import Picked, open_address, read_newest
+from dlrm.checkpoint.find import locate, read_newest
 from dlrm.config.checks import check_config, check_output_file, check_ranges, fields_without_effect
 from dlrm.config.config import Config, EvaluationConfig, optional
 from dlrm.config.flags import is_named, parse_flags, reset, value_of
@@ -96,7 +95,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
             raise ConfigError(f"--{flag}: a checkpoint has its own config. Leave it out.")
     if asked.json is not None:
         check_output_file("json", asked.json, may_be_stream=True)
-    open_address(asked.checkpoint)
+    locate(asked.checkpoint)
     with suppress(CheckpointError):  # of what is damaged the ranks tell, or they take another
         config_on_top(_read_config(asked.checkpoint), argv)
     return asked
@@ -198,12 +197,4 @@ def _show_only(section: Any, names: Sequence[str]) -> Any:
 
 
 def _read_config(address: str) -> Config:
-    def read(picked: Picked) -> Config:
-        try:
-            return read_config(picked.store, picked.name, picked.manifest)
-        except RemovedError:
-            raise
-        except CheckpointError as error:
-            raise CheckpointError(f"{picked.address}: {error}.") from None
-
-    return read_newest(address, lambda _: None, read)
+    return read_newest(address, lambda _: None, lambda checkpoint: checkpoint.config)

@@ -40,7 +40,7 @@ def open_hooks(
             config.checkpoint_mode == "async" and _copies_fit(base),
             start.data,
             directory.documents,
-            own.left_out if own is not None else (),
+            start.left_out,
             watchdog.note_written,
             last_step=None if own is None else start.position.step,
         )

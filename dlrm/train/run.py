@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from dlrm.assembly.foundation import Foundation, lay_foundation
+from dlrm.checkpoint import run_files
 from dlrm.checkpoint.position import Position
 from dlrm.config.config import Config
 from dlrm.config.frozen import DENSE
@@ -24,11 +25,12 @@ from dlrm.sharding.plan import Placement
 from dlrm.system.console import plural, some
 from dlrm.system.lock import Locks
 from dlrm.system.signals import StopSignals
+from dlrm.train.environment import describe_environment
 from dlrm.train.guard import open_hooks
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
 from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training, with_seed_of
-from dlrm.train.run_directory import RunDirectory, describe_environment
+from dlrm.train.run_directory import RunDirectory
 from dlrm.train.summary import describe_samples, explain_target, summarize
 from dlrm.train.trainer import Trainer
 
@@ -140,14 +142,14 @@ def _open_sinks(
             if config.output.tensorboard:
                 from dlrm.metrics.tensorboard import TensorBoardSink
 
-                drawn = TensorBoardSink(directory.path / "tensorboard")
+                drawn = TensorBoardSink(directory.path / run_files.TENSORBOARD)
                 for line in directory.lines():  # of a run that is resumed
                     drawn.append_metrics(line)
                 sinks.append(drawn)
             if config.output.mlperf_log:
                 device = runtime.device_name
                 facts = describe_run(config, device, runtime.world_size, rows["train"], rows["val"])
-                log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
+                log = MlperfLog(directory.path / run_files.MLPERF_LOG, facts, started, opened)
                 sinks.append(stack.enter_context(closing(log)))
             return sinks
 
@@ -183,7 +185,9 @@ def _note_other_ranks(config: Config, runtime: Runtime) -> None:
     if config.config is None:
         return
     try:
-        ranks = json.loads(Path(config.config).with_name("environment.json").read_text(encoding="utf-8"))["world_size"]
+        ranks = json.loads(Path(config.config).with_name(run_files.ENVIRONMENT).read_text(encoding="utf-8"))[
+            "world_size"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if ranks != runtime.world_size:

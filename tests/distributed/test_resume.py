@@ -15,7 +15,7 @@ import torch
 
 from dlrm.assembly.foundation import lay_foundation
 from dlrm.checkpoint.checkpointer import Checkpointer
-from dlrm.checkpoint.find import check_files, complete_checkpoints
+from dlrm.checkpoint.find import complete_checkpoints
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.store import open_store
 from dlrm.config.config import (
@@ -172,9 +172,9 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 def newest(run_dir: Path) -> Manifest:
     store = open_store(str(run_dir / "checkpoints"))
-    name, manifest = complete_checkpoints(store)[0]
-    check_files(store, name, manifest, manifest.files)
-    return manifest
+    found = complete_checkpoints(store)[0]
+    found.verify(found.manifest.files)
+    return found.manifest
 
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.checkpoint.find import check_files, read_manifest
+from dlrm.checkpoint.checkpoint import read_checkpoint
 from dlrm.checkpoint.store import open_store
 from dlrm.errors import RunDirectoryError
 from dlrm.train.run_directory import RunDirectory
@@ -116,8 +116,8 @@ def test_a_full_disk_under_checkpoints(folder: Path, small_disk: Callable[[str],
     assert names
     assert all(name.startswith("step_") for name in names)  # nothing partial
     for name in names:
-        manifest = read_manifest(store, name)
-        check_files(store, name, manifest, manifest.files)
+        checkpoint = read_checkpoint(store, name)
+        checkpoint.verify(checkpoint.manifest.files)
     small_disk("size=4m")
     done = train(folder, "full", *flags)
     assert f"Resuming from {disk / 'checkpoints'}/{names[-1]}" in done.stdout
