@@ -9,9 +9,10 @@
 namespace dlrm::DLRM_INSTRUCTION_SET {
 namespace {
 
-// NaN stays NaN, as in PyTorch: a run that diverges must not look well.
+// NaN stays NaN, as in PyTorch: a run that diverges must not look healthy.
 Floats larger(Floats a, Floats b) { return a < b ? b : a; }
 
+// Without a ReLU the lower bound is -infinity.
 template <class T>
 void add_bias_rows(T* values, const float* bias, bool rectified, int64_t columns, int64_t first, int64_t stop) {
   const Floats least = fill(rectified ? 0.0f : -__builtin_inff());

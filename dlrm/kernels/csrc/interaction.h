@@ -13,17 +13,18 @@
 namespace dlrm::DLRM_INSTRUCTION_SET {
 namespace {
 
-constexpr int kTile = 4;                             // vectors on each side of a tile of products
-constexpr int kRows = 3;                             // gradients of vectors that are summed up at once,
-constexpr int kColumns = DLRM_LANES == 16 ? 8 : 4;   // so many registers of each
+constexpr int kTile = 4;  // vectors on each side of a tile of products: its 16 sums stay in registers
+constexpr int kRows = 3;  // gradients of vectors that are summed at once, kColumns registers of each
+constexpr int kColumns = DLRM_LANES == 16 ? 8 : 4;
 
 int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// A sample's vectors side by side, in floats, zeros after the end of each and after the last.
+// A sample's vectors in floats, one after the other. Zeros fill each vector up to whole registers, and follow the last
+// one up to a whole number of tiles, so that the loops need no remainders.
 struct Sample {
   int64_t num_vectors, dim, width;
   std::vector<float> storage;
-  float* vectors;
+  float* vectors;  // in `storage`, from the first multiple of a cache line
 
   explicit Sample(const Interaction& interaction)
       : num_vectors(interaction.num_vectors), dim(interaction.dim), width(round_up(dim, kLanes)) {
@@ -47,7 +48,7 @@ struct Sample {
   }
 };
 
-// The products of vectors i, ... i + 3 with j, ... j + 3.
+// The dot products of vectors i to i + 3 with vectors j to j + 3.
 void multiply_tile(const Sample& sample, int64_t i, int64_t j, float (&products)[kTile * kTile]) {
   Floats sums[kTile][kTile] = {};
   const float *left = sample.vectors + i * sample.width, *right = sample.vectors + j * sample.width;
@@ -65,7 +66,7 @@ void multiply_tile(const Sample& sample, int64_t i, int64_t j, float (&products)
   }
 }
 
-// Where the product of vectors i < j stands among the pairs.
+// The place of the product of vectors i < j among the pairs: (0, 1), (0, 2), ..., (1, 2), ....
 int64_t pair(int64_t i, int64_t j, int64_t num_vectors) { return i * (2 * num_vectors - i - 1) / 2 + j - i - 1; }
 
 template <class Out>
@@ -100,7 +101,7 @@ void interact(const Interaction& interaction, void* output, Scalar type, int64_t
   with_scalar(type, output, [&](auto* out) { interact_samples(interaction, out, first, stop); });
 }
 
-// The gradients of the products as a symmetric matrix with zeros on its diagonal.
+// Spreads the gradients of the pairs to a symmetric matrix with zeros on its diagonal, G.
 template <class Gradient>
 void spread_pairs(const Gradient* pairs, int64_t size, int64_t stride, float* matrix) {
   for (int64_t i = 0; i < size; ++i) {
@@ -109,7 +110,7 @@ void spread_pairs(const Gradient* pairs, int64_t size, int64_t stride, float* ma
   }
 }
 
-// sums[r] = the sum over j of matrix[r][j] * vector j, of columns d, ... of kRows vectors.
+// sums[r] = the sum over j of matrix[r][j] * vector j, for kRows rows and N registers of columns from column d on.
 template <int N>
 void combine(const Sample& sample, const float* matrix, int64_t stride, int64_t d, float* sums) {
   Floats parts[kRows][N] = {};
@@ -127,6 +128,8 @@ void combine(const Sample& sample, const float* matrix, int64_t stride, int64_t 
   }
 }
 
+// The products are those of V V^T, which depends on V twice. As G is symmetric, the gradient of V is G V. The output also
+// holds the dense vector itself, so the first D columns of its gradient are added to that vector's.
 template <class Gradient>
 void interact_backward_samples(const Interaction& interaction, const Source* gradients, const Gradient* gradient,
                                int64_t first, int64_t stop) {

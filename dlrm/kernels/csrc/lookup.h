@@ -9,9 +9,11 @@
 namespace dlrm::DLRM_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kRowsAhead = 12;
-constexpr int64_t kIdsAhead = 8;
+constexpr int64_t kBagsAhead = 12;  // bags whose first row is fetched before their turn
+constexpr int64_t kIdsAhead = 8;    // rows fetched before their turn within a bag of several ids
 
+// out = the sum of the rows that `ids` name. Columns are taken 8 registers at a time, over all rows, so that the sums
+// never leave the registers.
 template <class Out, class Id>
 void pool_rows(Out* out, const float* table, const Id* ids, int64_t count, int64_t dim) {
   constexpr int64_t kWide = 8 * kLanes;
@@ -38,11 +40,14 @@ void pool_rows(Out* out, const float* table, const Id* ids, int64_t count, int64
   }
 }
 
+// Walks the bags sample by sample, feature by feature, so that a sample's pooled row is written from left to right. The
+// tables are far larger than the caches and nearly every row is a miss: (fetched_b, fetched_f) walks the same bags
+// kBagsAhead in front and fetches each one's first row.
 template <class Id, class Offset, class Out>
 BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, const float* weights, Out* pooled,
                    int64_t stride, int64_t first, int64_t stop) {
   const int64_t batch = tables.batch_size;
-  int64_t fetched_b = first, fetched_f = std::min(kRowsAhead, tables.num_features);
+  int64_t fetched_b = first, fetched_f = std::min(kBagsAhead, tables.num_features);
   for (int64_t b = first; b < stop; ++b) {
     for (int64_t f = 0; f < tables.num_features; ++f) {
       if (fetched_f == tables.num_features) {
@@ -51,7 +56,8 @@ BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, c
       }
       if (fetched_b < stop && offsets[fetched_f * batch + fetched_b] < offsets[fetched_f * batch + fetched_b + 1]) {
         const int64_t dim = tables.dim_offsets[fetched_f + 1] - tables.dim_offsets[fetched_f];
-        fetch(weights + tables.weight_offsets[fetched_f] + int64_t{ids[offsets[fetched_f * batch + fetched_b]]} * dim, dim * 4);
+        const int64_t row = ids[offsets[fetched_f * batch + fetched_b]];
+        fetch(weights + tables.weight_offsets[fetched_f] + row * dim, dim * 4);
       }
       ++fetched_f;
       const int64_t dim = tables.dim_offsets[f + 1] - tables.dim_offsets[f];
@@ -74,8 +80,9 @@ BadId pool_samples(const Tables& tables, const Id* ids, const Offset* offsets, c
 BadId pool(const Tables& tables, const Ids& ids, const float* weights, void* pooled, Scalar type, int64_t stride,
            int64_t first, int64_t stop) {
   return with_ids(ids, [&](auto* values, auto* offsets) {
-    return with_scalar(
-        type, pooled, [&](auto* out) { return pool_samples(tables, values, offsets, weights, out, stride, first, stop); });
+    return with_scalar(type, pooled, [&](auto* out) {
+      return pool_samples(tables, values, offsets, weights, out, stride, first, stop);
+    });
   });
 }
 

@@ -12,16 +12,19 @@ namespace {
 constexpr int kStateWords = 624;
 constexpr int kShift = 397;
 
+// MT19937 (Matsumoto and Nishimura, 1998).
 inline uint32_t twist(uint32_t high, uint32_t low) {
   const uint32_t mixed = (high & 0x80000000u) | (low & 0x7fffffffu);
   return (mixed >> 1) ^ (-(low & 1u) & 0x9908b0dfu);
 }
 
-// The next 624 states of MT19937 (Matsumoto and Nishimura, 1998). No number needs one of the 227 before it.
+// Replaces all 624 words of the state by the next 624. Of the new words, each depends on none nearer than 227 places
+// before it, so the compiler can make several at a time.
 inline void advance(uint32_t* state) {
   for (int k = 0; k < kStateWords - kShift; ++k) state[k] = state[k + kShift] ^ twist(state[k], state[k + 1]);
-  for (int k = kStateWords - kShift; k < kStateWords - 1; ++k)
+  for (int k = kStateWords - kShift; k < kStateWords - 1; ++k) {
     state[k] = state[k + kShift - kStateWords] ^ twist(state[k], state[k + 1]);
+  }
   state[kStateWords - 1] = state[kShift - 1] ^ twist(state[kStateWords - 1], state[0]);
 }
 
@@ -40,7 +43,7 @@ void draw(float* values, int64_t size, uint32_t seed, float low, float high) {
       word ^= (word << 15) & 0xefc60000u;
       word ^= word >> 18;
       const float share = static_cast<float>(static_cast<int32_t>(word & 0xffffffu)) * 0x1p-24f;
-      values[first + k] = share * range + low;  // one rounding where there is FMA, as in PyTorch's own build
+      values[first + k] = share * range + low;  // rounded once where there is FMA, as in PyTorch's own build
     }
   }
 }
