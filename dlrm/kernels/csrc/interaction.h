@@ -128,8 +128,8 @@ void combine(const Sample& sample, const float* matrix, int64_t stride, int64_t 
   }
 }
 
-// The products are those of V V^T, which depends on V twice. As G is symmetric, the gradient of V is G V. The output also
-// holds the dense vector itself, so the first D columns of its gradient are added to that vector's.
+// The products are those of V V^T, which depends on V twice. As G is symmetric, the gradient of V is G V. The output
+// also holds the dense vector itself, so the first D columns of its gradient are added to that vector's.
 template <class Gradient>
 void interact_backward_samples(const Interaction& interaction, const Source* gradients, const Gradient* gradient,
                                int64_t first, int64_t stop) {

@@ -20,7 +20,8 @@ struct Ids {
   Integer offset_type;
 };
 
-// Tables that lie one after the other in one array of weights, one for each feature. A pooled row has total_dim columns.
+// Tables that lie one after the other in one array of weights, one for each feature. A pooled row has total_dim
+// columns.
 struct Tables {
   int64_t num_features;
   int64_t batch_size;
@@ -68,12 +69,12 @@ struct Interaction {
 
 struct Kernels {
   const char* name;
-  // Writes the pooled rows of samples [first, stop): the first to `pooled`, the next ones `stride` numbers apart. Stops at
-  // an id outside its table.
+  // Writes the pooled rows of samples [first, stop): the first to `pooled`, the next ones `stride` numbers apart. Stops
+  // at an id outside its table.
   BadId (*pool)(const Tables&, const Ids&, const float* weights, void* pooled, Scalar, int64_t stride, int64_t first,
                 int64_t stop);
-  // Updates those looked-up rows of a feature's table whose number is `part` modulo `parts`. A row's gradients are summed
-  // in the order of the bags, so the result is the same for any number of parts.
+  // Updates those looked-up rows of a feature's table whose number is `part` modulo `parts`. A row's gradients are
+  // summed in the order of the bags, so the result is the same for any number of parts.
   void (*update)(const Tables&, const Ids&, const Update&, int64_t feature, int64_t part, int64_t parts);
   // Writes rows [first, stop) of the output [B, D + P]: the dense vector, then each pair's dot product.
   void (*interact)(const Interaction&, void* output, Scalar, int64_t first, int64_t stop);

@@ -1,7 +1,8 @@
 // What the loops of several subjects share: fetching rows ahead, choosing the loop for a type, copying and adding rows.
 //
-// Only kernels.cpp includes this header and those that are built on it: lookup.h, update.h, interaction.h, activations.h
-// and random.h. Their functions are in an anonymous namespace, so that the compiler inlines those with one caller.
+// Only kernels.cpp includes this header and those that are built on it: lookup.h, update.h, interaction.h,
+// activations.h and random.h. Their functions are in an anonymous namespace, so that the compiler inlines those with
+// one caller.
 #pragma once
 
 #include <cstdint>

@@ -94,9 +94,10 @@ class Grouping {
   //   2. Turn the counts into each row's first place, by a running sum:   rows_ = {7: 0, 3: 2, 9: 4}
   //   3. Put each lookup into the next place of its row:                  7 7 3 3 9
   //
-  // Lookups of one row stay in the order of their bags, so their gradients are always summed in the same order, with any
-  // number of threads. Rows stay in the order of their first lookup, so gradients are read nearly in the order in which
-  // they lie in memory; a sort by row would scatter these reads. If no row comes twice, the lookups stay as they are.
+  // Lookups of one row stay in the order of their bags, so their gradients are always summed in the same order, with
+  // any number of threads. Rows stay in the order of their first lookup, so gradients are read nearly in the order in
+  // which they lie in memory; a sort by row would scatter these reads. If no row comes twice, the lookups stay as they
+  // are.
   void group(std::vector<Lookup>& lookups) {
     int bits = 4;
     while (lookups.size() >> (bits - 1) > 0) ++bits;  // at most half of the slots get taken, so that probes stay short
