@@ -180,7 +180,7 @@ std::vector<Bytes> parts_of(const at::Tensor& tensor, const std::vector<int64_t>
   check_contiguous(tensor, name);
   const int64_t rows = tensor.size(0), row = tensor.nbytes() / std::max<int64_t>(1, rows);
   TORCH_CHECK_VALUE(!sizes.empty() || rows % world == 0, name, ": got ", rows, " rows, expected a multiple of ", world,
-                    " ranks");
+                    ", the number of ranks");
   TORCH_CHECK_VALUE(sizes.empty() || (static_cast<int>(sizes.size()) == world &&
                                       std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == rows),
                     name, ": got parts of [", sizes, "] rows, expected ", world, " parts, ", rows, " rows together");
@@ -267,8 +267,8 @@ intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tens
                                              std::move(run)));
 }
 
-// All ranks have written, this rank sums its part of all memories and writes the result to all of them, all have
-// summed: a barrier stands before and after. Parts do not overlap, so no rank reads what another writes.
+// After the first barrier all ranks have written their values. Then each rank sums its own part over all memories and
+// writes the result back to all of them; parts do not overlap. After the second barrier all parts are there.
 void SharedMemoryBackend::reduce_in_place(const HostMemory& memory, int64_t offset, int64_t count, float factor) {
   std::vector<float*> ranks;
   for (int r = 0; r < size_; ++r) ranks.push_back(reinterpret_cast<float*>(memory.of(r)) + offset);
