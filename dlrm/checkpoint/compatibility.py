@@ -1,32 +1,11 @@
 """Whether a training can go on from a checkpoint that another config wrote. No torch here."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from dlrm.config.config import Config
-
-# What may change between saving and resuming; all else must not. Where tables lie, how many ranks share a batch, what
-# is reported and when it is validated do not touch the model that comes out of a step.
-_FREE: dict[str, tuple[str, ...] | None] = {
-    "data": (
-        "in_memory_binary_criteo_path",
-        "synthetic_multi_hot_criteo_path",
-        "mmap_mode",
-        "batch_size",
-        "test_batch_size",
-        "limit_val_batches",
-        "limit_test_batches",
-        "pin_memory",
-    ),
-    "sharding": None,
-    "training": ("epochs", "seed", "pipeline", "precision", "allow_tf32", "dense_execution"),
-    "evaluation": None,
-    "checkpoint": None,
-    "output": None,
-    "config": None,
-    "recipe": None,
-}
+from dlrm.config.field_rules import Resume, flags_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +41,16 @@ def differences(saved: Config, given: Config) -> Iterator[Difference]:
                 yield Difference(section.name, field.name, getattr(one, field.name), getattr(other, field.name))
 
 
+def _may_differ(difference: Difference, rules: Collection[object]) -> bool:
+    if Resume.TAKEN_OVER in rules:
+        return difference.given is None
+    return Resume.FREE in rules
+
+
 def misfits(saved: Config, given: Config) -> list[Difference]:
     """Differences with which the training would not be the one that was saved."""
-    found = []
-    for difference in differences(saved, given):
-        free = _FREE.get(difference.section or difference.name, ())
-        if free is not None and difference.name not in free:
-            found.append(difference)
-    if given.training.seed not in (None, saved.training.seed):
-        found.append(Difference("training", "seed", saved.training.seed, given.training.seed))
+    flags = flags_of(given)
+    found = [one for one in differences(saved, given) if not _may_differ(one, flags[one.name].rules)]
     if saved.frozen == given.frozen != ():  # --freeze all or the name of each
         found = [difference for difference in found if difference.name != "freeze"]
     elif saved.frozen != given.frozen and saved.optimizer.freeze == given.optimizer.freeze:  # what is large has changed

@@ -12,8 +12,9 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
 
-from dlrm.config.checks import check_config, fields_without_effect
+from dlrm.config.checks import check_config, flags_without_effect
 from dlrm.config.config import Config
+from dlrm.config.field_rules import AliasOf, Repeat, flags_of
 from dlrm.config.recipes import RECIPES
 from dlrm.errors import ConfigError
 
@@ -49,9 +50,9 @@ def settle(config: Config, argv: Sequence[str], *, needs_data: bool = True) -> C
     Raises:
         ConfigError: on a combination that makes no sense.
     """
-    for section, name, _ in fields_without_effect(config):
-        if not (section == "data" and needs_data) and not is_named(argv, name):
-            config = reset(config, section, name)
+    for flag, _ in flags_without_effect(config):
+        if not (flag.section == "data" and needs_data) and not is_named(argv, flag.name):
+            config = flag.reset(config)
     check_config(config)
     return config
 
@@ -84,13 +85,6 @@ def parse_flags(
         )
 
 
-def reset(config: Config, section: str, name: str) -> Config:
-    """The config with one field as the public example has it."""
-    owner = getattr(config, section)
-    default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
-    return dataclasses.replace(config, **{section: dataclasses.replace(owner, **{name: default})})
-
-
 def is_named(argv: Sequence[str], flag: str) -> bool:
     """Whether a command line has this flag."""
     spelled = (f"--{flag}", f"--{flag.replace('_', '-')}")
@@ -103,12 +97,23 @@ def base_of(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: if there is no such recipe or config.
     """
-    base = _named_base(argv)
+    base = without_replaced_aliases(_named_base(argv), argv)
     if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
-        base = reset(base, "model", "num_embeddings_per_feature")
-    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
-        base = reset(base, "optimizer", "optimizer")
+        base = flags_of(base)["num_embeddings_per_feature"].reset(base)
     return base
+
+
+def without_replaced_aliases(config: Config, argv: Sequence[str]) -> Config:
+    """The config without what it says in another flag than a command line does: of two names for one thing the command
+    line's counts."""
+    flags = flags_of(config)
+    for flag in flags.values():
+        for rule in flag.rules:
+            if isinstance(rule, AliasOf):
+                for given, other in ((flag.name, rule.flag), (rule.flag, flag.name)):
+                    if is_named(argv, given) and not is_named(argv, other):
+                        config = flags[other].reset(config)
+    return config
 
 
 def _named_base(argv: Sequence[str]) -> Config:
@@ -138,11 +143,10 @@ def load_config(path: str) -> Config:
         raise ConfigError(f"--config {path}: {error}. Expected the config.json of a run.") from None
     except ValueError:
         raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
-    output = dataclasses.replace(config.output, run_dir=None)
-    checkpoint = dataclasses.replace(
-        config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False, allow_other_vocabulary=False
-    )
-    return dataclasses.replace(config, output=output, checkpoint=checkpoint)
+    for flag in flags_of(config).values():
+        if Repeat.LEFT_OUT in flag.rules:
+            config = flag.reset(config)
+    return config
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from dlrm.checkpoint.compatibility import Difference, differences, model_misfits
+from dlrm.checkpoint.compatibility import differences
 from dlrm.checkpoint.find import RemovedError, read_config
 from dlrm.checkpoint.pick import Picked, open_address, read_newest
-from dlrm.config.checks import check_config, check_output_file, check_ranges, fields_without_effect
-from dlrm.config.config import Config, EvaluationConfig, optional
-from dlrm.config.flags import is_named, parse_flags, reset, value_of
+from dlrm.config.checks import check_config, check_output_file, check_ranges, flags_without_effect
+from dlrm.config.config import Config, optional
+from dlrm.config.field_rules import Flag, Repeat, Scoring, flags_of
+from dlrm.config.flags import is_named, parse_flags, value_of, without_replaced_aliases
 from dlrm.errors import CheckpointError, ConfigError
 
 PROG = "dlrm evaluate"
@@ -26,40 +27,6 @@ may be others than those that wrote the checkpoint, and so may the data. No run 
 
 Example: `dlrm evaluate --checkpoint runs/first --split test --json test.json`; on two processes
 `torchrun --nproc_per_node 2 -m dlrm.cli evaluate --checkpoint runs/first`."""
-
-# What of a run's flags has a part in scoring. The model is the checkpoint's.
-_USED: Mapping[str, tuple[str, ...]] = {
-    "data": (
-        "in_memory_binary_criteo_path",
-        "synthetic_multi_hot_criteo_path",
-        "dataset_name",
-        "mmap_mode",
-        "batch_size",
-        "test_batch_size",
-        "limit_val_batches",
-        "limit_test_batches",
-        "pin_memory",
-        "num_generated_batches",
-        "zipf_exponent",
-        "multi_hot_sizes",
-        "multi_hot_distribution_type",
-    ),
-    "sharding": (
-        "table_constraints",
-        "large_table_gib",
-        "device_memory_gib",
-        "reserved_memory_share",
-        "intra_host_bandwidth",
-        "inter_host_bandwidth",
-        "forward_comm_precision",
-    ),
-    "training": ("seed", "pipeline", "precision", "allow_tf32"),
-    "checkpoint": ("allow_other_vocabulary", "hang_timeout"),
-    "output": ("print_progress", "print_sharding_plan"),
-}
-_OF_THE_WEIGHTS = ("undersampling_rate",)
-_PAIRS = (("precision", "allow_tf32"), ("allow_tf32", "precision"))
-"""Two ways to say the same: the one that is given replaces what the checkpoint has in the other."""
 
 Stages = Literal["val", "test", "both"]
 
@@ -111,31 +78,19 @@ def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
     asked = parse_flags(
         EvaluateConfig, argv, PROG, default=EvaluateConfig(value_of(argv, "checkpoint") or "", run=saved)
     )
-    given = asked.run
-    for flag, other in _PAIRS:
-        if is_named(argv, flag) and not is_named(argv, other):
-            given = reset(given, "training", other)
-    _check_differences(saved, given, asked.split, argv)
-    check_ranges(given.data)
-    batch_size = given.data.test_batch_size or given.data.batch_size
-    kept = {
-        section: dataclasses.replace(
-            type(getattr(given, section))(), **{name: getattr(getattr(given, section), name) for name in names}
-        )
-        for section, names in _USED.items()
-    }
-    kept["data"] = dataclasses.replace(
-        kept["data"],
-        batch_size=batch_size,
-        test_batch_size=None,
-        undersampling_rate=given.data.undersampling_rate,
+    config = without_replaced_aliases(asked.run, argv)
+    _check_differences(saved, config, asked.split, argv)
+    check_ranges(config.data)
+    for flag in flags_of(config).values():
+        if Scoring.IDLE in flag.rules or (Repeat.LEFT_OUT in flag.rules and not is_named(argv, flag.name)):
+            config = flag.reset(config)
+    batch_size = config.data.evaluation_batch_size
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=batch_size, test_batch_size=None)
     )
-    config = Config(model=given.model, evaluation=EvaluationConfig(), recipe=given.recipe, **kept)
-    if not is_named(argv, "allow_other_vocabulary"):  # of one run and its data
-        config = reset(config, "checkpoint", "allow_other_vocabulary")
-    for section, name, _ in fields_without_effect(config):
-        if not is_named(argv, name):
-            config = reset(config, section, name)
+    for flag, _ in flags_without_effect(config):
+        if not is_named(argv, flag.name):
+            config = flag.reset(config)
     check_config(config)
     return config
 
@@ -146,19 +101,19 @@ def _check_differences(saved: Config, given: Config, split: Stages, argv: Sequen
     Raises:
         ConfigError: naming them.
     """
-    changed = list(differences(saved, given))
-    of_weights = [*model_misfits(saved, given), *(one for one in changed if one.name in _OF_THE_WEIGHTS)]
+    changed, flags = list(differences(saved, given)), flags_of(given)
+    of_weights = [one for one in changed if Scoring.FIXED in flags[one.name].rules]
     if of_weights:
         shown = ", ".join(map(str, of_weights))
         raise ConfigError(f"the checkpoint was written with {shown}. Its weights are of no other model: leave it out.")
     for difference in changed:
         if is_named(argv, difference.name) or is_named(argv, f"no_{difference.name}"):
-            _check_effect(difference, given, split)
+            _check_effect(flags[difference.name], given, split)
 
 
-def _check_effect(difference: Difference, given: Config, split: Stages) -> None:
-    name, data = difference.name, given.data
-    if name not in _USED.get(difference.section, ()) or (name == "seed" and not given.is_random):
+def _check_effect(flag: Flag, given: Config, split: Stages) -> None:
+    name, data = flag.name, given.data
+    if Scoring.COUNTS not in flag.rules or (name == "seed" and not given.is_random):
         raise ConfigError(f"--{name}: changes nothing when a checkpoint is scored. Leave it out.")
     if name == "batch_size" and data.test_batch_size is not None:
         raise ConfigError(f"--batch_size: the run has --test_batch_size {data.test_batch_size}. Give that one.")
@@ -176,7 +131,11 @@ def _show_help(argv: Sequence[str]) -> None:
     """
     address = value_of(argv, "checkpoint")
     saved = Config() if address is None else _read_config(address)
-    sections = {name: _show_only(getattr(saved, name), names) for name, names in _USED.items()}
+    counting: dict[str, list[str]] = {}
+    for flag in flags_of(saved).values():
+        if Scoring.COUNTS in flag.rules:
+            counting.setdefault(flag.section, []).append(flag.name)
+    sections = {name: _show_only(getattr(saved, name), names) for name, names in counting.items()}
     run = dataclasses.make_dataclass(
         "Run", [(name, type(section), field(default=section)) for name, section in sections.items()], frozen=True
     )
