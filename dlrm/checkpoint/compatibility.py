@@ -1,4 +1,4 @@
-"""Whether a training can go on from a checkpoint that another config wrote. No torch here."""
+"""Whether a training can continue from a checkpoint that another config wrote. No torch here."""
 
 import dataclasses
 from collections.abc import Collection, Iterator
@@ -10,7 +10,7 @@ from dlrm.config.field_rules import Resume, flags_of
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A field that two configs have different values in."""
+    """A field in which two configs have different values; `section` is empty for a field of Config itself."""
 
     section: str
     name: str
@@ -29,7 +29,7 @@ def _show(value: Any) -> str:
 
 
 def differences(saved: Config, given: Config) -> Iterator[Difference]:
-    """All fields in which two configs differ."""
+    """All fields in which two configs differ, in the order of Config."""
     for section in dataclasses.fields(Config):
         one, other = getattr(saved, section.name), getattr(given, section.name)
         if not dataclasses.is_dataclass(one):
@@ -48,19 +48,21 @@ def _may_differ(difference: Difference, rules: Collection[object]) -> bool:
 
 
 def misfits(saved: Config, given: Config) -> list[Difference]:
-    """Differences with which the training would not be the one that was saved."""
+    """Differences that would make the training another one than the saved one."""
     flags = flags_of(given)
     found = [one for one in differences(saved, given) if not _may_differ(one, flags[one.name].rules)]
-    if saved.frozen == given.frozen != ():  # --freeze all or the name of each
+    if saved.frozen == given.frozen != ():  # the same tables, say as `--freeze all` and by their names
         found = [difference for difference in found if difference.name != "freeze"]
-    elif saved.frozen != given.frozen and saved.optimizer.freeze == given.optimizer.freeze:  # what is large has changed
+    elif (
+        saved.frozen != given.frozen and saved.optimizer.freeze == given.optimizer.freeze
+    ):  # `large` means other tables now
         sizes = saved.sharding.large_table_gib, given.sharding.large_table_gib
         found.append(Difference("sharding", "large_table_gib", *sizes))
-    if saved.optimizer.algorithm == given.optimizer.algorithm:  # --adagrad or --optimizer adagrad
+    if saved.optimizer.algorithm == given.optimizer.algorithm:  # as with --adagrad and --optimizer adagrad
         found = [difference for difference in found if difference.name not in ("optimizer", "adagrad")]
     return found
 
 
 def model_misfits(saved: Config, given: Config) -> list[Difference]:
-    """Differences with which the saved weights would not be this model's."""
+    """Differences that would make the saved weights another model's."""
     return [difference for difference in misfits(saved, given) if difference.section == "model"]

@@ -1,5 +1,6 @@
-"""What is refused of a run's knobs before anything else happens: values out of range, combinations that make no sense.
+"""Checks of a run's flags, before anything else happens: values out of range, combinations that make no sense.
 
+What one field's type can say, bounds and rules, is only read here. A check that compares several fields is a function.
 No torch here.
 """
 
@@ -34,7 +35,7 @@ def check_config(config: Config) -> None:
     """Refuses values out of range, combinations that make no sense, and flags that would have no effect.
 
     Raises:
-        ConfigError: naming the flag, what it got, what was expected, and what to do.
+        ConfigError: with the flag, its value, what was expected, and what to do.
     """
     for section in dataclasses.fields(config):
         if dataclasses.is_dataclass(owner := getattr(config, section.name)):
@@ -58,8 +59,11 @@ def check_config(config: Config) -> None:
 def check_ranges(section: Any) -> None:
     """Refuses a value outside the bounds in its field's type.
 
+    Args:
+        section: an instance of a dataclass whose fields are flags.
+
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: with the flag, its value and the bound.
     """
     for name, rules in rules_of(type(section)).items():
         value = getattr(section, name)
@@ -169,7 +173,10 @@ def _check_freeze(config: Config) -> None:
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     _check_path("checkpoint_dir", checkpoint.checkpoint_dir)
     if (checkpoint.checkpoint_dir or "").startswith("memory:"):
-        raise ConfigError(f"--checkpoint_dir {checkpoint.checkpoint_dir}: is gone when the process is. Give a folder")
+        raise ConfigError(
+            f"--checkpoint_dir {checkpoint.checkpoint_dir}: an in-memory store is lost when the process ends. Give a "
+            "folder or bucket."
+        )
     _check_path("resume", checkpoint.resume)
     _check_path("init_from", checkpoint.init_from)
     if checkpoint.init_from is not None and checkpoint.resume not in ("auto", "never"):
@@ -180,34 +187,35 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
 
 
 def check_output_file(name: str, path: str | Path, may_be_stream: bool = False) -> None:
-    """Refuses a file that could not be written once all is done.
+    """Refuses a result's file that could not be written once the work is done. Leaves nothing behind.
 
     Args:
-        may_be_stream: whether `-`, /dev/stdout and other open files of this process are taken.
+        name: the flag that the file was given with.
+        may_be_stream: whether `-`, /dev/stdout and other open files of this process are accepted.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: with the flag and the obstacle.
     """
     if may_be_stream and is_stream(path):
         return
     obstacle = _find_obstacle(Path(path))
     if obstacle is not None:
         raise ConfigError(
-            f"--{name} {path}: can't be written ({obstacle}). Expected a file's name in a folder of yours."
+            f"--{name} {path}: can't be written ({obstacle}). Expected a file in a folder that you can write to."
         )
 
 
 def _find_obstacle(file: Path) -> str | None:
-    """Why `file` can't be written. A folder that is missing is made with it, in the nearest one that is there."""
+    """Why `file` can't be written; None if it can. Missing folders will be made, so the nearest existing one counts."""
     try:
-        if file.is_symlink():  # as a file is renamed to its name, the link would go, and what it leads to stay
+        if file.is_symlink():  # the result is renamed to this name: it would replace the link, not the link's target
             return "is a link"
         if file.exists() and not file.is_file():
             return "is a folder" if file.is_dir() else "is a device or a pipe"
         folder = file.absolute().parent
         while not (folder.exists() or folder.is_symlink()):
             folder = folder.parent
-        # root may write anywhere, as far as permissions tell: only an attempt shows that a file system takes no files.
+        # Permissions allow root everything: only an attempt shows that a file system accepts no files.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}."):
             return None
     except OSError as error:
@@ -242,7 +250,7 @@ def check_profile(config: Config, steps_per_epoch: int) -> None:
     """Refuses to trace more steps than the run has.
 
     Raises:
-        ConfigError: with the most that there are.
+        ConfigError: with the largest number of steps that can be traced.
     """
     steps, total = config.output.profile, config.training.epochs * steps_per_epoch
     if steps is None or PROFILE_WARM_UP_STEPS + steps <= total:

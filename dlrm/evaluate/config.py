@@ -1,4 +1,4 @@
-"""`dlrm evaluate`: what of a run's flags counts when a checkpoint is scored. No torch here."""
+"""Flags of `dlrm evaluate`: its own, and those of the checkpoint's run that count in scoring. No torch here."""
 
 import dataclasses
 import typing
@@ -33,7 +33,7 @@ Stages = Literal["val", "test", "both"]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is scored with what, and the run's flags."""
+    """Checkpoint, sets to score, and the flags of its run."""
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """Checkpoint (step_...); or a run directory, folder of checkpoints or address, whose newest sound one is taken."""
@@ -48,7 +48,7 @@ class EvaluateConfig:
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
-    """What a command line asks for, as far as it can be told without the checkpoint. Its `run` is not the final one.
+    """The flags of a command line. Their `run` is not final: `config_on_top` makes it, once the checkpoint is chosen.
 
     Raises:
         ConfigError: on an unknown flag, one that does not fit the checkpoint, or a file that can't be written.
@@ -64,16 +64,18 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
     if asked.json is not None:
         check_output_file("json", asked.json, may_be_stream=True)
     open_address(asked.checkpoint)
-    with suppress(CheckpointError):  # of what is damaged the ranks tell, or they take another
+    with suppress(CheckpointError):  # the ranks report a damaged checkpoint, or take another one
         config_on_top(_read_config(asked.checkpoint), argv)
     return asked
 
 
 def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
-    """The config of the run that wrote a checkpoint, with a command line's flags on top, and nothing of training.
+    """The config to score a checkpoint with: that of the run that wrote it, with a command line's flags on top.
+
+    Flags that only training reads have their defaults.
 
     Raises:
-        ConfigError: if a flag would change the model, or nothing.
+        ConfigError: if a flag would change the model, or would change nothing.
     """
     asked = parse_flags(
         EvaluateConfig, argv, PROG, default=EvaluateConfig(value_of(argv, "checkpoint") or "", run=saved)
@@ -96,16 +98,16 @@ def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
 
 
 def _check_differences(saved: Config, given: Config, split: Stages, argv: Sequence[str]) -> None:
-    """Refuses flags that would make the weights another model's, and those that would do nothing.
+    """Refuses flags that do not fit the weights, and flags that would change nothing.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: with these flags.
     """
     changed, flags = list(differences(saved, given)), flags_of(given)
     of_weights = [one for one in changed if Scoring.FIXED in flags[one.name].rules]
     if of_weights:
         shown = ", ".join(map(str, of_weights))
-        raise ConfigError(f"the checkpoint was written with {shown}. Its weights are of no other model: leave it out.")
+        raise ConfigError(f"the checkpoint was written with {shown}. Its weights fit no other value. Leave it out.")
     for difference in changed:
         if is_named(argv, difference.name) or is_named(argv, f"no_{difference.name}"):
             _check_effect(flags[difference.name], given, split)
@@ -123,10 +125,10 @@ def _check_effect(flag: Flag, given: Config, split: Stages) -> None:
 
 
 def _show_help(argv: Sequence[str]) -> None:
-    """Prints the flags that count.
+    """Prints the flags that count, with the values of --checkpoint, if it is given, as their defaults.
 
     Raises:
-        CheckpointError: if there is a --checkpoint, and it can't be read.
+        CheckpointError: if the checkpoint can't be read.
         SystemExit: with code 0.
     """
     address = value_of(argv, "checkpoint")
@@ -146,7 +148,7 @@ def _show_help(argv: Sequence[str]) -> None:
 
 
 def _show_only(section: Any, names: Sequence[str]) -> Any:
-    """The section as one of a type that shows some of its fields as flags."""
+    """The section as an instance of a subclass that shows only the fields `names` as flags."""
     hints = typing.get_type_hints(type(section), include_extras=True)
     fields = [
         (one.name, hints[one.name] if one.name in names else tyro.conf.Suppress[hints[one.name]], one.default)
