@@ -135,7 +135,7 @@ class DataConfig:
         str | None, Resume.FREE, Scoring.COUNTS, optional("one id per feature", "FOLDER")
     ] = None
     """Folder of day_{i}_sparse_multi_hot.npz as `dlrm materialize` writes them, several ids per feature. Dense values
-    and labels come from in_memory_binary_criteo_path, or from this folder where that is not given."""
+    and labels come from in_memory_binary_criteo_path, or from this folder if that is not given."""
 
     dataset_name: Annotated[Literal["criteo_1t", "criteo_kaggle"], Resume.FIXED, Scoring.COUNTS, _NEEDS_DAYS] = (
         "criteo_1t"
@@ -144,7 +144,7 @@ class DataConfig:
     train, of the rest the first half validates and the second tests."""
 
     mmap_mode: Annotated[bool, Resume.FREE, Scoring.COUNTS, _NEEDS_DAYS] = False
-    """Read rows from disk as they are needed instead of loading them first. Rows are then checked as they are read."""
+    """Read rows from disk when they are needed, not all of them first. They are then checked as they are read."""
 
     batch_size: Annotated[int, Gt(0), Lt(2**24), Resume.FREE, Scoring.COUNTS] = 32
     """Training samples per rank per step."""
@@ -155,37 +155,37 @@ class DataConfig:
     """Validation and test samples per rank per step."""
 
     drop_last_training_batch: Annotated[bool, Resume.FIXED, Scoring.IDLE, _NEEDS_DAYS] = False
-    """Leave out the last training batch of an epoch where it is not full on every rank."""
+    """Leave out the last training batch of an epoch if it is not full on every rank."""
 
     limit_train_batches: Annotated[
         int | None, Gt(0), Resume.FIXED, Scoring.IDLE, optional("all; 10 of random data", "INT")
     ] = None
-    """Training steps per epoch at the most."""
+    """Train at most this many steps per epoch."""
 
     limit_val_batches: Annotated[
         int | None, Gt(0), Resume.FREE, Scoring.COUNTS, _NEEDS_VALIDATION, optional("all; 10 of random data", "INT")
     ] = None
-    """Validation steps at the most."""
+    """Validate with at most this many steps."""
 
     limit_test_batches: Annotated[
         int | None, Gt(0), Resume.FREE, Scoring.COUNTS, _NEEDS_TEST, optional("all; 10 of random data", "INT")
     ] = None
-    """Test steps at the most."""
+    """Test with at most this many steps."""
 
     shuffle_batches: Annotated[bool, Resume.FIXED, Scoring.IDLE, _NEEDS_DAYS] = False
     """Permute the rows inside each rank's training batch. Needs binary days."""
 
     shuffle_training_set: Annotated[bool, Resume.FIXED, Scoring.IDLE, _NEEDS_DAYS] = False
-    """Train on the rows of all training days in another uniformly random order every epoch, the same for a seed and any
-    number of ranks. Training rows are then read from disk as they are needed, as with mmap_mode: fast where they stay
-    in the page cache. Needs binary days."""
+    """Train on the rows of all training days in a new uniformly random order every epoch. The order depends on the
+    seed, not on the number of ranks. Training rows are then read from disk when they are needed, as with mmap_mode:
+    this is fast if they stay in the page cache. Needs binary days."""
 
     undersampling_rate: Annotated[
         float | None, Gt(0.0), Le(1.0), Resume.FIXED, Scoring.FIXED, _NEEDS_DAYS, optional("all stay", "FLOAT")
     ] = None
-    """Share of the training rows with label 0 that is trained on; all rows with label 1 are. Validation and test sets
-    stay whole, and for them log(undersampling_rate) is added to each logit: reported log loss, NE and calibration are
-    those of the original click rate. Needs binary days."""
+    """Share of the training rows with label 0 to train on; all rows with label 1 are trained on. Validation and test
+    sets stay whole, and for them log(undersampling_rate) is added to each logit: reported log loss, NE and calibration
+    are those of the original click rate. Needs binary days."""
 
     pin_memory: Annotated[bool, Resume.FREE, Scoring.COUNTS] = True
     """Build batches in page-locked memory, from which they are copied to a GPU while it computes. No effect without
@@ -200,9 +200,9 @@ class DataConfig:
     """Random data only: id k of a table is drawn with probability falling as (k + 1)^-exponent. 0 is uniform."""
 
     multi_hot_sizes: Annotated[IntList | None, Resume.FIXED, Scoring.COUNTS, optional("one each", "INT,INT,...")] = None
-    """Ids per sample of each of the 26 features. On binary days each id brings the same random companions wherever it
-    comes, as MLPerf's DLRM v2 defines and `dlrm materialize` writes them. Random data has independent ids instead, or
-    the same companions where multi_hot_distribution_type is given."""
+    """Ids per sample of each of the 26 features. On binary days an id brings the same random companions each time it
+    occurs, as MLPerf's DLRM v2 defines and `dlrm materialize` writes them. Random data has independent ids instead, or
+    such companions if multi_hot_distribution_type is given."""
 
     multi_hot_distribution_type: Annotated[
         Literal["uniform", "pareto"] | None,
@@ -237,7 +237,7 @@ class DataConfig:
 
     @property
     def logit_correction(self) -> float:
-        """What to add to the logits of a model trained on these rows, for predictions at the original click rate.
+        """The number to add to logits of a model trained on these rows, for predictions at the original click rate.
 
         With a share w of the negatives left, a prediction p becomes p / (p + (1 - p) / w) (He et al., "Practical
         Lessons from Predicting Clicks on Ads at Facebook", ADKDD 2014, section 6.3): its logit grows by log(w).
@@ -272,12 +272,12 @@ class ModelConfig:
     """Layers of the MLP over the 13 integers; the last is embedding_dim."""
 
     standardize_dense: Annotated[bool, Resume.FIXED, Scoring.FIXED] = False
-    """Give the MLP each integer less its mean over its deviation, both taken from the training rows, and beside it
-    whether it is missing (where the days tell: dlrm preprocess --missing_integers apart)."""
+    """Standardize each integer before the MLP, with mean and deviation of the training rows, and also tell the MLP
+    whether it is missing (if the days say so: dlrm preprocess --missing_integers apart)."""
 
     dense_buckets: Annotated[int, Ge(0), Lt(2**16), Resume.FIXED, Scoring.FIXED] = 0
-    """Each integer also falls into one of so many buckets, cut at quantiles of the training rows, or into one for
-    missing; each bucket has an embedding, which joins the interaction like a categorical feature's. 0: none."""
+    """Each integer also falls into one of this many buckets, cut at quantiles of the training rows, or into one for
+    missing values. Each bucket has an embedding, which joins the interaction like a categorical feature's. 0: none."""
 
     over_arch_layer_sizes: Annotated[IntList, Resume.FIXED, Scoring.FIXED] = (512, 512, 256, 1)
     """Layers of the MLP over the interaction; the last is 1, the logit."""
@@ -299,7 +299,7 @@ class ModelConfig:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors that meet in the interaction: the MLP's, the tables', and the integers' where they have buckets."""
+        """Vectors that meet in the interaction: the MLP's, the tables', and the integers' if they have buckets."""
         return 1 + NUM_CATEGORICAL_FEATURES + (NUM_INTEGER_FEATURES if self.dense_buckets else 0)
 
     @property
@@ -336,16 +336,16 @@ class ShardingConfig:
     device_memory_gib: Annotated[
         float | None, Ge(1e-3), Lt(1e9), Resume.FREE, Scoring.COUNTS, optional("what there is", "FLOAT")
     ] = None
-    """Memory that a plan counts on, in GiB: of each GPU, or on a CPU of each rank's share of the host."""
+    """Memory in GiB that a plan counts on: of each GPU, or on CPUs of each rank's share of the host."""
 
     reserved_memory_share: Annotated[float, Ge(0.0), Lt(1.0), Resume.FREE, Scoring.COUNTS] = 0.15
     """Share of that memory that tables leave free for dense layers, activations and batches."""
 
     intra_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9), Resume.FREE, Scoring.COUNTS] = 600.0
-    """Bandwidth between two devices of a host, in GiB/s, that a plan reckons with."""
+    """Bandwidth between two devices of a host, in GiB/s, that a plan assumes."""
 
     inter_host_bandwidth: Annotated[float, Ge(1e-3), Lt(1e9), Resume.FREE, Scoring.COUNTS] = 12.5
-    """Bandwidth between two hosts, in GiB/s, that a plan reckons with."""
+    """Bandwidth between two hosts, in GiB/s, that a plan assumes."""
 
     forward_comm_precision: Annotated[CommPrecision, Resume.FREE, Scoring.COUNTS] = "fp32"
     """Precision in which pooled embeddings travel between ranks."""
@@ -370,9 +370,9 @@ class OptimizerConfig:
     optimizer: Annotated[
         OptimizerName | None, Resume.FIXED, Scoring.IDLE, optional("sgd", "{sgd,adagrad,rowwise_adagrad,adam}")
     ] = None
-    """sgd. adagrad: a rate of its own for each weight. rowwise_adagrad: for each row of a table (dense parts: each
-    weight), with next to no optimizer state. adam: of a batch's rows (Adam's lazy form); on a CPU needs data-parallel
-    tables, all of whose rows it updates."""
+    """sgd. adagrad: each weight has its own rate. rowwise_adagrad: each row of a table has one (in the dense parts each
+    weight), with next to no optimizer state. adam: updates only the rows of a batch (lazy Adam); on a CPU it needs
+    data-parallel tables, and updates all of their rows."""
 
     adagrad: Annotated[bool, Resume.FIXED, Scoring.IDLE, AliasOf("optimizer", "adagrad")] = False
     """The same as --optimizer adagrad."""
@@ -390,30 +390,30 @@ class OptimizerConfig:
 
     weight_decay: Annotated[float, Ge(0.0), Lt(1e38), Resume.FIXED, Scoring.IDLE, _NEEDS_DECAY] = 0.0
     """rowwise_adagrad and adam only, whose fused kernels have it on a GPU: pulls the rows of a batch, and dense
-    parameters, towards 0. rowwise_adagrad adds weight_decay * weight to the gradient, adam takes learning_rate *
-    weight_decay * weight off the weight. On a CPU needs data-parallel tables, all of whose rows it pulls."""
+    parameters, towards 0. rowwise_adagrad adds weight_decay * weight to the gradient, adam subtracts learning_rate *
+    weight_decay * weight from the weight. On a CPU it needs data-parallel tables, and pulls all of their rows."""
 
     lr_warmup_steps: Annotated[int, Ge(0), Lt(2**53), Resume.FIXED, Scoring.IDLE] = 0
-    """Training steps in which the learning rate grows linearly to its full size."""
+    """Training steps over which the learning rate grows linearly to its full size."""
 
     lr_decay_start: Annotated[int, Ge(0), Lt(2**53), Resume.FIXED, Scoring.IDLE, needs("lr_decay_steps")] = 0
     """Training step after which the learning rate decays; lr_warmup_steps or more."""
 
     lr_decay_steps: Annotated[int, Ge(0), Lt(2**53), Resume.FIXED, Scoring.IDLE] = 0
-    """Training steps in which the learning rate falls, as the square of what is left of them, to 1e-7, where it stays.
-    0 is no decay."""
+    """Training steps over which the learning rate falls to 1e-7, with the square of the steps that are left. It stays
+    there. 0: no decay."""
 
     freeze: Annotated[Frozen, Resume.FIXED, Scoring.IDLE, optional("none", "TABLES|dense")] = None
-    """What training leaves as it is: names of tables (t_cat_0), large, all (tables) or dense (all parameters but the
-    tables), with commas or spaces between them. What is frozen has no optimizer state."""
+    """Parts of the model that training leaves as they are: names of tables (t_cat_0), large, all (tables) or dense (all
+    parameters that are not in tables), with commas or spaces between them. Frozen parts have no optimizer state."""
 
     @property
     def algorithm(self) -> OptimizerName:
-        """What --optimizer and --adagrad say together."""
+        """The optimizer that --optimizer and --adagrad ask for together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
     def table_state_floats(self, dim: int) -> int:
-        """State of a table's row of `dim` weights, in floats."""
+        """Floats of optimizer state of a table's row of `dim` weights."""
         return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[self.algorithm]
 
     @property
@@ -429,15 +429,15 @@ class TrainingConfig:
     epochs: Annotated[int, Gt(0), Lt(2**31), Resume.FREE, Scoring.IDLE] = 1
     """Passes over the training set."""
 
-    seed: Annotated[int | None, Ge(0), Lt(2**63), Resume.TAKEN_OVER, Scoring.COUNTS, optional("drawn anew", "INT")] = (
-        None
-    )
+    seed: Annotated[
+        int | None, Ge(0), Lt(2**63), Resume.TAKEN_OVER, Scoring.COUNTS, optional("drawn at random", "INT")
+    ] = None
     """Seed of weights, random data and shuffles: the same seed, machine and world size repeat a run bit for bit (on a
     CPU; not tried on a GPU). It is recorded in config.json."""
 
     pipeline: Annotated[Literal["base", "sparse_dist", "prefetch"], Resume.FREE, Scoring.COUNTS] = "sparse_dist"
     """How a step overlaps with the next ones. base: only the next batch's copy to the device. sparse_dist: also its
-    input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The numbers are the
+    input all-to-all. prefetch: also its cache lines, for tables in host memory that the GPU caches. The results are the
     same."""
 
     precision: Annotated[
@@ -445,7 +445,7 @@ class TrainingConfig:
     ] = None
     """Arithmetic of matrix products. tf32: TensorFloat-32, on A100 or newer GPUs. bf16: bfloat16 by autocast, on CPUs
     and GPUs; weights, optimizer states, gradients' sums, the logit and the loss stay in fp32. int16, int8: for CPUs
-    with AVX-512 VNNI, but without AMX. The MLPs' wider matrix products are of operands rounded to integers, in blocks
+    with AVX-512 VNNI, but without AMX. The MLPs' wider matrix products have operands rounded to integers, in blocks
     with a scale each. All else is as in fp32 with int16, and as in bf16 with int8, which is the faster one."""
 
     allow_tf32: Annotated[bool, Resume.FREE, Scoring.COUNTS, AliasOf("precision", "tf32")] = False
@@ -458,18 +458,18 @@ class TrainingConfig:
 
     @property
     def arithmetic(self) -> Precision:
-        """What --precision and --allow_tf32 say together."""
+        """The arithmetic that --precision and --allow_tf32 ask for together."""
         return "tf32" if self.allow_tf32 else self.precision or "fp32"
 
     @property
     def integers(self) -> Literal["int16", "int8"] | None:
-        """What the MLPs' wider matrix products go through, if through integers."""
+        """The integers of the MLPs' wider matrix products; None if these are of floats."""
         asked = self.arithmetic
         return asked if asked == "int16" or asked == "int8" else None
 
     @property
     def activations(self) -> Literal["fp32", "bf16"]:
-        """What activations are in, from the pooled rows on."""
+        """Precision of activations, from the pooled rows on."""
         return "bf16" if self.arithmetic in ("bf16", "int8") else "fp32"
 
 
@@ -527,7 +527,7 @@ _NEEDS_STATE = NoEffect(
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a training, and how it goes on from there."""
+    """When a training is saved, and what a training begins with."""
 
     checkpoint_every: Annotated[
         Every, Resume.FREE, Scoring.IDLE, optional("30m; never for random data", "STEPS|MINUTESm|never")
@@ -539,34 +539,36 @@ class CheckpointConfig:
     checkpoint_dir: Annotated[
         str | None, Resume.FREE, Scoring.IDLE, Repeat.LEFT_OUT, optional("checkpoints in run_dir", "FOLDER|ADDRESS")
     ] = None
-    """Where: a folder that all hosts see, or an address that fsspec knows, such as s3://bucket/run."""
+    """Where checkpoints are written: a folder that all hosts see, or an address that fsspec knows, such as
+    s3://bucket/run."""
 
     keep: Annotated[int, Ge(1), Resume.FREE, Scoring.IDLE, _NEEDS_CHECKPOINTS] = 2
-    """Checkpoints to keep: the newest ones, and beside them the one with the best validation AUROC."""
+    """How many of the newest checkpoints to keep. The one with the best validation AUROC is kept in addition."""
 
     checkpoint_mode: Annotated[Literal["async", "sync"], Resume.FREE, Scoring.IDLE, _NEEDS_CHECKPOINTS] = "async"
-    """async: training goes on while a copy is written; the copy takes as much host memory as tables and optimizer
+    """async: training continues while a copy is written; the copy takes as much host memory as tables and optimizer
     state. sync: training waits."""
 
     resume: Annotated[str, Resume.FREE, Scoring.IDLE, Repeat.LEFT_OUT, tyro.conf.arg(metavar="auto|never|PATH")] = (
         "auto"
     )
-    """auto: go on from the newest complete checkpoint of the run directory, where it holds one. PATH: from this
-    checkpoint, or the newest one in this folder, into a new run directory. never: start anew."""
+    """auto: continue from the newest complete checkpoint of the run directory, if it holds one. PATH: continue from
+    this checkpoint, or the newest one in this folder, in a new run directory. never: start from the beginning."""
 
     allow_changed_data: Annotated[bool, Resume.FREE, Scoring.IDLE, _NEEDS_RESUME, Repeat.LEFT_OUT] = False
-    """Resume although the data is not what the checkpoint was trained on. Epochs then begin at row 0 of this data;
-    steps, samples, learning rates and optimizer state continue."""
+    """Resume although the data is not that which the checkpoint was trained on. Epochs then begin at row 0 of this
+    data; steps, samples, learning rates and optimizer state continue."""
 
     init_from: Annotated[str | None, Resume.FREE, Scoring.IDLE, optional("weights are drawn", "PATH")] = None
     """Start a new run with the weights of this checkpoint, or of the newest one in this folder: of tables, which may
     have grown, and of all dense layers that fit."""
 
     init_optimizer: Annotated[bool, Resume.FREE, Scoring.IDLE, needs("init_from"), _NEEDS_STATE] = False
-    """Take the optimizer's state too with --init_from; its algorithm must be the same."""
+    """Also take the optimizer's state with --init_from; the optimizer must be the same."""
 
     allow_other_vocabulary: Annotated[bool, Resume.FREE, Scoring.COUNTS, _NEEDS_RESUME_OR_INIT, Repeat.LEFT_OUT] = False
-    """Take days of another vocabulary than those that the checkpoint was trained on: ids are then rows of others."""
+    """Accept days of another vocabulary than the checkpoint was trained on: an id then stands for another value than
+    its row has learned."""
 
     hang_timeout: Annotated[float, Ge(1.0), Lt(1e9), Resume.FREE, Scoring.COUNTS] = 600.0
     """Seconds without a step on any rank after which a rank that hangs is named and the run ends."""
@@ -588,14 +590,15 @@ class OutputConfig:
     run_dir: Annotated[
         str | None, Resume.FREE, Scoring.IDLE, Repeat.LEFT_OUT, optional("runs/<time>-<recipe or dataset>", "FOLDER")
     ] = None
-    """Folder for config, plan, metrics and summary."""
+    """Folder that gets config, plan, metrics and summary."""
 
     tensorboard: Annotated[bool, Resume.FREE, Scoring.IDLE] = False
-    """Write what metrics.jsonl says as TensorBoard's event files too, in the run directory's folder tensorboard."""
+    """Also write the content of metrics.jsonl as TensorBoard's event files, to the run directory's folder
+    tensorboard."""
 
     mlperf_log: Annotated[bool, Resume.FREE, Scoring.IDLE, _NEEDS_TARGET, _NEEDS_FIRST_STEP] = False
-    """Print the lines that MLPerf training's rules ask of DLRM v2 (:::MLLOG ...), and write them to the run directory's
-    mlperf_log.txt. Needs --validation_auroc, the target of the timed run."""
+    """Print the lines that the rules of MLPerf training require of DLRM v2 (:::MLLOG ...), and write them to the run
+    directory's mlperf_log.txt. Needs --validation_auroc, the target of the timed run."""
 
     log_every: Annotated[
         int | None, Gt(0), Resume.FREE, Scoring.IDLE, optional("a fiftieth of the epoch, at most 100", "INT")
@@ -609,7 +612,7 @@ class OutputConfig:
     """Print the learning rates of the tables and of the dense parts at every step."""
 
     print_sharding_plan: Annotated[bool, Resume.FREE, Scoring.COUNTS] = False
-    """Print where each embedding table lives, and the GiB per rank. The plan is saved in any case."""
+    """Print where each embedding table lives, and the GiB per rank. plan.json has the plan in any case."""
 
     profile: Annotated[int | None, Gt(0), Le(1000), Resume.FREE, Scoring.IDLE, optional("none", "STEPS")] = None
     """Training steps to trace on every rank, after 5 that warm up: trace_rank{r}.json.gz in the run directory, for
@@ -618,7 +621,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All flags of a run. `checks.check_config` says whether they make sense together."""
+    """All flags of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -630,13 +633,13 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     config: Annotated[str | None, Resume.FREE, Scoring.IDLE, optional("none", "FILE")] = None
-    """config.json of a run, which starts the same run again in a new run directory. Other flags change single
-    fields."""
+    """config.json of a run. The same run starts again in a new run directory; other flags change single fields of
+    it."""
 
     recipe: Annotated[str | None, Resume.FREE, Scoring.FIXED, optional("none", "NAME")] = None
-    """A complete named run that the other flags change: debug_cpu, kaggle, kaggle_sample, mlperf_v1, mlperf_v2,
-    spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80. With --help beside it, its values stand as the
-    defaults."""
+    """A complete named run; other flags change single fields of it: debug_cpu, kaggle, kaggle_sample, mlperf_v1,
+    mlperf_v2, spec_mlperf_a100x8, spec_mlperf_x2_a100x16, spec_full_size_a100x80. --help beside it shows its values as
+    the defaults."""
 
     @property
     def is_random(self) -> bool:
@@ -645,14 +648,14 @@ class Config:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Tables, in order, and `dense`, that --freeze keeps as they are."""
+        """Tables, in order, and `dense`, that --freeze leaves as they are."""
         names = self.optimizer.freeze
         needs_large = names is not None and "large" in names.split(",")
         return frozen_parts(names, self.large_tables if needs_large else ())
 
     @property
     def frozen_tables(self) -> tuple[str, ...]:
-        """Tables that --freeze keeps as they are."""
+        """Tables that --freeze leaves as they are."""
         return tuple(name for name in self.frozen if name != DENSE)
 
     @property
@@ -691,7 +694,7 @@ class Config:
         )
 
     def table_state_floats(self, table: str, dim: int) -> int:
-        """Optimizer state of a row of `dim` weights of a table, in floats."""
+        """Floats of optimizer state of a row of `dim` weights of a table; 0 if it is frozen."""
         return 0 if table in self.frozen_tables else self.optimizer.table_state_floats(dim)
 
     def to_json(self) -> dict[str, Any]:
@@ -703,7 +706,7 @@ class Config:
         """The config that `to_json` wrote.
 
         Raises:
-            ConfigError: if it was written by another version, or holds a field this one does not know.
+            ConfigError: if another version wrote it, it has an unknown field, or a value is not of its field's type.
         """
         if not isinstance(content, dict) or "config_version" not in content:
             raise ConfigError(f"has no config_version, expected {CONFIG_VERSION}")
@@ -733,7 +736,7 @@ class Config:
 
         Raises:
             ConfigError: as `from_json` does.
-            ValueError: if it is no JSON.
+            ValueError: if the text is not JSON.
         """
         try:
             return Config.from_json(json.loads(text))

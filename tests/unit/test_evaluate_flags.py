@@ -156,7 +156,7 @@ def test_limits_of_a_set_that_is_not_scored(split, flag):
         (["--checkpoint", "{path}", "--split", "train"], "--split train: expected one of val, test, both"),
         (["--checkpoint", "{path}", "--test_batch_sise", "3"], "did you mean --test_batch_size"),
         (["--checkpoint", "{path}", "--test_batch_size", "0"], "--test_batch_size 0: expected more than 0"),
-        (["--checkpoint", "{path}", "--json", "{folder}"], "can't be written (is a folder). Expected a file's name"),
+        (["--checkpoint", "{path}", "--json", "{folder}"], "can't be written (is a folder). Expected a file in"),
         (["--checkpoint", "{path}", "--embedding_dim", "16"], "--embedding_dim 64 (here 16)"),
         (["--checkpoint", "{path}", "--epochs", "2"], "--epochs: changes nothing"),
         (["--checkpoint", "{link}"], "is a link, which is not followed"),
