@@ -52,7 +52,7 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
 
 def rows_at_once(config: Config, device: torch.device) -> int | None:
     """`rows_at_once` for DLRMTrain: ROWS_AT_ONCE if some batch on a CPU is larger, else None."""
-    largest = max(config.data.batch_size, config.data.test_batch_size or 0)
+    largest = config.data.largest_batch_size
     is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > ROWS_AT_ONCE
     return ROWS_AT_ONCE if is_bounded else None
 
@@ -94,7 +94,7 @@ def _plan_arguments(
     constraints = constraints_of(config.sharding, config.model)
     return (
         make_sharder(config),
-        max(config.data.batch_size, config.data.test_batch_size or 0),
+        config.data.largest_batch_size,
         hotness_of(config),
         constraints,
         allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),

@@ -134,7 +134,7 @@ def _limit(config: Config, stage: Stage) -> int | None:
 def _limited_rows(source: Checkpoint, stage: Stage) -> int | None:
     """Rows that the limit of the run that wrote the checkpoint stood for."""
     data, limit = source.config.data, _limit(source.config, stage)
-    return None if limit is None else limit * (data.test_batch_size or data.batch_size) * source.manifest.world_size
+    return None if limit is None else limit * data.evaluation_batch_size * source.manifest.world_size
 
 
 def _describe(

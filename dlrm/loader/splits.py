@@ -320,7 +320,7 @@ def _spend_counts(table_rows: tuple[int, ...], budget: MemoryBudget) -> None:
 
 
 def _partition(data: DataConfig, stage: Stage, num_rows: int | None, world_size: int) -> Partition:
-    batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
+    batch_size = data.batch_size if stage == "train" else data.evaluation_batch_size
     limit = {"train": data.limit_train_batches, "val": data.limit_val_batches, "test": data.limit_test_batches}[stage]
     if num_rows is None:
         num_rows = (limit or DEFAULT_RANDOM_BATCHES) * batch_size * world_size

@@ -199,7 +199,7 @@ def _prepare_store(config: Config, path: Path, locks: Locks, *, may_resume: bool
         CheckpointError: if they can't, or if another training's are there.
         RunDirectoryError: if another run is using the folder.
     """
-    if config.checkpoint.checkpoint_every == "never":
+    if config.checkpoint_interval.is_never:
         return
     address = store_address(config, path)
     store = open_store(address)
@@ -313,13 +313,6 @@ def check_left(foundation: Foundation, start: Start) -> None:
     raise CheckpointError(
         f"{source.address}: nothing is left to train: {why}, or begin a new training with its weights: --init_from."
     ).raised_everywhere()
-
-
-def with_seed_of(config: Config, source: Checkpoint | None) -> Config:
-    """The config with the checkpoint's seed."""
-    if source is None:
-        return config
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=source.config.training.seed))
 
 
 def restore_training(foundation: Foundation, source: Checkpoint, position: Position) -> bytes:

@@ -1,9 +1,7 @@
 """Data, plan, model, training, summary: a run's steps, in order. Nothing is written before all of it is checked."""
 
-import dataclasses
 import importlib.util
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -29,7 +27,7 @@ from dlrm.train.environment import describe_environment
 from dlrm.train.guard import open_hooks
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training, with_seed_of
+from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training
 from dlrm.train.run_directory import RunDirectory
 from dlrm.train.summary import describe_samples, explain_target, summarize
 from dlrm.train.trainer import Trainer
@@ -43,7 +41,6 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
         Stopped: when a signal has ended training; what it had reached is saved.
     """
     on_main_rank(runtime, lambda: _check_output(config))
-    config = _with_interval(config)
     with Locks() as locks:
         try:
             start = find_start(config, runtime, locks)
@@ -51,8 +48,9 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
             if runtime.is_main:
                 print(finished, flush=True)
             return
-        config = on_main_rank(runtime, lambda: _with_seed(with_seed_of(config, start.source)))
-        _run_from(start, config, runtime, started, signals, locks)
+        saved = None if start.source is None else start.source.config
+        resolved = on_main_rank(runtime, lambda: config.resolve(saved))  # one rank draws the seed of all
+        _run_from(start, resolved, runtime, started, signals, locks)
 
 
 def _run_from(
@@ -165,19 +163,6 @@ def _open_sinks(
 def _check_output(config: Config) -> None:
     if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard: the package tensorboard is not installed. Install it, or leave the flag out.")
-
-
-def _with_interval(config: Config) -> Config:
-    """The config, with how often checkpoints are written."""
-    every = config.checkpoint.checkpoint_every or ("never" if config.is_random else "30m")
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, checkpoint_every=every))
-
-
-def _with_seed(config: Config) -> Config:
-    """The config with a seed, drawn if it has none."""
-    seed = config.training.seed
-    drawn = dataclasses.replace(config.training, seed=secrets.randbits(31) if seed is None else seed)
-    return dataclasses.replace(config, training=drawn)
 
 
 def _note_other_ranks(config: Config, runtime: Runtime) -> None:

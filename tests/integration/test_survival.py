@@ -367,7 +367,7 @@ def _never(*_: Any, **__: Any) -> None:
         (["--checkpoint_dir", "nosuch://place"], "nosuch://place: Protocol not known: nosuch"),
         (["--checkpoint_dir", "s3://bucket/run", "--resume", "never"], "s3://bucket/run: Install s3fs"),
         (["--checkpoint_dir", "/dev/null/here"], "/dev/null/here: can't be written (Not a directory)"),
-        (["--checkpoint_dir", "memory://here"], "memory://here: is gone when the process is"),
+        (["--checkpoint_dir", "memory://here"], "memory://here: an in-memory store is lost when the process ends"),
         (["--checkpoint_dir", "{run}/metrics.jsonl/here"], "is where the run writes a file"),
     ],
 )
