@@ -307,10 +307,6 @@ class OptimizerConfig:
         """What --optimizer and --adagrad say together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
-    def table_state_floats(self, dim: int) -> int:
-        """State of a table's row of `dim` weights, in floats."""
-        return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[self.algorithm]
-
     @property
     def dense_rate(self) -> float:
         """Step size of the dense parts."""
@@ -517,10 +513,6 @@ class Config:
     def large_tables(self) -> list[str]:
         """Tables of --large_table_gib or more."""
         return large_tables(self.model.table_rows, self.model.embedding_dim, self.sharding.large_table_gib)
-
-    def table_state_floats(self, table: str, dim: int) -> int:
-        """Optimizer state of a row of `dim` weights of a table, in floats."""
-        return 0 if table in self.frozen_tables else self.optimizer.table_state_floats(dim)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_json` restores an equal config."""

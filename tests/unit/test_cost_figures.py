@@ -5,10 +5,16 @@ from typing import Any
 
 import pytest
 
-from dlrm.bench.harness.floor import embedding_work, evaluation_work, interaction_work, training_work
 from dlrm.bench.harness.shape import make_model
 from dlrm.config.config import Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
 from dlrm.cost.hardware import GIB, HardwareConfig, hardware_of, parse_cluster
+from dlrm.cost.least_work import (
+    least_embedding_work,
+    least_evaluation_work,
+    least_interaction_work,
+    least_training_work,
+)
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.plan.forecast import predict
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement
@@ -24,7 +30,7 @@ def place(config: Config, kinds: list[tuple[str, str, tuple[int, ...]]]) -> Plac
     tables = []
     for number, name in enumerate(TABLE_NAMES):
         sharding, kernel, ranks = kinds[number % len(kinds)]
-        floats = config.table_state_floats(name, DIM)
+        floats = table_state_floats(config, name, DIM)
         whole = 4 * ROWS * (DIM + floats) / GIB
         held = whole if sharding == "data_parallel" else whole / len(ranks)
         gib, state = 4 * ROWS * DIM / GIB, 4 * ROWS * floats / GIB
@@ -133,10 +139,10 @@ def test_figures_of_a_plan(case: str) -> None:
 )
 def test_figures_of_a_floor(optimizer: str, num_bytes: int) -> None:
     model = make_model((ROWS,) * 26)
-    training = training_work(model, optimizer, 4096, 100_000, 2)
+    training = least_training_work(model, optimizer, 4096, 100_000, 2)
     assert (training.flop, training.num_bytes) == (59_176_386_560, num_bytes)
-    evaluation = evaluation_work(model, 4096, 100_000)
+    evaluation = least_evaluation_work(model, 4096, 100_000)
     assert (evaluation.flop, evaluation.num_bytes) == (19_743_637_504, 51_855_360)
     # Integers, which a result's JSON shows without a point.
-    works = training, evaluation, interaction_work(model, 4096, 4), embedding_work(128, optimizer, 100_000)
+    works = training, evaluation, least_interaction_work(model, 4096, 4), least_embedding_work(128, optimizer, 100_000)
     assert all(isinstance(number, int) for work in works for number in (work.flop, work.num_bytes))
