@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm.cost.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
-from dlrm.cost.step import Step, Workload, build_step
+from dlrm.cost.step import Step, StepWorkload, build_step
 from dlrm.plan.forecast import reached
 
 Vector = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ class Sample:
     """
 
     case: str
-    load: Workload
+    load: StepWorkload
     shape: ClusterShape
     peak: Hardware
     seconds: float
@@ -73,7 +73,7 @@ class Sample:
         return expected_step(self.load, self.shape, knobs.on(self.peak))
 
 
-def expected_step(load: Workload, shape: ClusterShape, hardware: Hardware) -> Step:
+def expected_step(load: StepWorkload, shape: ClusterShape, hardware: Hardware) -> Step:
     """The cost model's step, in fp32."""
     return build_step(load, *reached(hardware, shape, "fp32"))
 

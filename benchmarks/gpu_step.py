@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.gpu_kernels import Clock
 from dlrm.assembly.foundation import lay_foundation
-from dlrm.bench.harness.floor import training_work
 from dlrm.config.config import (
     PROFILE_WARM_UP_STEPS,
     Config,
@@ -34,6 +33,8 @@ from dlrm.config.config import (
     TrainingConfig,
 )
 from dlrm.config.recipes import MLPERF_ROWS
+from dlrm.cost.least_work import least_training_work
+from dlrm.cost.optimizer_state import state_floats
 from dlrm.loader.batch import Batch
 from dlrm.loader.splits import open_run_splits
 from dlrm.metrics.training import TrainingMeter
@@ -78,7 +79,7 @@ def fit_rows(rows: tuple[int, ...], bytes_per_row: float, available: float) -> t
 def make_config(case: Case, device: torch.device) -> Config:
     """MLPerf v1's shape with tables as large as fit."""
     optimizer = OptimizerConfig(optimizer=case.optimizer, learning_rate=0.01)
-    bytes_per_row = 4 * (DIM + optimizer.table_state_floats(DIM))
+    bytes_per_row = 4 * (DIM + state_floats(case.optimizer, DIM))
     reserved = ShardingConfig.reserved_memory_share
     if case.cap_gib is not None:
         available = case.cap_gib * 2**30
@@ -142,21 +143,15 @@ def measure_ids(loop: Loop, config: Config, case: Case, runtime: Runtime, expone
         clock.lap()
     total_ms = clock.stop()
     laps = clock.laps()
+    width = 2 if case.precision == "bf16" else 4
+    work = least_training_work(config.model, case.optimizer, case.batch_size, round(statistics.mean(distinct)), width)
     return {
         "samples_per_second": 1000 * case.steps * case.batch_size / total_ms,
         "step_ms": laps,
         "median_step_ms": statistics.median(laps),
         "first_step_ms": first_step_ms,
         "distinct_rows": statistics.mean(distinct),
-        "work": asdict(
-            training_work(
-                config.model,
-                case.optimizer,
-                case.batch_size,
-                round(statistics.mean(distinct)),
-                2 if case.precision == "bf16" else 4,
-            )
-        ),
+        "work": {"flop": work.flop, "num_bytes": work.num_bytes},
         "host_syncs": find_host_syncs(loop, batches, runtime),
         "copy_batch_ms": time_copy(own[0], runtime.device),
     }

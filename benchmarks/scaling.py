@@ -18,6 +18,7 @@ from dlrm.bench.harness.provenance import write_result
 from dlrm.config.config import Config
 from dlrm.config.recipes import spec_full_size_a100x80
 from dlrm.cost.hardware import GIB, ClusterShape, Hardware, HardwareConfig, hardware_of
+from dlrm.cost.optimizer_state import state_floats
 from dlrm.errors import DoesNotFitError
 from dlrm.plan.forecast import predict
 from dlrm.plan.search import Placing
@@ -85,7 +86,7 @@ def place_by_rule(config: Config, ranks: int) -> Placement:
     for number, (name, rows) in enumerate(zip(TABLE_NAMES, model.table_rows, strict=True)):
         dealt = range(number * parts, (number + 1) * parts)
         held = sorted(part % hosts * RANKS_PER_HOST + part // hosts % RANKS_PER_HOST for part in dealt)
-        floats = dim + config.optimizer.table_state_floats(dim)
+        floats = dim + state_floats(config.optimizer.algorithm, dim)
         gib = 4 * rows * dim / GIB
         tables.append(
             TablePlacement(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dlrm.assembly.pipeline import build_pipeline, check_pipeline
 from dlrm.checkpoint.tensors import State, count_state, training_state
 from dlrm.config.checks import check_profile
 from dlrm.config.config import Config
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.dataset.binary_days import Stage
 from dlrm.dataset.cautions import Folded, compare_folded, describe_days, find_copies, measure_each_part
 from dlrm.kernels.native import describe_kernels
@@ -90,7 +92,7 @@ def lay_foundation(
     model = build_model(config, runtime, is_restored=is_restored)
     cluster = Cluster.detect(runtime, config.sharding)
     plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
-    placement = describe_plan(plan, model, runtime.world_size, config.table_state_floats)
+    placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     budget = budget_of(runtime)
     budget.spend(placement.host_bytes(cluster) // runtime.block_size)

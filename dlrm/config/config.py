@@ -412,10 +412,6 @@ class OptimizerConfig:
         """The optimizer that --optimizer and --adagrad ask for together."""
         return "adagrad" if self.adagrad else self.optimizer or "sgd"
 
-    def table_state_floats(self, dim: int) -> int:
-        """Floats of optimizer state of a table's row of `dim` weights."""
-        return {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim}[self.algorithm]
-
     @property
     def dense_rate(self) -> float:
         """Step size of the dense parts."""
@@ -692,10 +688,6 @@ class Config:
             training=dataclasses.replace(self.training, seed=secrets.randbits(31) if seed is None else seed),
             checkpoint=dataclasses.replace(self.checkpoint, checkpoint_every=self.checkpoint_interval),
         )
-
-    def table_state_floats(self, table: str, dim: int) -> int:
-        """Floats of optimizer state of a row of `dim` weights of a table; 0 if it is frozen."""
-        return 0 if table in self.frozen_tables else self.optimizer.table_state_floats(dim)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_json` restores an equal config."""

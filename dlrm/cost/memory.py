@@ -1,16 +1,16 @@
-"""What a rank's memory holds while it trains. Arithmetic only, no torch. Letters as in cost.py."""
+"""What a rank's memory holds while it trains. Arithmetic only, no torch. Letters as in work.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from dlrm.config.config import ModelConfig
+from dlrm.config.config import ModelConfig, OptimizerName
+from dlrm.cost.optimizer_state import state_floats
 from dlrm.cost.work import (
     FLOAT,
     ID,
     LENGTH,
-    STATE_COPIES,
-    Table,
+    TableWorkload,
     dense_layers,
     dense_parameters,
     over_layers,
@@ -25,13 +25,13 @@ class RankMemory:
     """Bytes of a rank's device memory.
 
     Attributes:
-        weights: of its parts of tables, those in host memory left out, and of the dense parts.
-        optimizer: state of the same.
-        activations: batches, buffers of the exchanges, layers' outputs; gradients of the dense parts and of replicated
-            tables.
-        reserve: what of the reserved share the dense parts and activations leave.
-        free: what more tables may take; less than nothing where activations need more than there is.
-        on_host: of tables and their state, in the host's memory.
+        weights: weights of the dense parts and of its parts of tables, without those in host memory.
+        optimizer: optimizer state of the same.
+        activations: batches, buffers of the exchanges, outputs of layers; gradients of the dense parts and of
+            replicated tables.
+        reserve: what the dense parts and activations leave of the reserved share.
+        free: what is left for more tables; negative if activations need more than there is.
+        on_host: weights and optimizer state of tables in the host's memory.
     """
 
     weights: float
@@ -44,8 +44,8 @@ class RankMemory:
 
 def memory_of_ranks(
     model: ModelConfig,
-    tables: Sequence[Table],
-    optimizer: str,
+    tables: Sequence[TableWorkload],
+    optimizer: OptimizerName,
     pipeline: str,
     samples: int,
     width: int,
@@ -53,15 +53,17 @@ def memory_of_ranks(
     device_bytes: float,
     reserved_share: float,
 ) -> list[RankMemory]:
-    """Of each rank.
+    """The memory of each rank.
 
-    Tables: 4 * R * (D + state) * share. Dense parts: 4 * parameters * (1 + state copies). Gradients: 4 * parameters,
-    and 4 * R * D of each replicated table. Activations: see `_dense_activations` and `_exchange_buffers`.
+    Tables: 4 * R * (D + state) * share. Dense parts: 4 * parameters * (1 + state). Gradients: 4 * parameters, and
+    4 * R * D of each replicated table. Activations: see `_dense_activations` and `_exchange_buffers`.
 
     Args:
-        pipeline: base, sparse_dist or prefetch, by which batches are in flight.
-        samples: of a rank's batch.
+        pipeline: base, sparse_dist or prefetch; decides how many batches are in flight.
+        samples: samples of a rank's batch.
         width: bytes of an activation.
+        device_bytes: memory of a rank's device.
+        reserved_share: share of it that is kept for dense parts and activations.
     """
     parameters = dense_parameters(model)
     weights, states, hosted = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
@@ -74,12 +76,13 @@ def memory_of_ranks(
     batches = _BATCHES_IN_FLIGHT[pipeline] * samples * sample_bytes([table.hotness for table in tables])
     gradients = FLOAT * parameters + sum(table.weight_bytes for table in tables if table.is_replicated)
     shared = batches + _dense_activations(model, samples, width) + gradients
+    dense_state = FLOAT * parameters * state_floats(optimizer, 1)
     found = []
     for rank in range(ranks):
         held_weights = weights[rank] + FLOAT * parameters
-        held_states = states[rank] + FLOAT * parameters * STATE_COPIES[optimizer]
+        held_states = states[rank] + dense_state
         activations = shared + buffers[rank]
-        in_reserve = activations + FLOAT * parameters * (1 + STATE_COPIES[optimizer])
+        in_reserve = activations + (FLOAT * parameters + dense_state)
         reserve = max(0.0, device_bytes * reserved_share - in_reserve)
         free = device_bytes - held_weights - held_states - activations - reserve
         found.append(RankMemory(held_weights, held_states, activations, reserve, free, hosted[rank]))
@@ -87,10 +90,10 @@ def memory_of_ranks(
 
 
 def _dense_activations(model: ModelConfig, samples: int, width: int) -> float:
-    """Kept for backward, and the largest gradients beside them.
+    """Bytes of the activations that the backward pass needs, and of the largest gradients beside them.
 
-    width * B * (outputs of all layers + 2 * V * D + 2 * widest layer): the vectors that interact with their gradients,
-    and a layer's incoming and outgoing gradient.
+    width * B * (outputs of all layers + 2 * V * D + 2 * widest layer). 2 * V * D are the interacting vectors and their
+    gradients; 2 * widest layer are the incoming and the outgoing gradient of a layer.
     """
     flat = model.num_vectors * model.embedding_dim
     kept = [*dense_layers(model)[1:], *over_layers(model)]
@@ -101,12 +104,13 @@ def _dense_activations(model: ModelConfig, samples: int, width: int) -> float:
     return width * samples * (sum(kept) + 2 * flat + 2 * max(kept))
 
 
-def _exchange_buffers(tables: Sequence[Table], samples: int, ranks: int) -> list[float]:
-    """Of each rank: ids and lengths that it was sent, of two batches; pooled rows of all ranks' samples for the tables
-    that it holds, and their gradients; pooled rows of all tables for its own samples, and their gradients.
+def _exchange_buffers(tables: Sequence[TableWorkload], samples: int, ranks: int) -> list[float]:
+    """Bytes of the exchanges' buffers, by rank.
 
-    2 * W * (4 * B * H / row_splits + 4 * B) + W * B * columns * (pooled + gradient bytes) of each table held, and B * D
-    * (pooled + gradient bytes) of each table.
+    A rank keeps the ids and lengths of two batches, from all ranks, for each table that it holds; pooled rows of all
+    ranks' samples for these tables, with their gradients; and pooled rows of all tables for its own samples, with their
+    gradients. Each table held: 2 * W * (4 * B * H / row_splits + 4 * B) + W * B * columns * (pooled + gradient bytes).
+    Each table: B * D * (pooled + gradient bytes).
     """
     own = sum(samples * table.dim * (table.pooled_bytes + table.gradient_bytes) for table in tables)
     sizes = [float(own)] * ranks

@@ -1,26 +1,26 @@
 """What ranks send each other in a step, and the seconds it takes. Arithmetic only, no torch.
 
-Letters as in cost.py; L ranks of a host, N = W / L hosts, c bytes of a number that travels.
+Letters as in work.py; also L ranks of a host, N = W / L hosts, c bytes of a number that is sent.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dlrm.cost.work import FLOAT, ID, LENGTH, Table
+from dlrm.cost.work import FLOAT, ID, LENGTH, TableWorkload
 
 
 @dataclass(frozen=True)
 class Network:
-    """Ranks and what links them, peak numbers times their efficiency already.
+    """Ranks and the links between them: peak bandwidths, times the share of them that is reached.
 
     Attributes:
-        intra_bytes_per_second: that a rank sends to its host's others.
-        inter_bytes_per_second: that a host sends to other hosts.
-        latency_seconds: of a collective of no bytes, however many ranks it has.
-        message_seconds: what it takes more for each message that a rank sends after another.
-        ring_share: bandwidth of reduce-scatters and all-gathers, over these.
-        reduction_share: bandwidth of all-reduces, over these.
+        intra_bytes_per_second: bytes/s that a rank sends to the other ranks of its host.
+        inter_bytes_per_second: bytes/s that a host sends to other hosts.
+        latency_seconds: time of an empty collective, whatever the number of ranks.
+        message_seconds: extra time for each message, as a rank sends them one after the other.
+        ring_share: share of these bandwidths that reduce-scatters and all-gathers reach.
+        reduction_share: share of these bandwidths that all-reduces reach.
     """
 
     ranks: int
@@ -34,16 +34,16 @@ class Network:
 
     @property
     def hosts(self) -> int:
-        """N = W / L."""
+        """Number of hosts, N = W / L."""
         return self.ranks // self.ranks_per_host
 
     @property
     def neighbours(self) -> int:
-        """Messages of a rank to all others, one to each of its host and to each other host: L - 1 + N - 1."""
+        """Messages of a rank to all others, L - 1 + N - 1: one to each rank of its host, one to each other host."""
         return self.ranks_per_host - 1 + self.hosts - 1
 
     def waiting(self, messages: int) -> float:
-        """latency + messages * message (s): of a collective of no bytes."""
+        """Seconds of an empty collective: latency + messages * message."""
         return self.latency_seconds + messages * self.message_seconds
 
 
@@ -52,10 +52,10 @@ class Collective:
     """One exchange of a step.
 
     Attributes:
-        bytes_per_rank: that leave a rank, the most of any.
-        inter_host_bytes: that leave or enter a host, the most of any.
-        num_bytes: that leave all ranks.
-        bound_by: what takes the longest in it.
+        bytes_per_rank: bytes that leave the rank that sends the most.
+        inter_host_bytes: bytes that leave or enter the host with the most of them.
+        num_bytes: bytes that all ranks send together.
+        bound_by: what takes most of its time.
     """
 
     name: str
@@ -76,8 +76,13 @@ def _timed(
     messages: int,
     share: float = 1.0,
 ) -> Collective:
-    """seconds = latency + messages * message + max(local / intra, inter_host / inter) / share; `local` is the most of a
-    rank, `share` of the bandwidths is what this collective reaches."""
+    """A collective with its time: latency + messages * message + max(local / intra, inter_host / inter) / share.
+
+    Args:
+        local: bytes within a host, of the rank with the most of them.
+        inter_host: bytes between hosts, of the host with the most of them.
+        share: share of the bandwidths that this collective reaches.
+    """
     limits = {
         "bandwidth within a host": local / network.intra_bytes_per_second / share,
         "bandwidth between hosts": inter_host / network.inter_bytes_per_second / share,
@@ -91,13 +96,17 @@ def _timed(
 def all_to_all(
     network: Network, name: str, to_all: Sequence[float], to_peers: Sequence[float], *, reverse: bool = False
 ) -> Collective:
-    """An exchange in which rank r sends `to_all[r]` bytes to each other rank, and `to_peers[r]` to its namesake (the
-    rank with its local number) on each other host. `reverse`: in the other direction, with the same time.
+    """An all-to-all in which ranks send different amounts.
 
-    A rank sends to_all * (L - 1) within its host, and to_all * (W - L) + to_peers * (N - 1) to others, which all ranks
-    of a host share. It receives what the others send it. The largest of sent and received of any rank or host counts.
-    L - 1 messages one after the other within its host, and N - 1 to others: what a host's ranks send to one rank
-    elsewhere travels together (NCCL 2.12's PXN; gloo sends each by itself).
+    A rank sends to_all * (L - 1) bytes within its host, and to_all * (W - L) + to_peers * (N - 1) to other hosts, over
+    a link that all ranks of its host share. It receives what the others send to it. The largest amount that any rank
+    or host sends or receives decides. A rank sends L - 1 messages within its host and N - 1 to other hosts, one after
+    the other: what a host's ranks send to one rank elsewhere is sent together (NCCL 2.12's PXN; gloo sends it apart).
+
+    Args:
+        to_all: bytes that each rank sends to each other rank.
+        to_peers: bytes that each rank sends to the rank with its local number on each other host.
+        reverse: everything is sent in the other direction. It takes the same time.
     """
     width, hosts = network.ranks_per_host, network.hosts
     local_sum = [sum(to_all[first : first + width]) for first in range(0, network.ranks, width)]
@@ -121,11 +130,11 @@ def all_to_all(
 
 
 def ring(network: Network, name: str, payload: float, *, passes: int = 1) -> Collective:
-    """A ring over all ranks: reduce-scatter or all-gather (`passes` 1) or all-reduce (2) of `payload` bytes.
+    """A ring over all ranks: reduce-scatter or all-gather (`passes` 1) or all-reduce (`passes` 2) of `payload` bytes.
 
-    Each rank sends passes * payload * (W - 1) / W bytes to the next, of each host one to the next host (Patarasuk and
-    Yuan, JPDC 2009), in passes * (W - 1) messages one after the other. An all-reduce that waits for fewer in a tree,
-    2 * (L - 1 + log2 N) as NCCL reckons (src/graph/tuning.cc), takes that.
+    Each rank sends passes * payload * (W - 1) / W bytes to the next rank, and one rank of each host sends them to the
+    next host (Patarasuk and Yuan, JPDC 2009), in passes * (W - 1) messages one after the other. An all-reduce uses a
+    tree if it waits for fewer messages there: 2 * (L - 1 + log2 N), as NCCL counts them (src/graph/tuning.cc).
     """
     sent = passes * payload * (network.ranks - 1) / network.ranks
     inter_host = sent if network.hosts > 1 else 0.0
@@ -138,16 +147,18 @@ def ring(network: Network, name: str, payload: float, *, passes: int = 1) -> Col
 
 
 def host_rings(network: Network, name: str, payloads: Sequence[float]) -> Collective:
-    """A ring in each host, of `payloads[host]` bytes: each of its ranks sends payload * (L - 1) / L, in L - 1
-    messages."""
+    """A ring in each host, of `payloads[host]` bytes: each rank sends payload * (L - 1) / L in L - 1 messages."""
     width = network.ranks_per_host
     sent = [payload * (width - 1) / width for payload in payloads]
     return _timed(network, name, max(sent), max(sent), 0.0, sum(sent) * width, width - 1, network.ring_share)
 
 
-def input_exchange(network: Network, tables: Sequence[Table], samples: int) -> list[Collective]:
-    """Ids and lengths to the ranks that hold their tables: from each rank 4 * B * H / row_splits + 4 * B bytes to each
-    holder. First the sizes are exchanged, then lengths and ids apart: two all-to-alls of no bytes more."""
+def input_exchange(network: Network, tables: Sequence[TableWorkload], samples: int) -> list[Collective]:
+    """Ids and lengths go to the ranks that hold their tables.
+
+    Each rank sends 4 * B * H / row_splits + 4 * B bytes to each holder of a table. Sizes are exchanged first, and
+    lengths and ids separately: that adds the time of two empty all-to-alls.
+    """
     received = [0.0] * network.ranks
     for table in _sharded(tables):
         size = ID * samples * table.hotness / table.row_splits + LENGTH * samples
@@ -160,28 +171,31 @@ def input_exchange(network: Network, tables: Sequence[Table], samples: int) -> l
     return [replace(exchanged, seconds=exchanged.seconds + 2 * network.waiting(network.neighbours))]
 
 
-def pooled_exchange(network: Network, tables: Sequence[Table], samples: int) -> list[Collective]:
-    """Pooled rows to the ranks whose samples they are."""
+def pooled_exchange(network: Network, tables: Sequence[TableWorkload], samples: int) -> list[Collective]:
+    """Pooled rows go to the ranks whose samples they belong to."""
     return _exchange(network, tables, samples, "pooled", ("reduce-scatter", "all-to-all"), lambda t: t.pooled_bytes)
 
 
-def gradient_exchange(network: Network, tables: Sequence[Table], samples: int) -> list[Collective]:
-    """Gradients of pooled rows to the ranks that hold the tables: the same ways back."""
+def gradient_exchange(network: Network, tables: Sequence[TableWorkload], samples: int) -> list[Collective]:
+    """Gradients of pooled rows go back the same way, to the ranks that hold the tables."""
     parts = _exchange(network, tables, samples, "gradient", ("all-gather", "all-to-all"), lambda t: t.gradient_bytes)
     return parts[::-1]
 
 
 def _exchange(
     network: Network,
-    tables: Sequence[Table],
+    tables: Sequence[TableWorkload],
     samples: int,
     what: str,
     kinds: tuple[str, str],
-    width: Callable[[Table], int],
+    width: Callable[[TableWorkload], int],
 ) -> list[Collective]:
-    """Whole rows: c * B * columns from a holder to each other rank. Split by rows over all ranks: a ring of c * W * B *
-    D bytes. Split by rows in a host: a ring there of c * W * B * columns, then c * B * columns from each of its ranks
-    to its namesake on each other host."""
+    """Bytes of the exchange, by how tables are split.
+
+    Whole rows: a holder sends c * B * columns to each other rank. Rows split over all ranks: a ring of c * W * B * D.
+    Rows split within a host: a ring there of c * W * B * columns, then each of its ranks sends c * B * columns to the
+    rank with its local number on each other host.
+    """
     if network.ranks == 1:
         return []
     ring_name, exchange_name = (f"{what} {kind}" for kind in kinds)
@@ -213,11 +227,11 @@ def dense_reduction(network: Network, parameters: int) -> list[Collective]:
     return [] if network.ranks == 1 else [ring(network, "dense all-reduce", FLOAT * parameters, passes=2)]
 
 
-def replicated_reduction(network: Network, tables: Sequence[Table]) -> list[Collective]:
-    """All-reduce of the gradients of replicated tables, all their rows, 4 bytes a number."""
+def replicated_reduction(network: Network, tables: Sequence[TableWorkload]) -> list[Collective]:
+    """All-reduce of the gradients of replicated tables: all their rows, 4 bytes a number."""
     size = sum(table.weight_bytes for table in tables if table.is_replicated)
     return [] if network.ranks == 1 or not size else [ring(network, "replicated tables all-reduce", size, passes=2)]
 
 
-def _sharded(tables: Sequence[Table]) -> list[Table]:
+def _sharded(tables: Sequence[TableWorkload]) -> list[TableWorkload]:
     return [table for table in tables if not table.is_replicated]

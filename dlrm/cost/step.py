@@ -1,4 +1,4 @@
-"""The timeline of a training step: what computes, what travels, what waits. Arithmetic only, no torch.
+"""The timeline of a training step: what computes, what is sent, what waits. Arithmetic only, no torch.
 
 docs/design/plan.md draws it and says what is assumed.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from dlrm.config.config import ModelConfig
+from dlrm.config.config import ModelConfig, OptimizerName
 from dlrm.cost import work as cost
 from dlrm.cost.network import (
     Collective,
@@ -19,18 +19,19 @@ from dlrm.cost.network import (
     pooled_exchange,
     replicated_reduction,
 )
-from dlrm.cost.work import Rates, Table, Work
+from dlrm.cost.work import Rates, TableWorkload, Work
 
 Part = Literal["lookup", "dense", "communication"]
 
 
 @dataclass(frozen=True)
-class Span:
-    """Something that takes time in a step, from `start` seconds after its begin, on the rank that is slowest in it.
+class TimelineSpan:
+    """One bar of the timeline, on the rank that takes the longest for it.
 
     Attributes:
-        part: what it counts as.
-        bound_by: what limits it.
+        part: what its time counts as.
+        start: seconds after the step began.
+        bound_by: the resource that limits it.
     """
 
     name: str
@@ -41,31 +42,31 @@ class Span:
 
     @property
     def end(self) -> float:
-        """When it is over."""
+        """Seconds from the begin of the step until the span is over."""
         return self.start + self.seconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step's timeline and what it adds up to.
+    """A step's timeline and its totals.
 
     Attributes:
-        samples: of all ranks.
-        seconds: from a step's begin to the next one's.
+        seconds: from the begin of a step to the begin of the next.
+        samples: samples of all ranks.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[TimelineSpan, ...]
     collectives: tuple[Collective, ...]
     seconds: float
     samples: int
 
     def seconds_of(self, part: Part) -> float:
-        """Of all spans of a part, hidden or not."""
+        """Sum of the part's spans, whether they are hidden behind others or not."""
         return sum(span.seconds for span in self.spans if span.part == part)
 
     @property
     def exposed_communication_seconds(self) -> float:
-        """In which nothing computes: the step less its lookups and dense parts, of which no two overlap."""
+        """Seconds in which nothing computes: the step less its lookups and dense spans, no two of which overlap."""
         return max(0.0, self.seconds - self.seconds_of("lookup") - self.seconds_of("dense"))
 
     @property
@@ -75,7 +76,7 @@ class Step:
 
     @property
     def bound_by(self) -> str:
-        """The part that the step spends most of its time in, its longest span, and what limits that."""
+        """The part that takes most of the step, its longest span, and the resource that limits that span."""
         shares = {
             "lookup": self.seconds_of("lookup"),
             "dense": self.seconds_of("dense"),
@@ -87,35 +88,39 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What a step does.
+class StepWorkload:
+    """What a step has to do.
 
     Attributes:
         batch_size: samples of a rank.
         width: bytes of an activation.
-        optimizer: sgd, adagrad, rowwise_adagrad or adam.
-        hides_input: a pipeline exchanges the next batch's ids during this step.
-        launches: kernels of the layers are launched one by one, not as a CUDA graph.
+        optimizer: optimizer of tables and dense parts.
+        hides_input: whether a pipeline exchanges the next batch's ids during this step.
+        launches: whether the layers' kernels are launched one by one, not as one CUDA graph.
     """
 
     model: ModelConfig
-    tables: Sequence[Table]
+    tables: Sequence[TableWorkload]
     batch_size: int
     width: int
-    optimizer: str
+    optimizer: OptimizerName
     hides_input: bool
     launches: bool
 
 
-def build_step(load: Workload, rates: Rates, network: Network) -> Step:
-    """Lays a step's parts on two lanes, one that computes and one that communicates, each part as soon as what it needs
-    is there and its lane is free.
+def build_step(load: StepWorkload, rates: Rates, network: Network) -> Step:
+    """Lays the parts of a step on two lanes, one that computes and one that communicates.
 
-    Lookup; pooled rows travel while the dense arch computes; interaction and over arch, forward and backward; gradients
-    of pooled rows travel while the dense arch's backward computes; tables are updated; dense gradients are reduced as
-    soon as the lane is free; dense parameters are updated. The next batch's ids travel whenever the lane is free
-    (hides_input), or before the lookup. A step lasts as long as its last part, and at least as long as all that
-    travels. Where nothing overlaps (`rates.overlaps`) the lanes are one.
+    A part starts as soon as its inputs are ready and its lane is free:
+
+        compute       lookup | dense arch  | interaction, over arch, | dense arch  | lookup backward,  | dense
+                             |             | and their backward      | backward    | update of tables  | update
+        communication        | pooled rows |                         | gradients of pooled rows,       | replicated
+                                                                     | dense all-reduce                | tables
+
+    The next batch's ids travel whenever the second lane is free (`hides_input`), or else before the lookup. A step
+    takes as long as its last part, and at least as long as everything that is sent. If nothing overlaps
+    (`rates.overlaps`), the two lanes are one.
     """
     works = _dense_works(load)
     lay = _Lanes(rates)
@@ -145,16 +150,11 @@ def build_step(load: Workload, rates: Rates, network: Network) -> Step:
     return Step(tuple(lay.spans), tuple(lay.collectives), seconds, batch * network.ranks)
 
 
-def _dense_works(load: Workload) -> dict[str, tuple[Work, Work]]:
-    model, batch, width = load.model, load.batch_size, load.width
-    return {
-        name: (forward, backward) if load.launches else (_in_one_launch(forward), _in_one_launch(backward))
-        for name, (forward, backward) in {
-            "dense": cost.mlp_work(cost.dense_layers(model), batch, width, needs_input_gradient=False),
-            "interaction": cost.interaction_work(model, batch, width),
-            "over": cost.mlp_work(cost.over_layers(model), batch, width),
-        }.items()
-    }
+def _dense_works(load: StepWorkload) -> dict[str, tuple[Work, Work]]:
+    works = cost.layer_works(load.model, load.batch_size, load.width)
+    if load.launches:
+        return works
+    return {name: (_in_one_launch(forward), _in_one_launch(backward)) for name, (forward, backward) in works.items()}
 
 
 def _in_one_launch(work: Work) -> Work:
@@ -162,19 +162,19 @@ def _in_one_launch(work: Work) -> Work:
 
 
 class _Lanes:
-    """The timeline as it grows."""
+    """The timeline while it is built: the spans so far, and when each lane is free again."""
 
     def __init__(self, rates: Rates) -> None:
-        self.spans: list[Span] = []
+        self.spans: list[TimelineSpan] = []
         self.collectives: list[Collective] = []
         self._rates = rates
         self._computes_until = 0.0
         self._sends_until = 0.0
 
     def compute(self, name: str, work: Work, ready: float, part: Part = "dense") -> float:
-        """Adds some work; returns when it is over."""
+        """Adds work that can start at `ready`; returns when it is over."""
         start = max(ready, self._computes_until)
-        span = Span(name, part, start, work.seconds(self._rates), work.bound_by(self._rates))
+        span = TimelineSpan(name, part, start, work.seconds(self._rates), work.bound_by(self._rates))
         self.spans.append(span)
         self._computes_until = span.end
         if not self._rates.overlaps:
@@ -182,9 +182,14 @@ class _Lanes:
         return span.end
 
     def look_up(
-        self, name: str, load: Workload, ranks: int, work_of: Callable[[Table, float, float], Work], ready: float
+        self,
+        name: str,
+        load: StepWorkload,
+        ranks: int,
+        work_of: Callable[[TableWorkload, float, float], Work],
+        ready: float,
     ) -> float:
-        """Adds the lookups of the rank that takes the longest."""
+        """Adds the lookups of the rank that takes the longest; returns when they are over."""
         works = [Work(kernels=2)] * ranks
         for table in load.tables:
             samples = load.batch_size * (1 if table.is_replicated else ranks)
@@ -195,10 +200,10 @@ class _Lanes:
         return self.compute(name, slowest, ready, "lookup")
 
     def send(self, collectives: Sequence[Collective], ready: float) -> float:
-        """Adds collectives, one after the other; returns when the last one is over, `ready` where there is none."""
+        """Adds collectives, one after the other; returns when the last one is over, or `ready` if there is none."""
         for one in collectives:
             start = max(ready, self._sends_until)
-            self.spans.append(Span(one.name, "communication", start, one.seconds, one.bound_by))
+            self.spans.append(TimelineSpan(one.name, "communication", start, one.seconds, one.bound_by))
             self.collectives.append(one)
             ready = self._sends_until = start + one.seconds
             if not self._rates.overlaps:
@@ -206,12 +211,12 @@ class _Lanes:
         return ready
 
     def send_anytime(self, collectives: Sequence[Collective]) -> None:
-        """Adds what may travel at any time of the step, in the longest pause between what else travels."""
+        """Adds collectives that may run at any time of the step, in the longest pause between the others."""
         for one in collectives:
             sends = sorted((s.start, s.end) for s in self.spans if s.part == "communication")
             ending = max(span.end for span in self.spans)
             edges = [(0.0, 0.0), *sends, (ending, ending)]
             pauses = [(after[0] - before[1], before[1]) for before, after in pairwise(edges)]
             _, start = max(pauses)
-            self.spans.append(Span(one.name, "communication", start, one.seconds, one.bound_by))
+            self.spans.append(TimelineSpan(one.name, "communication", start, one.seconds, one.bound_by))
             self.collectives.append(one)

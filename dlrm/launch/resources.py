@@ -8,6 +8,7 @@ from torchx import specs
 from torchx.util.types import to_dict
 
 from dlrm.config.config import MOST_RANKS, Config
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.errors import LaunchError
 from dlrm.schema.criteo import TABLE_NAMES
 
@@ -150,7 +151,7 @@ def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     device = "cuda" if gpus_per_host else "cpu"
     dim = config.model.embedding_dim
     tables = sum(
-        rows * (dim + config.table_state_floats(name, dim)) * _BYTES_PER_FLOAT
+        rows * (dim + table_state_floats(config, name, dim)) * _BYTES_PER_FLOAT
         for name, rows in zip(TABLE_NAMES, config.model.table_rows, strict=True)
     )
     has_copy = config.checkpoint.checkpoint_every != "never" and config.checkpoint.checkpoint_mode == "async"

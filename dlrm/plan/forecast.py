@@ -9,8 +9,9 @@ from dlrm.config.recipes import RANKS, RECIPES
 from dlrm.cost.hardware import GIB, ClusterShape, Hardware, precision_on
 from dlrm.cost.memory import RankMemory, memory_of_ranks
 from dlrm.cost.network import Collective, Network
-from dlrm.cost.step import Step, Workload, build_step
-from dlrm.cost.work import DEFAULT_CACHE_SHARE, FLOAT, Rates, Table
+from dlrm.cost.optimizer_state import table_state_floats
+from dlrm.cost.step import Step, StepWorkload, build_step
+from dlrm.cost.work import DEFAULT_CACHE_SHARE, FLOAT, Rates, TableWorkload
 from dlrm.loader.splits import hotness_of
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement, constraints_of
@@ -52,7 +53,9 @@ def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: 
     }
 
 
-def _memory(config: Config, load: Workload, shape: ClusterShape, hardware: Hardware, samples: int) -> list[RankMemory]:
+def _memory(
+    config: Config, load: StepWorkload, shape: ClusterShape, hardware: Hardware, samples: int
+) -> list[RankMemory]:
     return memory_of_ranks(
         config.model,
         load.tables,
@@ -91,9 +94,9 @@ def _describe_recipe(name: str | None) -> dict[str, int] | None:
     return {"ranks": ranks, "batch_size": batch_size, "global_batch_size": ranks * batch_size}
 
 
-def workload_of(config: Config, shape: ClusterShape, placement: Placement) -> Workload:
+def workload_of(config: Config, shape: ClusterShape, placement: Placement) -> StepWorkload:
     """What a step of the plan's training does."""
-    return Workload(
+    return StepWorkload(
         config.model,
         _tables_on_ranks(config, shape, placement),
         config.data.batch_size,
@@ -183,21 +186,21 @@ def reached(hardware: Hardware, shape: ClusterShape, precision: Precision) -> tu
     return rates, network
 
 
-def _tables_on_ranks(config: Config, shape: ClusterShape, placement: Placement) -> list[Table]:
+def _tables_on_ranks(config: Config, shape: ClusterShape, placement: Placement) -> list[TableWorkload]:
     hotness = dict(zip(TABLE_NAMES, hotness_of(config), strict=True))
     rules = constraints_of(config.sharding, config.model)
     tables = []
     for table in placement.tables:
         cached = rules[table.table].cache_ratio if table.table in rules else None
         cache_share = DEFAULT_CACHE_SHARE if cached is None else cached
-        state_floats = config.table_state_floats(table.table, config.model.embedding_dim)
+        state_floats = table_state_floats(config, table.table, config.model.embedding_dim)
         tables.append(_on_ranks(config, table, hotness[table.table], shape, cache_share, state_floats))
     return tables
 
 
 def _on_ranks(
     config: Config, table: TablePlacement, hotness: int, shape: ClusterShape, cache_share: float, state_floats: float
-) -> Table:
+) -> TableWorkload:
     held = sum(table.gib_by_rank)
     is_replicated = table.sharding == "data_parallel"
     row_splits = {
@@ -211,7 +214,7 @@ def _on_ranks(
         and table.sharding in _WHOLE_ROWS
         and sharding.forward_comm_precision == sharding.backward_comm_precision == "fp32"
     )
-    return Table(
+    return TableWorkload(
         table.table,
         table.rows,
         table.dim,

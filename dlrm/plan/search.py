@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from dlrm.assembly.build import build_model, fits_run, plan_run
 from dlrm.config.config import Config
 from dlrm.cost.hardware import ClusterShape, Hardware
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -62,7 +64,7 @@ class Placing:
         """
         cluster = self._cluster(self._shape.hosts)
         plan = plan_run(self._config, cluster, self._model)
-        return describe_plan(plan, self._model, cluster.world_size, self._config.table_state_floats)
+        return describe_plan(plan, self._model, cluster.world_size, partial(table_state_floats, self._config))
 
     def find_smallest(self) -> ClusterShape | None:
         """The fewest hosts of these devices that a plan exists for, more than there are; None where there is none of up
@@ -80,7 +82,7 @@ class Placing:
         model = self._config.model
         dim = model.embedding_dim
         needed = sum(
-            4 * rows * (dim + self._config.table_state_floats(name, dim))
+            4 * rows * (dim + table_state_floats(self._config, name, dim))
             for name, rows in zip(TABLE_NAMES, model.table_rows, strict=True)
         )
         cluster = self._cluster(self._shape.hosts)

@@ -1,7 +1,8 @@
 import pytest
 
-from dlrm.bench.harness.floor import Ceilings, Floor, Work
+from dlrm.bench.harness.floor import Ceilings, Floor
 from dlrm.bench.harness.report import Speed, compare, print_floor, print_memory, print_speeds, quantile, ratios
+from dlrm.cost.work import Work
 
 OURS = Speed(100, [[1.0, 1.0], [0.5, 0.5], [2.0, 2.0]])
 REFERENCE = Speed(100, [[4.0], [4.0], [4.0]])

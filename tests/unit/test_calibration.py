@@ -27,8 +27,8 @@ from dlrm.bench.harness.rank_ceilings import RankCeilings, combine, measure_rank
 from dlrm.config.checks import check_config
 from dlrm.config.config import ModelConfig
 from dlrm.cost.hardware import KINDS, ClusterShape
-from dlrm.cost.step import Workload
-from dlrm.cost.work import Table
+from dlrm.cost.step import StepWorkload
+from dlrm.cost.work import TableWorkload
 from dlrm.errors import ConfigError, DatasetError
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "calibration.json"
@@ -36,10 +36,12 @@ KNOWN = Knobs(0.6, 0.35, 0.8, 25.0, 1.5)
 CEILINGS = RankCeilings(1e11, 1e10, 1e-6, 1e9, 4e8, 2e9, 3e-4)
 
 
-def make_load(ranks: int, batch_size: int, dim: int, width: int, hotness: int) -> Workload:
-    tables = [Table(f"t{i}", 50_000, dim, hotness, "table_wise", "fused", (i % ranks,), (1.0,), 0) for i in range(26)]
+def make_load(ranks: int, batch_size: int, dim: int, width: int, hotness: int) -> StepWorkload:
+    tables = [
+        TableWorkload(f"t{i}", 50_000, dim, hotness, "table_wise", "fused", (i % ranks,), (1.0,), 0) for i in range(26)
+    ]
     model = ModelConfig(embedding_dim=dim, dense_arch_layer_sizes=(width, dim), over_arch_layer_sizes=(width, width, 1))
-    return Workload(model, tables, batch_size, 4, "sgd", hides_input=True, launches=True)
+    return StepWorkload(model, tables, batch_size, 4, "sgd", hides_input=True, launches=True)
 
 
 SHAPES = {

@@ -22,20 +22,20 @@ from dlrm.cost.network import (
     replicated_reduction,
     ring,
 )
-from dlrm.cost.step import Step, Workload, build_step
-from dlrm.cost.work import Rates, Table, Work
+from dlrm.cost.step import Step, StepWorkload, build_step
+from dlrm.cost.work import Rates, TableWorkload, Work
 from dlrm.errors import ConfigError
 
 RATES = Rates(1e12, 1e11, 1e10, 1e-6)
 MODEL = ModelConfig(embedding_dim=4, dense_arch_layer_sizes=(8, 4), over_arch_layer_sizes=(16, 1))
 
 
-def make_table(sharding: str = "table_wise", ranks: tuple[int, ...] = (0,), **values: object) -> Table:
+def make_table(sharding: str = "table_wise", ranks: tuple[int, ...] = (0,), **values: object) -> TableWorkload:
     count = len(ranks)
     shares = (1.0,) * count if sharding == "data_parallel" else (1 / count,) * count
     row_splits = count if sharding in ("row_wise", "table_row_wise") else 1
     known = {"rows": 10, "dim": 4, "hotness": 1, "kernel": "fused", "state_floats": 0, "row_splits": row_splits}
-    return Table(name="t", sharding=sharding, ranks=ranks, shares=shares, **{**known, **values})
+    return TableWorkload(name="t", sharding=sharding, ranks=ranks, shares=shares, **{**known, **values})
 
 
 def make_network(ranks: int, ranks_per_host: int, intra: float = 1.0, inter: float = 1.0) -> Network:
@@ -183,10 +183,12 @@ def test_one_rank_sends_nothing() -> None:
     assert step.seconds == pytest.approx(step.seconds_of("lookup") + step.seconds_of("dense"))
 
 
-def make_step(network: Network, rates: Rates = RATES, tables: list[Table] | None = None, **values: object) -> Step:
+def make_step(
+    network: Network, rates: Rates = RATES, tables: list[TableWorkload] | None = None, **values: object
+) -> Step:
     held = tables or [make_table(ranks=(i % network.ranks,), rows=1000) for i in range(26)]
     known = {"batch_size": 64, "width": 4, "optimizer": "sgd", "hides_input": True, "launches": True}
-    return build_step(Workload(MODEL, held, **{**known, **values}), rates, network)
+    return build_step(StepWorkload(MODEL, held, **{**known, **values}), rates, network)
 
 
 NETWORK = Network(8, 4, 1e9, 1e8, 1e-5)

@@ -9,6 +9,7 @@ from dlrm.assembly.optimizers import allowed_sharding_types
 from dlrm.checkpoint.compatibility import misfits
 from dlrm.config.config import Config
 from dlrm.config.flags import parse_args
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.errors import ConfigError, PlanError
 from dlrm.schema.criteo import TABLE_NAMES
 
@@ -80,7 +81,7 @@ def test_a_training_is_resumed_with_the_same_parts_frozen_however_they_are_named
 
 def test_frozen_tables_have_no_state_and_need_no_rule() -> None:
     config = parse_args(["--freeze", "t_cat_3,dense", "--optimizer", "adagrad"])
-    assert [config.table_state_floats(table, 64) for table in ("t_cat_2", "t_cat_3")] == [64, 0]
+    assert [table_state_floats(config, table, 64) for table in ("t_cat_2", "t_cat_3")] == [64, 0]
     adam = parse_args(["--optimizer", "adam", "--freeze", "all"])
     with pytest.raises(PlanError, match="FBGEMM has no fused Adam on a CPU"):
         allowed_sharding_types(adam.optimizer, {}, "cpu")

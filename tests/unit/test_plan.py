@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import pytest
@@ -14,6 +15,7 @@ from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimize
 from dlrm.config.config import Config, ModelConfig, OptimizerConfig, ShardingConfig
 from dlrm.config.recipes import RECIPES
 from dlrm.config.table_rules import SHARDING_TYPES
+from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.errors import PlanError
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.sharding.cluster import GIB, Cluster
@@ -27,7 +29,7 @@ def make_plan(config: Config, cluster: Cluster) -> Placement:
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
     train = DLRMTrain(model, cluster.world_size)
     plan = plan_run(config, cluster, train)
-    return describe_plan(plan, train, cluster.world_size, config.table_state_floats)
+    return describe_plan(plan, train, cluster.world_size, partial(table_state_floats, config))
 
 
 def cpus(ranks: int, gib: float = 1.0) -> Cluster:

@@ -13,12 +13,13 @@ import psutil
 from dlrm.bench.cases.checkpoint_sides import ENDLESS, open_ours, open_torch_save
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import CheckpointBench
-from dlrm.bench.harness.floor import Floor, Work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_durations, print_floor
 from dlrm.bench.harness.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.harness.shape import make_config, memory_gib
 from dlrm.bench.harness.workers import Side
+from dlrm.cost.work import Work
 from dlrm.errors import ConfigError
 from dlrm.system.console import plural, show_bytes
 

@@ -19,7 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from dlrm.bench.cases.train import BYTES, count_distinct_rows, show_rate
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import EmbeddingBench, Shape
-from dlrm.bench.harness.floor import ID, Floor, Work, embedding_work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.repeat import repeat, require_kernels
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_speeds
@@ -27,6 +27,8 @@ from dlrm.bench.harness.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.harness.shape import NUM_CACHED_BATCHES, make_config, memory_gib
 from dlrm.bench.harness.workers import Side, Turns
 from dlrm.config.config import Config
+from dlrm.cost.least_work import least_embedding_work
+from dlrm.cost.work import ID, Work
 from dlrm.loader.batch import build_batch
 from dlrm.loader.partition import Partition
 from dlrm.loader.random_source import RandomSource
@@ -81,7 +83,7 @@ def count_update(config: Config, bench: EmbeddingBench) -> Work:
     dim = config.model.embedding_dim
     pooled = 2 * dim * BYTES[bench.arithmetic]
     per_sample = NUM_CATEGORICAL_FEATURES * (ID + pooled)
-    return embedding_work(dim, workload.optimizer, rows) + Work(0, workload.batch_size * per_sample)
+    return least_embedding_work(dim, workload.optimizer, rows) + Work(0, workload.batch_size * per_sample)
 
 
 @contextmanager

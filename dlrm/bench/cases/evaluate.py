@@ -7,11 +7,12 @@ from typing import Any
 from dlrm.bench.cases.train import count_distinct_rows, describe_sides, make_sides
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import WARM_UP_STEPS, EvaluateBench
-from dlrm.bench.harness.floor import Floor, evaluation_work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_means, print_speeds, ratios
 from dlrm.bench.harness.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.harness.shape import NUM_CACHED_BATCHES, make_config, memory_gib
+from dlrm.cost.least_work import least_evaluation_work
 
 
 def run(bench: EvaluateBench) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def run(bench: EvaluateBench) -> dict[str, Any]:
     training = Speed(shape.batch_size, results["ours"].turns["train"])
     speeds = {side.name: Speed(samples["evaluate"], results[side.name].turns["evaluate"]) for side in sides}
     rows = count_distinct_rows(config, min(samples["evaluate"], NUM_CACHED_BATCHES * shape.batch_size))
-    floor = Floor(evaluation_work(config.model, samples["evaluate"], rows), best_ceilings(results))
+    floor = Floor(least_evaluation_work(config.model, samples["evaluate"], rows), best_ceilings(results))
     over_training = ratios(speeds["ours"], training)
     result: dict[str, Any] = {
         "case": "evaluate",

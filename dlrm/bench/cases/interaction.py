@@ -15,13 +15,14 @@ from torchrec.models.dlrm import InteractionArch
 from dlrm.bench.cases.train import BYTES, show_rate
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import InteractionBench
-from dlrm.bench.harness.floor import Floor, interaction_work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.repeat import repeat, require_kernels
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_speeds, ratios
 from dlrm.bench.harness.rounds import best_ceilings, take_turns
 from dlrm.bench.harness.shape import make_model
 from dlrm.bench.harness.workers import Side, Turns
+from dlrm.cost.least_work import least_interaction_work
 from dlrm.kernels.interaction import dot_interaction, plain_dot_interaction
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
 
@@ -46,7 +47,7 @@ def run(bench: InteractionBench) -> dict[str, Any]:
         "twin": Speed(bench.batch_size, results["ours"].turns["twin"]),
         "reference": Speed(bench.batch_size, results["reference"].turns["module"]),
     }
-    floor = Floor(interaction_work(model, bench.batch_size, BYTES[bench.arithmetic]), best_ceilings(results))
+    floor = Floor(least_interaction_work(model, bench.batch_size, BYTES[bench.arithmetic]), best_ceilings(results))
     over_twin = ratios(speeds["ours"], speeds["twin"])
     result: dict[str, Any] = {
         "case": "interaction",

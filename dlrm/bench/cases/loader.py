@@ -15,7 +15,7 @@ from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import WARM_UP_STEPS, LoaderBench, Shape
-from dlrm.bench.harness.floor import RECORD, Floor, Work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.our_side import lay_timed_foundation, read_pass, training_turns
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_speeds
@@ -23,6 +23,8 @@ from dlrm.bench.harness.rounds import best_ceilings, take_turns
 from dlrm.bench.harness.shape import make_config, table_rows
 from dlrm.bench.harness.workers import Side, Turns
 from dlrm.config.config import Config
+from dlrm.cost.least_work import RECORD
+from dlrm.cost.work import Work
 from dlrm.loader.random_source import RandomSource
 from dlrm.loader.splits import open_run_splits
 from dlrm.ranks.runtime import start_runtime

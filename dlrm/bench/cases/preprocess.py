@@ -16,10 +16,12 @@ from typing import Any
 
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import PreprocessBench
-from dlrm.bench.harness.floor import RECORD, Floor, Work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_speeds
 from dlrm.bench.harness.rounds import best_ceilings, take_turns
+from dlrm.cost.least_work import RECORD
+from dlrm.cost.work import Work
 
 DAYS = 3
 _WARM_UP_ROWS = 1000

@@ -14,7 +14,7 @@ import torch
 from dlrm.bench.cases.train import show_rate
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import ProductsBench
-from dlrm.bench.harness.floor import Floor, Work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.provenance import write_result
 from dlrm.bench.harness.repeat import repeat, require_kernels
 from dlrm.bench.harness.report import Speed, compare, describe_spread, print_floor, print_speeds, ratios
@@ -22,6 +22,7 @@ from dlrm.bench.harness.rounds import SideResult, best_ceilings, take_turns
 from dlrm.bench.harness.shape import make_model
 from dlrm.bench.harness.workers import Side, Turns
 from dlrm.config.config import ModelConfig
+from dlrm.cost.work import Work
 from dlrm.errors import ConfigError
 from dlrm.kernels.mlp import ACTIVATIONS, LEAST_INTEGER_SIZE
 from dlrm.kernels.native import why_no_vnni

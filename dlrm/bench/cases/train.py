@@ -8,7 +8,7 @@ import numpy as np
 
 from dlrm.bench.harness.ceilings import ceilings_side
 from dlrm.bench.harness.flags import WARM_UP_STEPS, Shape, TrainBench
-from dlrm.bench.harness.floor import Floor, Work, training_work
+from dlrm.bench.harness.floor import Floor
 from dlrm.bench.harness.our_side import open_ours
 from dlrm.bench.harness.plain_side import open_reference
 from dlrm.bench.harness.provenance import write_result
@@ -25,6 +25,8 @@ from dlrm.bench.harness.rounds import best_ceilings, fits_at_once, take_turns
 from dlrm.bench.harness.shape import make_config, memory_gib
 from dlrm.bench.harness.workers import Side
 from dlrm.config.config import Config
+from dlrm.cost.least_work import least_training_work
+from dlrm.cost.work import Work
 from dlrm.loader.random_source import RandomSource
 from dlrm.schema.criteo import ONE_HOT
 
@@ -107,7 +109,7 @@ def show_rate(samples: int) -> Callable[[str, str, Any], str | None]:
 def count_training(config: Config, shape: Shape) -> Work:
     """The work of a step, all ranks together."""
     rows = count_distinct_rows(config, shape.batch_size)
-    return training_work(config.model, shape.optimizer, shape.batch_size, rows, BYTES[shape.arithmetic])
+    return least_training_work(config.model, shape.optimizer, shape.batch_size, rows, BYTES[shape.arithmetic])
 
 
 def count_distinct_rows(config: Config, samples: int) -> int:

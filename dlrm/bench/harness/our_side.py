@@ -17,6 +17,7 @@ from dlrm.assembly.foundation import Foundation, lay_foundation
 from dlrm.bench.harness.flags import WARM_UP_STEPS
 from dlrm.bench.harness.workers import Turns
 from dlrm.config.config import Config, OptimizerConfig
+from dlrm.cost.optimizer_state import state_floats
 from dlrm.kernels.native import describe_kernels
 from dlrm.loader.batch import Batch
 from dlrm.metrics.journal import Journal
@@ -106,5 +107,5 @@ def describe(model: DistributedModelParallel, optimizer: OptimizerConfig) -> dic
             shards = [s.tensor for s in weight.local_shards()] if isinstance(weight, ShardedTensor) else [weight]
             for shard in shards:
                 weights += shard.numel() * shard.element_size()
-                state += shard.size(0) * optimizer.table_state_floats(shard.size(1)) * 4
+                state += shard.size(0) * state_floats(optimizer.algorithm, shard.size(1)) * 4
     return {"threads": torch.get_num_threads(), "tables_gib": weights / 2**30, "state_gib": state / 2**30}
