@@ -242,7 +242,7 @@ def flags_without_effect(config: Config) -> Iterator[tuple[Flag, str]]:
     """Flags that differ from their defaults and would change nothing, each with the reason."""
     for flag in flags_of(config).values():
         for rule in flag.rules:
-            if isinstance(rule, NoEffect) and rule.holds(config) and flag.value(config) != flag.default:
+            if isinstance(rule, NoEffect) and rule.is_idle(config) and flag.value(config) != flag.default:
                 yield flag, rule.why
 
 

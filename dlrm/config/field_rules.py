@@ -1,4 +1,4 @@
-"""Rules that a flag carries in its field's type, beside its bounds: one place says all there is to say of a flag.
+"""Rules that a flag has in its field's type, beside its bounds, so that a flag is declared in one place.
 
     test_batch_size: Annotated[int | None, Gt(0), Resume.FREE, Scoring.COUNTS] = None
 
@@ -48,19 +48,19 @@ class AliasOf:
 
 @dataclass(frozen=True)
 class NoEffect:
-    """A flag is refused if it would change nothing.
+    """A case in which a flag would change nothing. It is refused then.
 
     Attributes:
-        holds: whether it would, in a run with this Config.
-        why: the message, from behind the flag and its value.
+        is_idle: whether a run with this Config is such a case.
+        why: the reason, as the message has it behind the flag and its value.
     """
 
-    holds: Callable[[Any], bool]
+    is_idle: Callable[[Any], bool]
     why: str
 
 
 def needs(other: str, value: str | None = None) -> NoEffect:
-    """A flag changes nothing unless another one is given, or has this value."""
+    """The case that the flag `other`, without which a flag would change nothing, is not given, or not `value`."""
 
     def is_missing(config: Any) -> bool:
         found = flags_of(config)[other].value(config)
@@ -71,11 +71,11 @@ def needs(other: str, value: str | None = None) -> NoEffect:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a run, seen from outside.
+    """A field of Config or of one of its sections.
 
     Attributes:
-        section: the field of Config that it belongs to; empty for a field of Config itself.
-        rules: what its type is annotated with: bounds and rules.
+        section: the section's field in Config; empty for a field of Config itself.
+        rules: all annotations of the field's type, bounds among them.
     """
 
     section: str
@@ -116,6 +116,6 @@ def _flags(section: type, name: str) -> dict[str, Flag]:
 
 @functools.cache
 def rules_of(section: type) -> dict[str, tuple[object, ...]]:
-    """What each field's type is annotated with."""
+    """The annotations of each field's type, by field."""
     hints = typing.get_type_hints(section, include_extras=True)
     return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}

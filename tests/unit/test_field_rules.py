@@ -44,16 +44,16 @@ def test_what_a_rule_names_exists(flag: Flag) -> None:
             assert FLAGS[rule.flag].default is None
             assert FLAGS[rule.flag].section == flag.section
         if isinstance(rule, NoEffect):
-            assert rule.holds(Config()) in (True, False)
+            assert rule.is_idle(Config()) in (True, False)
 
 
 def test_a_rule_that_needs_another_flag() -> None:
     config = Config(output=OutputConfig(log_every=3))
-    assert not needs("log_every").holds(config)
-    assert needs("profile").holds(config)
+    assert not needs("log_every").is_idle(config)
+    assert needs("profile").is_idle(config)
     assert needs("profile").why == "needs --profile"
-    assert not needs("checkpoint_mode", "async").holds(config)
-    assert needs("checkpoint_mode", "sync").holds(config)
+    assert not needs("checkpoint_mode", "async").is_idle(config)
+    assert needs("checkpoint_mode", "sync").is_idle(config)
     assert needs("checkpoint_mode", "sync").why == "needs --checkpoint_mode sync"
 
 
