@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 16384
 def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
     """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
 
-    Collective. Statistics of the integers are not measured where a checkpoint is about to bring them (`is_restored`).
+    Collective. Statistics of the integers are not measured if a checkpoint is about to bring them (`is_restored`).
     """
     assert config.training.seed is not None
     statistics = None
@@ -51,7 +51,7 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
 
 
 def rows_at_once(config: Config, device: torch.device) -> int | None:
-    """DLRMTrain's, where a batch of training or evaluation is larger."""
+    """`rows_at_once` for DLRMTrain: ROWS_AT_ONCE if some batch on a CPU is larger, else None."""
     largest = max(config.data.batch_size, config.data.test_batch_size or 0)
     is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > ROWS_AT_ONCE
     return ROWS_AT_ONCE if is_bounded else None
@@ -70,11 +70,11 @@ def make_sharder(config: Config) -> TableSharder:
 
 
 def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
-    """Where the run's tables go.
+    """Plans on which rank each table goes, and in which sharding.
 
     Raises:
         DoesNotFitError: if they do not fit.
-        PlanError: if a rule or the optimizer asks for what can't be had.
+        PlanError: if no plan satisfies a rule, or the optimizer.
     """
     return plan_sharding(model, cluster, *_plan_arguments(config, cluster))
 

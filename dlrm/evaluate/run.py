@@ -31,7 +31,7 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     """Restores the model, on whatever ranks there are, scores, prints, and writes --json. Collective.
 
     Raises:
-        DlrmError: for what the user can mend.
+        DlrmError: if the user can fix it.
     """
     source = find_given(asked.checkpoint, runtime, _take, print)
     config = on_main_rank(runtime, lambda: config_on_top(source.config, argv))
@@ -118,7 +118,7 @@ def _tell(source: Source, config: Config, base: Foundation, vocabulary: Vocabula
 
 
 def _compare_with_training(source: Source, folded: Sequence[Folded]) -> str:
-    """What is to be said of ids beyond their tables, against those that were trained on."""
+    """A note if ids lie beyond their tables in another share than in training; empty otherwise."""
     trained = recorded_folding(source)
     return note_unknown_folding(folded) if trained is None else compare_folded([*trained, *folded])
 

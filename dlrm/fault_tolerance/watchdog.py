@@ -128,13 +128,21 @@ class Watchdog:
         os._exit(EXIT_HANGS)
 
     def _judge(self) -> tuple[str, list[int]] | None:
-        """What is wrong, and with whom; None if all wait for a checkpoint of which more and more is written.
+        """Says what is wrong, and which ranks are to blame; None while a checkpoint is being written, block by block.
 
         Raises:
             RuntimeError: if the launcher's store does not answer.
         """
         if self._store is None:
             return _show(self._status()), []
+        # All ranks run the same steps, so the one that hangs keeps all others waiting in a collective. Two questions
+        # tell it apart, asked of what each rank publishes, over two intervals:
+        #
+        #   published   counts looks of the watchdog's thread. It stands still if the whole process does: stopped,
+        #               swapped out, its host gone.
+        #   beats       counts what the main thread has begun. The ranks that wait have begun the collective; the one
+        #               that hangs has not come to it, so it has fewer beats.
+        #   written     counts blocks of a checkpoint. As long as some rank writes, the others wait for a reason.
         before = self._read_all()
         for _ in range(4):
             time.sleep(self._interval / 2)
@@ -165,7 +173,7 @@ def _last(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
 
 
 def _show(status: dict[str, Any]) -> str:
-    """What a rank was doing, and where, if it has found that out."""
+    """What a rank was doing, and at which line, if it has found that out."""
     return f"{status['doing']}, at {status['place']}" if status["place"] else status["doing"]
 
 

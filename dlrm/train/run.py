@@ -37,7 +37,7 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
     """Trains, validates and tests. Collective. `started` is when, in seconds since the epoch, the process began.
 
     Raises:
-        DlrmError: for what the user can mend.
+        DlrmError: if the user can fix it.
         Stopped: when a signal has ended training; what it had reached is saved.
     """
     on_main_rank(runtime, lambda: _check_output(config))
@@ -56,7 +56,7 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
 def _run_from(
     start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, locks: Locks
 ) -> None:
-    """A run from where it begins, to its summary."""
+    """Runs from `start` to the summary."""
     if runtime.is_main:
         _note_idle_flags(config, runtime)
         _note_other_ranks(config, runtime)
@@ -132,7 +132,7 @@ def _fill(base: Foundation, start: Start) -> tuple[Position, bytes | None, list[
 def _open_sinks(
     config: Config, runtime: Runtime, directory: RunDirectory, rows: dict[Stage, int], started: float, opened: float
 ) -> Iterator[Sink]:
-    """What the run's lines go to: on rank 0 metrics.jsonl and the views of it that the flags ask for. Collective."""
+    """Opens what lines of metrics are written to: on rank 0 metrics.jsonl, and what the flags add. Collective."""
     with ExitStack() as stack:
 
         def open_all() -> list[Sink]:
@@ -179,7 +179,7 @@ def _with_seed(config: Config) -> Config:
 
 
 def _note_other_ranks(config: Config, runtime: Runtime) -> None:
-    """The number of ranks is the launcher's and in no config: says so where a run is started again with another one."""
+    """Notes if a run is repeated on another number of ranks: the launcher sets that, not config.json."""
     if config.config is None:
         return
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dlrm.config import config as config_module
 from dlrm.config.config import CONFIG_VERSION, Config
-from dlrm.config.config import config as config_module
 from dlrm.config.flags import parse_args
 from dlrm.config.recipes import MLPERF_ROWS, RECIPES
 from dlrm.errors import ConfigError

@@ -15,7 +15,7 @@ from dlrm.config.config import Config, DataConfig, OutputConfig
 from dlrm.config.recipes import RECIPES
 from dlrm.errors import RunDirectoryError
 from dlrm.ranks.runtime import Runtime
-from dlrm.system import lock
+from dlrm.system import environment, lock
 from dlrm.system.environment import describe_software
 from dlrm.system.files import sha256_of
 from dlrm.system.lock import Locks
@@ -262,10 +262,10 @@ def test_environment_identifies_the_data(tmp_path):
 
 def test_commit(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
-    module = tmp_path / "dlrm" / "run_directory.py"
+    module = tmp_path / "dlrm" / "environment.py"
     module.parent.mkdir()
     module.touch()
-    monkeypatch.setattr(run_directory, "__file__", str(module))
+    monkeypatch.setattr(environment, "__file__", str(module))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert describe_software()["commit"] is None
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):

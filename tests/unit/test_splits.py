@@ -49,7 +49,7 @@ def assert_same(first, second) -> None:
     assert torch.equal(first.labels_B, second.labels_B)
     assert torch.equal(first.sparse_features.values(), second.sparse_features.values())
     assert torch.equal(first.sparse_features.lengths(), second.sparse_features.lengths())
-    assert (first.num_rows, first.global_rows) == (second.num_rows, second.global_rows)
+    assert first.span == second.span
 
 
 @pytest.fixture
