@@ -35,7 +35,7 @@ from dlrm.config.config import (
 )
 from dlrm.config.recipes import MLPERF_ROWS
 from dlrm.loader.batch import Batch
-from dlrm.loader.splits import open_run_splits
+from dlrm.loader.run_data import RunData, build_splits
 from dlrm.metrics.training import TrainingMeter
 from dlrm.ranks.runtime import Runtime, peak_memory_gib, start_runtime
 from dlrm.system.quiet import quieten_libraries
@@ -119,7 +119,7 @@ class Loop:
 
 def take_batches(config: Config, runtime: Runtime) -> list[Batch]:
     """Some batches, built before anything is timed."""
-    return list(islice(open_run_splits(config, runtime)["train"].batches(), BATCHES))
+    return list(islice(build_splits(RunData.open(config), runtime)["train"].batches(), BATCHES))
 
 
 def measure_ids(loop: Loop, config: Config, case: Case, runtime: Runtime, exponent: float) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dlrm.system.files import read_npy_header
 from dlrm.system.limits import allow_open_files
 
 Stage = Literal["train", "val", "test"]
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
 
 NO_LABEL = -1
 """The label of rows that have none, as `dlrm preprocess` writes them for a trained model."""

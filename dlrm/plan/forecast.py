@@ -11,7 +11,7 @@ from dlrm.cost.memory import RankMemory, memory_of_ranks
 from dlrm.cost.network import Collective, Network
 from dlrm.cost.step import Step, Workload, build_step
 from dlrm.cost.work import DEFAULT_CACHE_SHARE, FLOAT, Rates, Table
-from dlrm.loader.splits import hotness_of
+from dlrm.loader.run_data import hotness_of
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.plan import Placement, TablePlacement, constraints_of
 

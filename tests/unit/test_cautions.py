@@ -9,7 +9,7 @@ import pytest
 from dlrm.dataset.binary_days import open_splits
 from dlrm.dataset.cautions import compare_folded, describe_days, find_copies, measure_each_part, note_unknown_folding
 from dlrm.errors import DatasetError
-from dlrm.loader.splits import open_run_splits
+from dlrm.loader.run_data import RunData, build_splits
 from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
 from tests.unit.test_splits import config_of, runtime_of
 
@@ -107,5 +107,5 @@ def test_held_out_rows_on_disk_are_checked_before_training(fault, stage, tmp_pat
     np.save(tmp_path / f"day_1_{name}.npy", array)
     config = config_of(tmp_path, batch_size=4, mmap_mode=True)
     with pytest.raises(DatasetError, match=f"day_1_{name}.npy: .* at row {19 if stage == 'val' else 39}"):
-        open_run_splits(config, runtime_of(1, 2))
-    open_run_splits(config, runtime_of(0, 2))
+        build_splits(RunData.open(config), runtime_of(1, 2))
+    build_splits(RunData.open(config), runtime_of(0, 2))

@@ -29,7 +29,7 @@ from dlrm.bench.harness.workers import Side, Turns
 from dlrm.config.config import Config
 from dlrm.loader.batch import build_batch
 from dlrm.loader.partition import Partition
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, ONE_HOT
 from dlrm.sharding.host.lookups import HostTables, Lookup
 
@@ -135,7 +135,7 @@ def make_tables(config: Config) -> SplitTableBatchedEmbeddingBagsCodegen:
 
 def draw_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ids of ten batches, feature by feature, and where each bag begins and ends."""
-    source = RandomSource(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
+    source = RandomRows(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
     partition = Partition(NUM_CACHED_BATCHES * config.data.batch_size, config.data.batch_size, 1)
     batches = (
         build_batch(source.read(span.start, span.stop), span, ONE_HOT).sparse_features for span in partition.spans(0)
