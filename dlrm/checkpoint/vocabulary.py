@@ -10,9 +10,9 @@ from dlrm.checkpoint.find import read_file
 from dlrm.checkpoint.restore import Source
 from dlrm.config.config import Config
 from dlrm.dataset.cautions import LEAST_ROWS, Folded
-from dlrm.dataset.manifest import load_manifest, read_vocabulary
+from dlrm.dataset.manifest import MANIFEST_NAME, load_manifest, read_vocabulary
 from dlrm.errors import CheckpointError, DatasetError
-from dlrm.system.files import MANIFEST_NAME, sha256_of
+from dlrm.system.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch
 from dlrm.checkpoint.manifest import step_of
 from dlrm.config.config import Config
 from dlrm.dataset.cautions import Folded
-from dlrm.dataset.manifest import read_vocabulary
+from dlrm.dataset.manifest import MANIFEST_NAME, read_vocabulary
 from dlrm.errors import DatasetError, RunDirectoryError
 from dlrm.metrics.sinks import reported, unwritable
 from dlrm.ranks.runtime import Runtime
 from dlrm.system.environment import describe_software
-from dlrm.system.files import MANIFEST_NAME, write_atomically, write_json
+from dlrm.system.files import write_atomically, write_json
 from dlrm.system.lock import LOCK, Locks
 
 _FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")

@@ -8,9 +8,9 @@ import pytest
 
 from dlrm.dataset.binary_days import open_splits
 from dlrm.dataset.cautions import compare_folded, describe_days, find_copies, measure_each_part, note_unknown_folding
+from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.errors import DatasetError
 from dlrm.loader.run_data import RunData, build_splits
-from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
 from tests.unit.test_splits import config_of, runtime_of
 
 TABLE_ROWS = np.full(26, 1000)
@@ -76,7 +76,7 @@ def test_ids_that_are_no_indices(most, words, tmp_path):
     assert words in said
     assert bool(said) == bool(words)
     if said:
-        assert said.startswith("WARNING: ids that are no indices. Of cat_0, cat_1, cat_2, cat_3 and 22 more, ")
+        assert said.startswith("WARNING: ids that are not indices. Of cat_0, cat_1, cat_2, cat_3 and 22 more, ")
 
 
 def test_few_rows_tell_nothing(tmp_path):
