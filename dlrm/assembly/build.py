@@ -11,10 +11,9 @@ from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimize
 from dlrm.config.config import Config
 from dlrm.config.table_rules import TableConstraint
 from dlrm.loader.dense_statistics import DenseStatistics
-from dlrm.loader.splits import hotness_of, measure_dense
 from dlrm.model.dense import ReluMLP
 from dlrm.model.dlrm import DLRM, DLRMTrain
-from dlrm.ranks.runtime import Runtime, derive_seed, on_main_rank
+from dlrm.ranks.runtime import Runtime, derive_seed
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.plan import constraints_of, fits_sharding, plan_sharding
@@ -24,16 +23,15 @@ ROWS_AT_ONCE = 16384
 """On a CPU. A larger batch needs no more memory for activations than this one, and pieces cost some five per cent."""
 
 
-def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
+def build_model(config: Config, runtime: Runtime, statistics: DenseStatistics | None = None) -> DLRMTrain:
     """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
 
-    Collective. Statistics of the integers are not measured if a checkpoint is about to bring them (`is_restored`).
+    Args:
+        statistics: of the integers; None if the model needs none, or a checkpoint is about to bring them.
     """
     assert config.training.seed is not None
-    statistics = None
-    if config.model.needs_dense_statistics:
-        unknown = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
-        statistics = unknown if is_restored else on_main_rank(runtime, lambda: measure_dense(config))
+    if statistics is None and config.model.needs_dense_statistics:
+        statistics = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.training.seed, "dense"))
         model = DLRM(config.model, torch.device("meta"), statistics)
@@ -69,33 +67,36 @@ def make_sharder(config: Config) -> TableSharder:
     )
 
 
-def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
+def plan_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequence[int]) -> ShardingPlan:
     """Plans on which rank each table goes, and in which sharding.
+
+    Args:
+        hotness: ids per sample of each feature.
 
     Raises:
         DoesNotFitError: if they do not fit.
         PlanError: if no plan satisfies a rule, or the optimizer.
     """
-    return plan_sharding(model, cluster, *_plan_arguments(config, cluster))
+    return plan_sharding(model, cluster, *_plan_arguments(config, cluster, hotness))
 
 
-def fits_run(config: Config, cluster: Cluster, model: DLRMTrain) -> bool:
+def fits_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequence[int]) -> bool:
     """Whether `plan_run` would find a plan; takes the time of one.
 
     Raises:
         PlanError: if the optimizer asks for what can't be had.
     """
-    return fits_sharding(model, cluster, *_plan_arguments(config, cluster))
+    return fits_sharding(model, cluster, *_plan_arguments(config, cluster, hotness))
 
 
 def _plan_arguments(
-    config: Config, cluster: Cluster
+    config: Config, cluster: Cluster, hotness: Sequence[int]
 ) -> tuple[TableSharder, int, Sequence[int], Mapping[str, TableConstraint], Sequence[str]]:
     constraints = constraints_of(config.sharding, config.model)
     return (
         make_sharder(config),
         config.data.largest_batch_size,
-        hotness_of(config),
+        hotness,
         constraints,
         allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),
     )

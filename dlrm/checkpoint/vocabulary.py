@@ -8,9 +8,9 @@ import numpy as np
 from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.config.config import Config
 from dlrm.dataset.cautions import LEAST_ROWS, Folded
-from dlrm.dataset.manifest import load_manifest, read_vocabulary
+from dlrm.dataset.manifest import MANIFEST_NAME, load_manifest, read_vocabulary
 from dlrm.errors import CheckpointError, DatasetError
-from dlrm.system.files import MANIFEST_NAME, sha256_of
+from dlrm.system.files import sha256_of
 
 
 @dataclass(frozen=True)

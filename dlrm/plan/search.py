@@ -10,6 +10,7 @@ from dlrm.assembly.build import build_model, fits_run, plan_run
 from dlrm.config.config import Config
 from dlrm.cost.hardware import ClusterShape, Hardware
 from dlrm.cost.optimizer_state import table_state_floats
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -45,11 +46,12 @@ class Placing:
         self._config = config
         self._shape = shape
         self._hardware = hardware
+        self._hotness = hotness_of(config)
         # Neither the seed nor how layers run changes where tables go.
         training = replace(config.training, seed=0, dense_execution="eager")
         runtime = Runtime(0, 0, shape.world_size, shape.devices_per_host, torch.device("meta"))
         with runtime.device:
-            self._model = build_model(replace(config, training=training), runtime, is_restored=True)
+            self._model = build_model(replace(config, training=training), runtime)
 
     def _cluster(self, hosts: int) -> Cluster:
         shape = replace(self._shape, hosts=hosts)
@@ -63,7 +65,7 @@ class Placing:
             PlanError: if a rule or the optimizer asks for what can't be had.
         """
         cluster = self._cluster(self._shape.hosts)
-        plan = plan_run(self._config, cluster, self._model)
+        plan = plan_run(self._config, cluster, self._model, self._hotness)
         return describe_plan(plan, self._model, cluster.world_size, partial(table_state_floats, self._config))
 
     def find_smallest(self) -> ClusterShape | None:
@@ -71,7 +73,7 @@ class Placing:
         to MOST_SEARCHED_RANKS ranks, or twice the ranks that there are."""
         most = max(MOST_SEARCHED_RANKS, 2 * self._shape.world_size) // self._shape.devices_per_host
         hosts = fewest(
-            lambda hosts: fits_run(self._config, self._cluster(hosts), self._model),
+            lambda hosts: fits_run(self._config, self._cluster(hosts), self._model, self._hotness),
             max(self._shape.hosts + 1, self._least_hosts()),
             most,
         )

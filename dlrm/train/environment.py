@@ -12,11 +12,10 @@ import torch
 
 from dlrm.config.config import Config
 from dlrm.dataset.cautions import Folded
-from dlrm.dataset.manifest import read_vocabulary
+from dlrm.dataset.manifest import MANIFEST_NAME, read_vocabulary
 from dlrm.errors import DatasetError
 from dlrm.ranks.runtime import Runtime
 from dlrm.system.environment import describe_software
-from dlrm.system.files import MANIFEST_NAME
 
 
 def describe_environment(

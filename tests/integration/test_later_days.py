@@ -1,4 +1,4 @@
-"""Days scored with a model of others: a later day, one of another vocabulary, one of ids that are no indices."""
+"""Days scored with a model of others: a later day, one of another vocabulary, one of ids that are not indices."""
 
 import contextlib
 import io
@@ -195,7 +195,7 @@ def test_a_held_out_day_of_ids_that_are_no_indices(folder: Path) -> None:
     words = "100% in val, test of the ids lie beyond their tables, and 0% in day_0"
     assert words in said_of(folder, "hashed model")
     assert f"{words} of the training." in said_of(folder, "only the hashed day")
-    assert "ids that are no indices" not in said_of(folder, "model") + said_of(folder, "later")
+    assert "ids that are not indices" not in said_of(folder, "model") + said_of(folder, "later")
 
 
 def test_a_checkpoint_of_an_older_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

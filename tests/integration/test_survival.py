@@ -343,7 +343,7 @@ def test_another_batch_size_is_told(folder: Path) -> None:
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
     """The first one comes while a batch is read that never arrives, so that there is no step at which to save."""
-    running = start(folder, "twice", changes={"dlrm.loader.splits.build_batch": _never})
+    running = start(folder, "twice", changes={"dlrm.loader.split.build_batch": _never})
     wait_until(lambda: (folder / "twice" / "metrics.jsonl").exists())
     time.sleep(0.2)
     running.send(signal.SIGTERM)

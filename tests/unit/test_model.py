@@ -12,7 +12,7 @@ from dlrm.config.config import Config, DataConfig, DenseExecution, ModelConfig, 
 from dlrm.kernels.interaction import dot_interaction
 from dlrm.loader.batch import Batch, build_batch
 from dlrm.loader.partition import Partition, Span
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
@@ -50,7 +50,7 @@ RENAMED = (
 
 
 def make_batch(num_rows: int, padded_rows: int | None = None, start: int = 0, global_rows: int | None = None) -> Batch:
-    source = RandomSource(ROWS, (1,) * 26, 0.0, seed=7)
+    source = RandomRows(ROWS, (1,) * 26, 0.0, seed=7)
     span = Span(0, start, start + num_rows, padded_rows or num_rows, global_rows or num_rows)
     return build_batch(source.read(start, start + num_rows), span, (1,) * 26)
 
