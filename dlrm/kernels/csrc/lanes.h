@@ -4,14 +4,14 @@
 // writer and one reader, so it needs no lock: each of them only advances its own counter. `written` - `read` slots are
 // full. A part that is larger than the free slots goes through in turns. Rank 0 sends 6 slots to rank 1:
 //
-//     rank 0   writes slots 0 1 2 3  rings 1's bell | no room: sleeps        | writes slots 4 5 (places 0 1) ...
-//     rank 1   has nothing to read: sleeps          | reads 0 1, rings 0's bell | reads 2 3 4 5, rings 0's bell
-//     written  0 ................................ 4 | 4                         | 6
-//     read     0 .................................. | 2                         | 6
+//     rank 0   | writes 0 1 2 3, rings | lane full: sleeps | writes 4 5 where 0 1 were, rings
+//     rank 1   | lane empty: sleeps    | reads 0 1, rings  | reads 2 3 4 5, rings
+//     written  | 4                     | 4                 | 6
+//     read     | 0                     | 2                 | 6
 //
-// A rank sleeps on its own bell (a futex), only if the bell has not rung since it last looked at its lanes: so no ring
-// is missed. It does not spin, since ranks share cores. Every 10 ms asleep it looks whether the ranks it waits for are
-// alive.
+// A rank rings the bell of the other after each slot. It sleeps on its own bell (a futex) only if that has not rung
+// since it last looked at its lanes, so it misses no ring. It does not spin, since ranks share cores. After every 10 ms
+// asleep it looks whether the ranks that it waits for are alive.
 #pragma once
 
 #include <atomic>
@@ -31,8 +31,8 @@ struct Bytes {
 struct Part {
   int rank;
   Bytes bytes;
-  bool adds = false;  // incoming floats are added to what is there, part after part in the order given
-  int64_t done = 0;   // bytes
+  bool adds = false;     // incoming floats are added to what is there, part after part in the order given
+  int64_t done = 0;      // bytes
   bool is_done = false;  // not the same as done == size at first: an empty part takes a slot, too
 };
 
