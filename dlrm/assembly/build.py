@@ -1,7 +1,5 @@
 """A run's model and plan, before any of it is sharded."""
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import torch
 from torchrec.distributed.types import ShardingPlan
@@ -9,7 +7,6 @@ from torchrec.distributed.types import ShardingPlan
 from dlrm.assembly.dense_execution import set_dense_execution
 from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimizer
 from dlrm.config.config import Config
-from dlrm.config.table_rules import TableConstraint
 from dlrm.loader.dense_statistics import DenseStatistics
 from dlrm.loader.splits import hotness_of, measure_dense
 from dlrm.model.dense import ReluMLP
@@ -17,7 +14,8 @@ from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.ranks.runtime import Runtime, derive_seed, on_main_rank
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import constraints_of, fits_sharding, plan_sharding
+from dlrm.sharding.constraints import constraints_of
+from dlrm.sharding.search import PlanSearch
 from dlrm.sharding.sharder import TableSharder
 
 ROWS_AT_ONCE = 16384
@@ -69,33 +67,31 @@ def make_sharder(config: Config) -> TableSharder:
     )
 
 
+def build_search(config: Config, model: DLRMTrain, device: str) -> PlanSearch:
+    """The search for a place for the run's tables.
+
+    Args:
+        device: `cuda` or `cpu`, of the ranks that the search is for.
+
+    Raises:
+        PlanError: if a rule, or the optimizer, makes every plan impossible.
+    """
+    constraints = constraints_of(config.sharding, config.model)
+    return PlanSearch(
+        model,
+        make_sharder(config),
+        max(config.data.batch_size, config.data.test_batch_size or 0),
+        hotness_of(config),
+        constraints,
+        allowed_sharding_types(config.optimizer, constraints, device, config.frozen),
+    )
+
+
 def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
     """Where the run's tables go.
 
     Raises:
         DoesNotFitError: if they do not fit.
-        PlanError: if a rule or the optimizer asks for what can't be had.
+        PlanError: if a rule, or the optimizer, makes every plan impossible.
     """
-    return plan_sharding(model, cluster, *_plan_arguments(config, cluster))
-
-
-def fits_run(config: Config, cluster: Cluster, model: DLRMTrain) -> bool:
-    """Whether `plan_run` would find a plan; takes the time of one.
-
-    Raises:
-        PlanError: if the optimizer asks for what can't be had.
-    """
-    return fits_sharding(model, cluster, *_plan_arguments(config, cluster))
-
-
-def _plan_arguments(
-    config: Config, cluster: Cluster
-) -> tuple[TableSharder, int, Sequence[int], Mapping[str, TableConstraint], Sequence[str]]:
-    constraints = constraints_of(config.sharding, config.model)
-    return (
-        make_sharder(config),
-        max(config.data.batch_size, config.data.test_batch_size or 0),
-        hotness_of(config),
-        constraints,
-        allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),
-    )
+    return build_search(config, model, cluster.device).plan(cluster)
