@@ -36,7 +36,7 @@ from dlrm.config.recipes import MLPERF_ROWS
 from dlrm.cost.least_work import least_training_work
 from dlrm.cost.optimizer_state import state_floats
 from dlrm.loader.batch import Batch
-from dlrm.loader.splits import open_run_splits
+from dlrm.loader.run_data import RunData, build_splits
 from dlrm.metrics.training import TrainingMeter
 from dlrm.ranks.runtime import Runtime, peak_memory_gib, start_runtime
 from dlrm.system.quiet import quieten_libraries
@@ -120,7 +120,7 @@ class Loop:
 
 def take_batches(config: Config, runtime: Runtime) -> list[Batch]:
     """Some batches, built before anything is timed."""
-    return list(islice(open_run_splits(config, runtime)["train"].batches(), BATCHES))
+    return list(islice(build_splits(RunData.open(config), runtime)["train"].batches(), BATCHES))
 
 
 def measure_ids(loop: Loop, config: Config, case: Case, runtime: Runtime, exponent: float) -> dict[str, Any]:

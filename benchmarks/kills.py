@@ -28,7 +28,7 @@ import psutil
 
 from benchmarks.flags import Parser, between, positive_int, result_file, run_script, some_of
 from dlrm.bench.harness.provenance import write_result
-from dlrm.checkpoint.find import check_files, complete_checkpoints
+from dlrm.checkpoint.find import complete_checkpoints
 from dlrm.checkpoint.store import open_store
 from dlrm.preprocess.command import main as preprocess
 from dlrm.synthesize.command import main as synthesize
@@ -141,10 +141,10 @@ def kill(kind: str, run: Run, generator: random.Random) -> bool:
 def outcome_of(run_dir: Path) -> dict[str, Any]:
     """Digests of the last checkpoint's tensors, and every loss and metric."""
     store = open_store(str(run_dir / "checkpoints"))
-    name, manifest = complete_checkpoints(store)[0]
-    check_files(store, name, manifest, manifest.files)
-    tensors = {file: facts.sha256 for file, facts in manifest.files.items() if file.endswith(".bin")}
-    return {"step": manifest.step, "tensors": tensors, "metrics": list(_metrics(run_dir))}
+    newest = complete_checkpoints(store)[0]
+    newest.verify(newest.manifest.files)
+    tensors = {file: facts.sha256 for file, facts in newest.manifest.files.items() if file.endswith(".bin")}
+    return {"step": newest.manifest.step, "tensors": tensors, "metrics": list(_metrics(run_dir))}
 
 
 def _metrics(run_dir: Path) -> Iterator[tuple[Any, ...]]:

@@ -30,7 +30,7 @@ import psutil
 from benchmarks.flags import Parser, between, result_file, run_script
 from benchmarks.kills import Run, folder_of_trainings, make_days
 from dlrm.bench.harness.provenance import write_result
-from dlrm.checkpoint.find import check_files, complete_checkpoints
+from dlrm.checkpoint.find import complete_checkpoints
 from dlrm.checkpoint.store import open_store
 
 ROWS = 60_000
@@ -132,9 +132,9 @@ def end(run: Run, log: Path) -> dict[str, Any]:
         process.send_signal(signal.SIGTERM)
     run.wait()
     store = open_store(str(run.run_dir / "checkpoints"))
-    name, manifest = complete_checkpoints(store)[0]
-    check_files(store, name, manifest, manifest.files)
-    return {**read_end(log.read_text()), "last_checkpoint": manifest.step}
+    newest = complete_checkpoints(store)[0]
+    newest.verify(newest.manifest.files)
+    return {**read_end(log.read_text()), "last_checkpoint": newest.manifest.step}
 
 
 def read_end(log: str) -> dict[str, Any]:

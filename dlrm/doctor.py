@@ -30,12 +30,12 @@ Checks versions, devices and native parts. Exit code 1 where something does not 
 
 
 class _NoDeviceError(RuntimeError):
-    """There is no GPU, or no driver of one, where a check needs it."""
+    """A check needs a GPU, and there is none, or no driver."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `is_well` is None where a check was left out."""
+    """One line of the report. `is_well` is None if the check was left out."""
 
     name: str
     is_well: bool | None
@@ -43,7 +43,7 @@ class Finding:
 
     @property
     def mark(self) -> str:
-        """What stands first in the line."""
+        """The first word of the line."""
         return "-" if self.is_well is None else "ok" if self.is_well else "FAIL"
 
 
@@ -203,7 +203,7 @@ def _check_kernels() -> str:
 
 
 def _describe_limits() -> str:
-    """What this process may take of the machine."""
+    """Limits on cores, memory and open files."""
     quota = cpu_quota()
     of_quota = "" if quota is None else f", a CPU quota of {quota:.3g}"
     return (

@@ -1,4 +1,4 @@
-"""What a user can cause and fix. Shown as one line, without a traceback, with exit code 2."""
+"""Errors that a user can cause and fix. They are shown as one line, without a traceback, with exit code 2."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ EXIT_HANGS = 3
 
 
 class DlrmError(Exception):
-    """A mistake or a condition that the user can mend: what, got, expected, remedy, on one line.
+    """A mistake or a condition that the user can fix: what, got, expected, remedy, on one line.
 
     Attributes:
         everywhere: every rank raises this same error, so that one of them is enough to show it.
@@ -27,7 +27,7 @@ class DlrmError(Exception):
         return self
 
     def __str__(self) -> str:
-        """What was said, newlines as spaces; all else stays, so that a path can be copied from it."""
+        """The message, newlines as spaces. All else stays, so that a path can be copied from it."""
         return " ".join(super().__str__().splitlines())
 
 
@@ -40,7 +40,7 @@ class DatasetError(DlrmError):
 
 
 class PlanError(DlrmError):
-    """Embedding tables that can't be placed on the devices at hand."""
+    """Embedding tables that can't be placed on the available devices."""
 
 
 class DoesNotFitError(PlanError):
@@ -80,7 +80,7 @@ class ShortageError(DlrmError):
 
 
 def reason_of(error: OSError) -> str:
-    """What a system's error means for a user, who may not know that a disk is full from `No space left on device`."""
+    """A system's error in words that a user understands: the disk is full, rather than `No space left on device`."""
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     if error.errno == errno.EDQUOT:
@@ -96,7 +96,7 @@ def reason_of(error: OSError) -> str:
 
 
 def explain(error: OSError | UnicodeEncodeError) -> str:
-    """What the system says of a file, on one line."""
+    """A system's error with the file that it is about, on one line."""
     if isinstance(error, UnicodeEncodeError):
         return (
             f"{error.object[:200]!a}: this locale's encoding, {error.encoding}, has no such name. "

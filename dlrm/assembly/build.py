@@ -1,5 +1,7 @@
 """A run's model and plan, before any of it is sharded."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torchrec.distributed.types import ShardingPlan
@@ -8,10 +10,9 @@ from dlrm.assembly.dense_execution import set_dense_execution
 from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimizer
 from dlrm.config.config import Config
 from dlrm.loader.dense_statistics import DenseStatistics
-from dlrm.loader.splits import hotness_of, measure_dense
 from dlrm.model.dense import ReluMLP
 from dlrm.model.dlrm import DLRM, DLRMTrain
-from dlrm.ranks.runtime import Runtime, derive_seed, on_main_rank
+from dlrm.ranks.runtime import Runtime, derive_seed
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.constraints import constraints_of
@@ -22,16 +23,15 @@ ROWS_AT_ONCE = 16384
 """On a CPU. A larger batch needs no more memory for activations than this one, and pieces cost some five per cent."""
 
 
-def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) -> DLRMTrain:
+def build_model(config: Config, runtime: Runtime, statistics: DenseStatistics | None = None) -> DLRMTrain:
     """The model before sharding: dense parts on the device, tables without memory, their optimizer attached.
 
-    Collective. Statistics of the integers are not measured where a checkpoint is about to bring them (`is_restored`).
+    Args:
+        statistics: of the integers; None if the model needs none, or a checkpoint is about to bring them.
     """
     assert config.training.seed is not None
-    statistics = None
-    if config.model.needs_dense_statistics:
-        unknown = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
-        statistics = unknown if is_restored else on_main_rank(runtime, lambda: measure_dense(config))
+    if statistics is None and config.model.needs_dense_statistics:
+        statistics = DenseStatistics.of(np.empty((0, NUM_INTEGER_FEATURES), np.float32), config.model.dense_buckets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.training.seed, "dense"))
         model = DLRM(config.model, torch.device("meta"), statistics)
@@ -49,8 +49,8 @@ def build_model(config: Config, runtime: Runtime, *, is_restored: bool = False) 
 
 
 def rows_at_once(config: Config, device: torch.device) -> int | None:
-    """DLRMTrain's, where a batch of training or evaluation is larger."""
-    largest = max(config.data.batch_size, config.data.test_batch_size or 0)
+    """`rows_at_once` for DLRMTrain: ROWS_AT_ONCE if some batch on a CPU is larger, else None."""
+    largest = config.data.largest_batch_size
     is_bounded = device.type == "cpu" and config.training.dense_execution == "eager" and largest > ROWS_AT_ONCE
     return ROWS_AT_ONCE if is_bounded else None
 
@@ -67,31 +67,35 @@ def make_sharder(config: Config) -> TableSharder:
     )
 
 
-def build_search(config: Config, model: DLRMTrain, device: str) -> PlanSearch:
+def build_search(config: Config, model: DLRMTrain, hotness: Sequence[int], device: str) -> PlanSearch:
     """The search for a place for the run's tables.
 
     Args:
+        hotness: ids per sample of each feature.
         device: `cuda` or `cpu`, of the ranks that the search is for.
 
     Raises:
-        PlanError: if a rule, or the optimizer, makes every plan impossible.
+        PlanError: if no plan satisfies a rule, or the optimizer.
     """
     constraints = constraints_of(config.sharding, config.model)
     return PlanSearch(
         model,
         make_sharder(config),
-        max(config.data.batch_size, config.data.test_batch_size or 0),
-        hotness_of(config),
+        config.data.largest_batch_size,
+        hotness,
         constraints,
         allowed_sharding_types(config.optimizer, constraints, device, config.frozen),
     )
 
 
-def plan_run(config: Config, cluster: Cluster, model: DLRMTrain) -> ShardingPlan:
-    """Where the run's tables go.
+def plan_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequence[int]) -> ShardingPlan:
+    """Plans on which rank each table goes, and in which sharding.
+
+    Args:
+        hotness: ids per sample of each feature.
 
     Raises:
         DoesNotFitError: if they do not fit.
-        PlanError: if a rule, or the optimizer, makes every plan impossible.
+        PlanError: if no plan satisfies a rule, or the optimizer.
     """
-    return build_search(config, model, cluster.device).plan(cluster)
+    return build_search(config, model, hotness, cluster.device).plan(cluster)

@@ -41,7 +41,7 @@ def check_dense_execution(execution: DenseExecution, device: torch.device) -> No
 
 
 def check_arithmetic(training: TrainingConfig, device: torch.device) -> None:
-    """Refuses integers where they can't be computed with.
+    """Refuses integer arithmetic on a device that has none.
 
     Raises:
         ConfigError: naming what is missing.

@@ -19,11 +19,12 @@ from dlrm.checkpoint.tensors import State, count_state, training_state
 from dlrm.config.checks import check_profile
 from dlrm.config.config import Config
 from dlrm.cost.optimizer_state import table_state_floats
-from dlrm.dataset.binary_days import Stage
+from dlrm.dataset.binary_days import STAGES, Stage
 from dlrm.dataset.cautions import Folded, compare_folded, describe_days, find_copies, measure_each_part
 from dlrm.kernels.native import describe_kernels
 from dlrm.loader.batch import Batch
-from dlrm.loader.splits import STAGES, Split, budget_of, draw_run_companions, open_run_splits
+from dlrm.loader.run_data import RunData, budget_of, build_splits, draw_run_companions
+from dlrm.loader.split import Split
 from dlrm.model.dlrm import Output
 from dlrm.ranks.runtime import Runtime, derive_seed, on_every_rank, on_main_rank
 from dlrm.sharding.cluster import Cluster
@@ -90,15 +91,19 @@ def lay_foundation(
     torch.manual_seed(derive_seed(seed, "rank", runtime.rank))
     torch.backends.cuda.matmul.allow_tf32 = config.training.arithmetic == "tf32"
     data_opened = time.time()
-    model = build_model(config, runtime, is_restored=is_restored)
+    data = on_every_rank(runtime, lambda: RunData.open(config, stages))
+    statistics = None
+    if config.model.needs_dense_statistics and not is_restored:
+        statistics = on_main_rank(runtime, data.measure_dense)
+    model = build_model(config, runtime, statistics)
     cluster = Cluster.detect(runtime, config.sharding)
-    plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model))
+    plan = on_main_rank(runtime, lambda: plan_run(config, cluster, model, data.hotness))
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     budget = budget_of(runtime)
     budget.spend(placement.host_bytes(cluster.device, cluster.local_world_size) // runtime.block_size)
-    companions = draw_run_companions(config, runtime, stages, budget)
-    splits = on_every_rank(runtime, lambda: open_run_splits(config, runtime, companions, stages, budget))
+    companions = draw_run_companions(data, runtime, budget)
+    splits = on_every_rank(runtime, lambda: build_splits(data, runtime, companions, budget))
     folded = [] if is_quiet else on_main_rank(runtime, lambda: _tell_of_data(config, splits))
     if "train" in splits:
         on_main_rank(runtime, lambda: check_profile(config, splits["train"].partition.num_steps))

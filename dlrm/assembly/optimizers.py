@@ -143,7 +143,7 @@ def _builder(
 
 
 def _kernel_options(optimizer: type[torch.optim.Optimizer], devices: set[str]) -> dict[str, Any]:
-    """One pass over each parameter; where there is no such kernel, Adagrad's on a GPU, one for each operation."""
+    """One pass over each parameter. Adagrad on a GPU has no such kernel: it takes one pass for each operation."""
     if optimizer not in (torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW):
         return {}
     if optimizer is torch.optim.Adagrad and devices == {"cuda"}:

@@ -62,7 +62,7 @@ class _PrefetchPipeline(PrefetchTrainPipelineSparseDist[Batch, Output]):
     """FBGEMM locks the cache lines of each forward and unlocks them in backward: evaluation would leave them locked."""
 
     def reset(self) -> None:
-        """Call where no batch is on its way."""
+        """Call when no batch is in the pipeline."""
         super().reset()
         for kernel in table_kernels(self._model):
             if (counter := getattr(kernel, "lxu_cache_locking_counter", None)) is not None:

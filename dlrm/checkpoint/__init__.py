@@ -1,1 +1,4 @@
-"""Checkpoints: written, found, checked, read at any world size and sharding."""
+"""Checkpoints: written, found, verified, and read at any world size and sharding.
+
+The outside world: local folders, and the object stores that fsspec knows.
+"""

@@ -1,4 +1,8 @@
-"""Saves a training: a copy at a step's end, written while the next steps run; old checkpoints are removed."""
+"""Saves a training: copies its state after a step, writes the copy during the next steps, removes old checkpoints.
+
+training    step 9 | step 10 | copy |  step 11  |  step 12  |  step 13  | copy ...
+thread                              |  write step_0000000010  | remove old ones |
+"""
 
 import secrets
 import threading
@@ -25,7 +29,13 @@ from dlrm.system.host import give_way
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete. Seconds are this rank's; bytes too, but on rank 0 those of the whole."""
+    """A complete checkpoint.
+
+    Attributes:
+        stall_seconds: how long training waited, on this rank.
+        write_seconds: how long writing took, on this rank.
+        num_bytes: bytes that this rank wrote; on rank 0 those of the whole checkpoint.
+    """
 
     step: int
     stall_seconds: float
@@ -37,6 +47,10 @@ class Checkpointer:
     """Writes checkpoints of one training. Every rank has one, and calls the same methods in the same order.
 
     At most one checkpoint is being written; the next one waits for it.
+
+    Attributes:
+        copies: whether training continues while a checkpoint is written.
+        last_step: the step of the newest checkpoint, even if it is still being written.
     """
 
     def __init__(
@@ -51,44 +65,44 @@ class Checkpointer:
         note_written: Callable[[], None] = lambda: None,
         last_step: int | None = None,
     ) -> None:
-        """Collective.
+        """Removes leftovers of interrupted saves. Collective.
 
         Args:
-            keep: newest checkpoints that stay.
-            copies: whether to copy tensors first and let training go on while they are written.
-            data: digest of the data.
-            documents: gives files of rank 0 that a checkpoint holds too.
-            left_out: checkpoints there that this training did not go on from. They stay, and count for nothing.
-            note_written: called now and then, from any thread, while a checkpoint is written.
-            last_step: of the newest checkpoint of this training that is there.
+            keep: how many of the newest checkpoints stay.
+            copies: whether to copy tensors first, so that training continues while they are written.
+            data: digest of the data; None for random data.
+            documents: returns, on rank 0, small files that a checkpoint holds too.
+            left_out: names of checkpoints in the store that this training does not continue from. They are neither
+                counted nor removed.
+            note_written: called after each block that is written, from any thread.
+            last_step: the step of the newest checkpoint of this training in the store.
 
         Raises:
-            CheckpointError: if what is there can't be listed.
+            CheckpointError: if the store can't be listed, or leftovers can't be removed.
         """
         self._store, self._runtime, self._keep = store, runtime, keep
         self.copies = copies
         self._data, self._documents = data, documents
         self._left_out, self._note_written = frozenset(left_out), note_written
-        self._group = new_gloo_group()  # of its own, for another thread
+        self._group = new_gloo_group()  # collectives of another thread need a group of their own
         self._token = on_main_rank(runtime, lambda: secrets.token_hex(4))
         self._copied: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | RuntimeError | None = None
         self._saved: list[Saved] = []
         self.last_step = last_step
-        """Of the newest checkpoint, even if it is still being written."""
         self._complete_step: int | None = None
         on_main_rank(runtime, self._remove_leftovers)
 
     def save(self, state: State, position: Position, val_auroc: float | None, *, wait: bool = False) -> float:
-        """Saves; gives the seconds for which training stood still. Collective.
+        """Saves a training; returns the seconds for which it waited. Collective.
 
         Args:
-            val_auroc: of a validation after this very step.
-            wait: until it is on disk.
+            val_auroc: the AUROC of the validation after this step; None if there was none.
+            wait: whether to return only when the checkpoint is complete.
 
         Raises:
-            CheckpointError: if this or the one before it can't be written.
+            CheckpointError: if this checkpoint or the one before it can't be written.
         """
         started = time.perf_counter()
         self.finish()
@@ -119,7 +133,7 @@ class Checkpointer:
         """Waits for the checkpoint that is being written.
 
         Raises:
-            CheckpointError: if it can't be.
+            CheckpointError: if it can't be written.
             RuntimeError: if another rank is gone.
         """
         if self._thread is not None:
@@ -130,20 +144,20 @@ class Checkpointer:
         self._raise()
 
     def settle(self, seconds: float) -> bool:
-        """Lets the checkpoint that is being written come to its end, if it does in time. Raises nothing."""
+        """Waits up to `seconds` for the checkpoint that is being written; returns whether it ended. Raises nothing."""
         if self._thread is not None:
             self._thread.join(seconds)
         return self._thread is None or not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
-        """Whether a checkpoint could not be written; on other ranks this may be seen a little later."""
+        """Whether a checkpoint could not be written. Ranks may see this at different moments."""
         return self._error is not None
 
     def drain(self) -> list[Saved]:
-        """Checkpoints completed since the last call."""
+        """The checkpoints completed since the last call."""
         saved = []
-        while self._saved:  # the checkpoint's thread may add one at any moment
+        while self._saved:  # the checkpoint's thread may append one meanwhile
             saved.append(self._saved.pop(0))
         return saved
 
@@ -152,7 +166,7 @@ class Checkpointer:
             raise self._error
 
     def _copy(self, state: State) -> State:
-        """The tensors, copied to host memory that is kept from one checkpoint to the next."""
+        """Copies tensors to host memory, which is kept and used again for the next checkpoint."""
         copied = {
             name: replace(parts, parts=tuple(Part(part.offsets, self._copy_part(name, part)) for part in parts.parts))
             for name, parts in state.items()
@@ -169,12 +183,16 @@ class Checkpointer:
         return self._copied[key].copy_(part.tensor, non_blocking=True)
 
     def _write_aside(self, state: State, writer: Writer, stall: float) -> None:
-        """Runs on the checkpoint's thread. On a CPU, training wants the same cores."""
+        """Runs on the checkpoint's thread, with low priority: on a CPU, training needs the same cores."""
         give_way()
         self._write(state, writer, stall)
 
     def _write(self, state: State, writer: Writer, stall: float | None) -> None:
-        """Writes all of it. DCP has every rank raise what one of them does."""
+        """Writes a checkpoint. If one rank fails, DCP raises the error on every rank.
+
+        Args:
+            stall: seconds for which training waited for the copy; None if it waits for all of the writing.
+        """
         started = time.perf_counter()
         try:
             save(
@@ -189,7 +207,7 @@ class Checkpointer:
                 with suppress(OSError):
                     writer.discard()
             return
-        except RuntimeError as error:  # another rank is gone; which one, others say
+        except RuntimeError as error:  # another rank is gone; the launcher says which
             self._error = error
             return
         if self._runtime.is_main:
@@ -207,23 +225,20 @@ class Checkpointer:
         )
 
     def _prune(self) -> None:
-        """Removes all but the newest checkpoints and the best one. What will not go is left and named."""
+        """Removes all but the newest checkpoints and the best one. If one can't be removed, a line says so."""
         try:
-            there = [found for found in complete_checkpoints(self._store) if found[0] not in self._left_out]
+            there = [found for found in complete_checkpoints(self._store) if found.name not in self._left_out]
         except CheckpointError as error:
             print(f"{error}: old checkpoints stay.")
             return
-        best = best_of(
-            [found for found in there if found[1].data == self._data]
-        )  # on other data scores mean another thing
-        for name, _ in there[self._keep :]:
-            if name != best:
+        # On other data a score means another thing.
+        best = best_of([found for found in there if found.manifest.data == self._data])
+        for found in there[self._keep :]:
+            if found.name != best:
                 try:
-                    self._store.remove(name)
+                    self._store.remove(found.name)
                 except OSError as error:
-                    print(
-                        f"{self._store.address}/{name}: an old checkpoint that can't be removed ({reason_of(error)})."
-                    )
+                    print(f"{found.address}: an old checkpoint that can't be removed ({reason_of(error)}).")
 
     def _remove_leftovers(self) -> None:
         try:
@@ -237,7 +252,7 @@ def copies_fit(state: State, runtime: Runtime, available_bytes: int) -> bool:
     """Whether every rank has host memory for a copy of what it saves. Collective.
 
     Args:
-        available_bytes: free for this rank.
+        available_bytes: the memory that this rank may use.
     """
     fits = torch.tensor(copy_bytes(state, runtime) <= available_bytes, dtype=torch.int32)
     if runtime.world_size > 1:
@@ -246,7 +261,7 @@ def copies_fit(state: State, runtime: Runtime, available_bytes: int) -> bool:
 
 
 def copy_bytes(state: State, runtime: Runtime) -> int:
-    """The size of what this rank saves."""
+    """Bytes of the tensors that this rank saves."""
     return sum(part.tensor.nbytes for _, part in blocks(_saved_here(state, runtime)))
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dlrm.checkpoint import manifest as files
-from dlrm.checkpoint.find import check_is_there
+from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.checkpoint.store import Hashed, Store, size_of
 from dlrm.checkpoint.tensors import Parts
 from dlrm.errors import CheckpointError
@@ -38,18 +38,18 @@ Describe = Callable[[Mapping[str, files.File], Mapping[str, files.Tensor]], file
 
 
 class ShardPlanner(DefaultSavePlanner):
-    """Plans over `Parts`."""
+    """Plans which blocks of `Parts` a rank saves."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        """The tensor that a write item stands for."""
+        """The block that a write item stands for."""
         return self.state_dict[index.fqn].part_at(index)
 
 
 class RestorePlanner(DefaultLoadPlanner):
-    """Plans over `Parts`."""
+    """Plans which blocks of `Parts` a rank fills."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -57,13 +57,13 @@ class RestorePlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: Mapping[str, Parts], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Takes what is to be loaded."""
+        """Keeps what is to be loaded."""
         self.state_dict = dict(state_dict)
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The tensor that a read item fills a part of."""
+        """The block that a read item fills a part of."""
         return self.state_dict[index.fqn].part_at(index)
 
 
@@ -75,7 +75,10 @@ class _Place:
 
 
 class Writer(StorageWriter):
-    """Writes this rank's blocks to one file; rank 0 adds the small files, the manifest, and the name."""
+    """Writes one checkpoint, in the order that `dlrm.checkpoint.store` gives.
+
+    DCP calls the methods from top to bottom; in between, ranks wait for each other.
+    """
 
     def __init__(
         self,
@@ -87,40 +90,40 @@ class Writer(StorageWriter):
         describe: Describe,
         note_written: Callable[[], None],
     ) -> None:
-        """Makes a writer for one checkpoint.
+        """A writer.
 
         Args:
-            token: of this run, so that what another one that is about to die still writes goes elsewhere.
-            documents: rank 0's other files.
-            describe: gives the manifest of files and tensors, on rank 0.
-            note_written: called now and then while tensors are written.
+            token: what tells this start of the run from an earlier one, see `dlrm.checkpoint.store`.
+            documents: on rank 0, small files by name.
+            describe: on rank 0, returns the manifest for files and tensors.
+            note_written: called after each block that is written.
         """
         self._store, self._step, self._token, self._rank = store, step, token, rank
         self._documents, self._describe, self._note_written = documents, describe, note_written
         self._name = self._written = ""
         self.num_bytes = 0
-        """What this rank has written; on rank 0, once all is complete, of the whole checkpoint."""
+        """Bytes that this rank has written; on rank 0, after `finish`, those of the whole checkpoint."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing to reset: a writer writes once."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Makes room on rank 0, before any rank writes."""
+        """Makes the folder, on rank 0, before any rank writes."""
         del args, kwargs
         if is_coordinator:
             self._name = files.name_of(self._step, self._store.names())
             self._written = self._store.begin(self._name, self._token)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leaves it as it is."""
+        """Changes nothing."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tells all ranks where to write."""
+        """Tells all ranks the folder to write to."""
         return [SavePlan(plan.items, storage_data=self._written, planner_data=plan.planner_data) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes the rank's file, and has it on disk."""
+        """Writes this rank's file and syncs it to disk."""
         self._written = plan.storage_data
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write_items(plan, planner) if plan.items else [])
@@ -138,7 +141,7 @@ class Writer(StorageWriter):
         return [WriteResult(index, size, _Place(name, start, file.facts)) for index, start, size in places]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once all ranks have written: the small files, the manifest, the name."""
+        """On rank 0, after all ranks have written: writes the small files and the manifest, and gives the name."""
         written: dict[str, files.File] = {}
         chunks: dict[str, list[files.Chunk]] = defaultdict(list)
         sizes = {
@@ -168,10 +171,10 @@ class Writer(StorageWriter):
         self.num_bytes = sum(facts.num_bytes for facts in written.values())
 
     def _check_is_here(self, name: str, facts: files.File) -> None:
-        """Whether this rank sees what another one has written.
+        """Checks that rank 0 sees what another rank has written.
 
         Raises:
-            CheckpointError: if not.
+            CheckpointError: if it does not.
         """
         try:
             num_bytes = size_of(self._store, self._written, name)
@@ -183,7 +186,7 @@ class Writer(StorageWriter):
             )
 
     def _write_tensor(self, file: Hashed, tensor: torch.Tensor) -> None:
-        """Block by block, so that of a tensor on a GPU no whole copy is made."""
+        """Writes a tensor block by block, so that a tensor on a GPU is never copied as a whole."""
         rows = tensor if tensor.dim() else tensor.view(1)
         row_bytes = rows[:1].nbytes
         for block in rows.split(max(1, _BLOCK_BYTES // row_bytes)) if row_bytes else ():
@@ -191,7 +194,7 @@ class Writer(StorageWriter):
             self._note_written()
 
     def discard(self) -> None:
-        """Removes what was written of a checkpoint that can't be finished."""
+        """Removes the files of a checkpoint that can't be finished."""
         if self._written:
             self._store.remove(self._written)
 
@@ -203,13 +206,13 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads what a rank needs of each tensor, and no more."""
+    """Reads only those parts of each tensor that this rank needs."""
 
-    def __init__(self, store: Store, name: str, manifest: files.Manifest) -> None:
-        self._store, self._name, self._manifest = store, name, manifest
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._chunks = {
             (name, chunk.offsets): (tensor, chunk)
-            for name, tensor in manifest.tensors.items()
+            for name, tensor in checkpoint.manifest.tensors.items()
             for chunk in tensor.chunks
         }
 
@@ -217,7 +220,7 @@ class Reader(StorageReader):
         """Nothing to reset."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What DCP plans with, from the manifest."""
+        """The manifest's tensors, in the form that DCP plans with."""
         del args, kwargs
         return Metadata(
             {
@@ -229,7 +232,7 @@ class Reader(StorageReader):
                         for chunk in tensor.chunks
                     ],
                 )
-                for name, tensor in self._manifest.tensors.items()
+                for name, tensor in self._checkpoint.manifest.tensors.items()
             },
             storage_meta=StorageMeta(),
         )
@@ -238,15 +241,15 @@ class Reader(StorageReader):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leaves it as it is."""
+        """Changes nothing."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leaves them as they are."""
+        """Changes nothing."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fills the tensors, each file read front to back.
+        """Fills the tensors. Each file is read from front to back.
 
         Raises:
             CheckpointError: if a file is shorter than the manifest says.
@@ -266,9 +269,9 @@ class Reader(StorageReader):
 
     def _open(self, file: str) -> BufferedIOBase:
         try:
-            return self._store.open(self._name, file)
+            return self._checkpoint.store.open(self._checkpoint.name, file)
         except FileNotFoundError:
-            check_is_there(self._store, self._name)
+            self._checkpoint.check_is_there()
             raise
 
     @classmethod
@@ -283,9 +286,9 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadItem, target: torch.Tensor) -> None:
-    """Reads the rows of a chunk that are asked for, some MiB at a time, and of them the columns.
+    """Reads the rows of a chunk that `item` asks for, some MiB at a time, and copies its columns to `target`.
 
-    Whole rows go straight to where they belong, if that is host memory.
+    Whole rows are read straight into `target` if that is in host memory.
     """
     shape, offsets, lengths = chunk.shape or (1,), item.storage_offsets or (0,), item.lengths or (1,)
     target = target.view(lengths)
@@ -307,7 +310,11 @@ def _read_block(file: Any, dtype: np.dtype[Any], chunk: files.Chunk, item: ReadI
 
 
 def _fill(file: Any, block: np.ndarray[Any, Any], name: str) -> None:
-    """Reads as many bytes as an array has."""
+    """Fills an array with bytes from a file.
+
+    Raises:
+        CheckpointError: if the file ends too early.
+    """
     view = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[bad-argument-type] # an array is a buffer
     filled = 0
     while filled < len(view):

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: manifest.json, the last of its files to be written. No torch here.
+"""manifest.json: what a checkpoint holds, and the digest of each of its files. No torch here.
 
-A checkpoint is a folder `step_0000001200`, or `step_0000001200-1` where that step had been saved before. It has the
-bytes of its tensors in `rank_{r}.bin`, and config.json, plan.json, environment.json and metrics.jsonl as they were.
+A checkpoint is a folder `step_0000001200`, or `step_0000001200-1` if that step was saved before. It holds the bytes of
+its tensors in `rank_{r}.bin`, and copies of the run's config.json, plan.json, environment.json and metrics.jsonl.
 Tensors are plain little-endian arrays in row-major order: reading one runs no code from the file.
 """
 
@@ -28,7 +28,7 @@ _DTYPES = ("float32", "float64", "int64", "uint8")
 
 
 def name_of(step: int, taken: Container[str] = ()) -> str:
-    """Folder for the checkpoint of a training step: a step is saved again if it was validated since, or went wrong.
+    """The folder for the checkpoint of a step. A step is saved again if it was validated since, or if it is damaged.
 
     Raises:
         CheckpointError: if it has been saved ten times.
@@ -41,14 +41,14 @@ def name_of(step: int, taken: Container[str] = ()) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name stands for; None if it is no checkpoint's."""
+    """The step in a checkpoint's folder name; None if the name is not a checkpoint's."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class File:
-    """Size and digest of one file of a checkpoint."""
+    """Size and SHA-256 of one file of a checkpoint."""
 
     num_bytes: int
     sha256: str
@@ -56,7 +56,7 @@ class File:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor: where it lies in the tensor, and from which byte of which file on."""
+    """A block of a tensor: its place in the tensor, its file, and the byte at which it starts there."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as its chunks, which do not overlap and leave nothing out."""
+    """A tensor and its chunks, which cover it without overlap."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class Tensor:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -87,9 +87,12 @@ class Manifest:
     """A complete checkpoint.
 
     Attributes:
+        world_size: the number of ranks that wrote it.
+        val_auroc: the AUROC of the validation at this step; None if there was none.
         position: where training stands, see `dlrm.checkpoint.position`.
-        data: digests of the files that were trained on; None for random data.
-        val_auroc: of the validation at this very step, if there was one.
+        data: digest of the files that were trained on; None for random data.
+        files: size and SHA-256 of each file other than the manifest, by name.
+        tensors: all tensors, by name.
     """
 
     step: int
@@ -102,13 +105,13 @@ class Manifest:
     tensors: Mapping[str, Tensor]
 
     def to_bytes(self) -> bytes:
-        """What manifest.json holds; its digest is of all else in it."""
+        """The content of manifest.json. It ends with the digest of everything else in it."""
         content = {"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}
         return (json.dumps({**content, "sha256": _digest(content)}, allow_nan=False) + "\n").encode()
 
     @staticmethod
     def from_bytes(text: bytes) -> "Manifest":
-        """The manifest that `to_bytes` wrote.
+        """The manifest in the content of a manifest.json.
 
         Raises:
             CheckpointError: if it is damaged, of another version, or points outside its folder.
@@ -128,7 +131,7 @@ class Manifest:
             tensors = {name: _read_tensor(tensor) for name, tensor in content.pop("tensors").items()}
             manifest = Manifest(files=files, tensors=tensors, **content)
             _check(manifest)
-            if manifest.to_bytes() != text:  # the digest is of what the text says, not of how it says it
+            if manifest.to_bytes() != text:  # the digest does not cover white space or the form of numbers
                 raise CheckpointError("manifest.json is damaged: its text was changed")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"manifest.json is damaged: {error}") from None
@@ -148,10 +151,10 @@ def _read_tensor(content: Mapping[str, Any]) -> Tensor:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuses what is no count, names that leave the folder, and chunks that leave their file or are not the tensor.
+    """Checks that counts are counts, that names stay in the folder, and that chunks cover their tensor.
 
     Raises:
-        CheckpointError: if there is one.
+        CheckpointError: naming what is wrong.
     """
     _check_counts("step and world_size", (manifest.step, manifest.world_size))
     if type(manifest.created) is not str or type(manifest.data) not in (str, type(None)):
@@ -183,7 +186,11 @@ def _check_counts(what: str, numbers: Iterable[Any]) -> None:
 
 
 def _tile(blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
-    """Whether blocks (offsets, shape) make up a tensor: strips along the last dimension, each of such strips."""
+    """Whether blocks (offsets, shape) cover a tensor without overlap.
+
+    Blocks with the same extent in the last dimension form a strip. The strips must follow each other along that
+    dimension, and each must cover the other dimensions, by the same rule.
+    """
     if not shape or not blocks:
         return len(blocks) == (math.prod(shape) > 0)
     strips = defaultdict(list)

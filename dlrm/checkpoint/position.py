@@ -1,4 +1,4 @@
-"""Where a training stands, as a checkpoint keeps it. No torch here."""
+"""How far a training has come, as a checkpoint keeps it. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,23 +9,22 @@ from dlrm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Position:
-    """All of a training's state but its tensors.
+    """All of a training's state except its tensors.
 
     Attributes:
         step: training steps taken.
         epoch: the epoch that the next batch belongs to.
-        epoch_step: steps taken in it.
-        row: the row of the epoch's order that the next batch starts with.
-        num_samples: trained on, over all ranks.
-        validated_step: the step after which the last validation was.
-        train_seconds: spent training; `total_seconds` adds validations.
-        pending: steps not reported yet: step, samples, mean loss over all ranks.
+        epoch_step: steps taken in that epoch.
+        row: rows of the epoch consumed so far; the next batch starts with this row of the epoch's order.
+        num_samples: samples trained on, over all ranks.
+        validated_step: the step after which the last validation ran.
+        train_seconds: seconds spent training; `total_seconds` adds validations.
+        pending: steps that are not reported yet: step, samples, mean loss over all ranks.
         validations: metrics of each validation.
-        foreign_validations: how many of them, the first ones, were on data that was changed since. They count neither
-            for the best one nor for the target.
-        samples_before: of `num_samples`, those that other runs had trained on, whose checkpoint this run was resumed
-            from.
-        optimizer_steps: those that the optimizers' state had seen when training began: --init_optimizer.
+        foreign_validations: how many of them, the first ones, ran on other data. They count neither for the best one
+            nor for the target.
+        samples_before: those of `num_samples` that the run was resumed with, from a checkpoint of another run.
+        optimizer_steps: steps that the optimizers' state had seen when training began, from --init_optimizer.
     """
 
     step: int = 0
@@ -49,16 +48,16 @@ class Position:
 
     @property
     def step_auroc(self) -> float | None:
-        """AUROC of a validation after this very step, if there was one and it is defined."""
+        """AUROC of the validation after this step; None if there was none or it is undefined."""
         is_validated = self.validations and self.validated_step == self.step
         return self.validations[-1]["auroc"] if is_validated else None
 
     def reaches(self, auroc: float | None) -> bool:
-        """Whether a validation on this data has come to that AUROC; False for None."""
+        """Whether a validation on this data has reached that AUROC; False for None."""
         return auroc is not None and any((own or 0.0) >= auroc for own in self.own_aurocs)
 
     def after_step(self, rows: int) -> "Position":
-        """The same after a step on so many rows, over all ranks."""
+        """The position after one more step, on `rows` samples over all ranks."""
         return replace(
             self,
             step=self.step + 1,
@@ -72,7 +71,7 @@ class Position:
         return replace(self, epoch=self.epoch + 1, epoch_step=0, row=0)
 
     def after_validation(self, metrics: Mapping[str, Any]) -> "Position":
-        """The same with one validation more."""
+        """The position after one more validation."""
         return replace(self, validated_step=self.step, validations=(*self.validations, metrics))
 
     def on_new_data(self) -> "Position":
@@ -80,19 +79,19 @@ class Position:
         return replace(self, epoch=0, epoch_step=0, row=0, foreign_validations=len(self.validations))
 
     def in_new_run(self) -> "Position":
-        """The same in another run that continues this training."""
+        """The same position in another run that continues this training."""
         return replace(self, samples_before=self.num_samples)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The fields, as the manifest keeps them."""
         return asdict(self)
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "Position":
-        """What `to_json` gave.
+        """The position that `to_json` returned.
 
         Raises:
-            CheckpointError: if it has other fields.
+            CheckpointError: if a field is missing, unknown, or of another type.
         """
         try:
             pending = tuple((int(step), int(rows), float(loss)) for step, rows, loss in content["pending"])

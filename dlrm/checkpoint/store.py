@@ -1,4 +1,22 @@
-"""Where checkpoints lie: a local folder, or any address that fsspec knows. No torch here."""
+"""Where checkpoints are, a local folder or any address that fsspec knows, and how one is written. No torch here.
+
+A checkpoint is complete or absent, whenever the processes that write it are killed:
+
+    call                     by       what it does
+    begin(name, token)       rank 0   makes a folder under a name that is not yet a checkpoint's
+    create(rank_{r}.bin)     ranks    each rank writes the tensors that it saves, and counts bytes and SHA-256
+    create(config.json, ..)  rank 0   copies of the run's small files
+    create(manifest.json)    rank 0   last: it names all other files, with their sizes and digests
+    finish(written, name)    rank 0   gives the folder its name
+
+In a `LocalStore` files are written and synced under a hidden name, `.step_0000001200.{token}.partial`, and the rename
+in `finish` completes the checkpoint. A `RemoteStore` has no rename: files are written under their final name, each
+appears there whole, and manifest.json completes the checkpoint. `remove` goes the other way: it first renames the
+folder, or removes manifest.json. `leftovers` finds what killed processes have left, and the next run removes it.
+
+A name is free if no entry of the store has it (`manifest.name_of`). The token belongs to one start of a run: what a
+process of an earlier start still writes while it dies goes to another hidden folder.
+"""
 
 import errno
 import hashlib
@@ -17,7 +35,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dlrm.checkpoint.manifest import MANIFEST, File, step_of
-from dlrm.errors import CheckpointError, DlrmError
+from dlrm.errors import CheckpointError, DlrmError, reason_of
 from dlrm.system.files import sync
 
 _PARTIAL = ".partial"
@@ -25,7 +43,7 @@ _PIECE_BYTES = 1 << 22
 
 
 class Hashed:
-    """A file being written, with its size and digest so far."""
+    """A file that is being written, with its size and SHA-256 so far."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -33,7 +51,7 @@ class Hashed:
         self.num_bytes = 0
 
     def write(self, data: Any) -> None:
-        """Takes bytes; in pieces that stay in a cache between the digest and the copy."""
+        """Writes bytes, in pieces that stay in the processor's cache between the digest and the copy."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
@@ -43,37 +61,37 @@ class Hashed:
 
     @property
     def facts(self) -> File:
-        """Of what was written."""
+        """Size and SHA-256 of what was written."""
         return File(self.num_bytes, self._digest.hexdigest())
 
 
 class Store(Protocol):
-    """Checkpoints by name. A checkpoint without manifest.json is none."""
+    """Checkpoints by name. A folder without manifest.json is not a checkpoint."""
 
     address: str
 
     def names(self) -> list[str]:
-        """Of what is there, links and files included; none where nothing is there yet."""
+        """Names of all entries, links and files included; empty if the store does not exist yet."""
         ...
 
     def check_writable(self) -> None:
-        """Finds out whether it can be written, and leaves nothing behind.
+        """Writes something and removes it again.
 
         Raises:
-            OSError: if it can't.
+            OSError: if the store can't be written.
         """
         ...
 
     def begin(self, name: str, token: str) -> str:
-        """Makes room for a checkpoint; gives the name under which its files are written until `finish`."""
+        """Makes a folder for a checkpoint; returns the name under which its files are written until `finish`."""
         ...
 
     def create(self, name: str, file: str) -> Any:
-        """Opens a new file, as a context that gives `Hashed`; on leaving it the file is on disk."""
+        """Opens a new file, as a context manager that gives a `Hashed`. At its end the file is on disk."""
         ...
 
     def finish(self, written: str, name: str) -> None:
-        """Gives what was written its name. All files are there."""
+        """Completes a checkpoint: all of its files are written, and it gets its name."""
         ...
 
     def open(self, name: str, file: str) -> BufferedIOBase:
@@ -81,22 +99,36 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a folder and what is in it."""
+        """Removes a folder with its content. It stops being a checkpoint at once, whatever happens to the rest."""
         ...
 
     def leftovers(self) -> list[str]:
-        """What savings that did not finish have left."""
+        """Names of what interrupted saves have left."""
         ...
 
 
 def size_of(store: Store, name: str, file: str) -> int:
-    """Bytes of a file of a checkpoint.
+    """The size of a checkpoint's file in bytes.
 
     Raises:
-        OSError: if it is not there.
+        OSError: if the file is missing.
     """
     with store.open(name, file) as opened:
         return opened.seek(0, os.SEEK_END)
+
+
+def names_in(store: Store) -> list[str]:
+    """`store.names()`, with errors that say what can't be listed.
+
+    Raises:
+        CheckpointError: if the store can't be listed.
+    """
+    try:
+        return store.names()
+    except NotImplementedError:  # as some of fsspec's file systems raise
+        raise CheckpointError(f"{store.address}: no address at which a folder can be listed") from None
+    except OSError as error:
+        raise CheckpointError(f"{store.address}: {reason_of(error)}") from None
 
 
 def open_store(address: str) -> "Store":
@@ -109,13 +141,13 @@ def open_store(address: str) -> "Store":
         return LocalStore(address, Path(address))
     try:
         files, root = fsspec.core.url_to_fs(address)
-    except Exception as error:  # noqa: BLE001 - each kind of address has errors of its own
+    except Exception as error:  # noqa: BLE001 - each kind of address has error types of its own
         raise CheckpointError(f"{address}: {' '.join(str(error).split())}") from None
     return LocalStore(address, Path(root)) if isinstance(files, LocalFileSystem) else RemoteStore(address, files, root)
 
 
 class LocalStore:
-    """A folder. A checkpoint is written under another name, synced, and renamed."""
+    """A local folder: a rename completes a checkpoint."""
 
     def __init__(self, address: str, root: Path) -> None:
         self.address = address
@@ -157,10 +189,10 @@ class LocalStore:
         sync(self.root)
 
     def open(self, name: str, file: str) -> BufferedIOBase:
-        """See `Store`. A link is not followed: it may lead anywhere, and what it points to is not ours.
+        """See `Store`. A link is not followed, as it may lead to what is not a checkpoint's.
 
         Raises:
-            OSError: if it is not a file in that folder.
+            OSError: if there is no such file in that folder.
         """
         folder, path = self.root / name, self.root / name / file
         if folder.is_symlink():
@@ -170,7 +202,7 @@ class LocalStore:
         return path.open("rb")
 
     def remove(self, name: str) -> None:
-        """See `Store`. It stops being a checkpoint at once, whatever happens to the rest."""
+        """See `Store`. The folder is renamed first."""
         path = self.root / name
         if path.is_symlink():
             raise OSError(errno.ELOOP, "is a link", str(path))
@@ -193,7 +225,7 @@ class LocalStore:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, and has them on disk."""
+    """Makes a folder and its parents, and syncs their names to disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -201,14 +233,14 @@ def make_folder(path: Path) -> None:
 
 
 class RemoteStore:
-    """A folder at an fsspec address. Nothing is renamed there: manifest.json, written last, is what completes it."""
+    """A folder at an fsspec address: manifest.json completes a checkpoint."""
 
     def __init__(self, address: str, files: Any, root: str) -> None:
-        """Makes one.
+        """A store.
 
         Args:
-            files: fsspec's file system of that address.
-            root: the folder's name there.
+            files: fsspec's file system for the address.
+            root: the folder's path there.
         """
         self.address = address
         self._files = files
@@ -228,7 +260,7 @@ class RemoteStore:
         with _as_os_error():
             try:
                 self._files.pipe_file(path, b"")
-            except FileNotFoundError:  # unlike object stores, some have folders that must be made
+            except FileNotFoundError:  # unlike object stores, some file systems need the folder first
                 self._files.makedirs(self._root, exist_ok=True)
                 self._files.pipe_file(path, b"")
             self._files.rm(path)
@@ -273,10 +305,10 @@ class RemoteStore:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Behind fsspec are many libraries, each with errors of its own: what went wrong is an OSError here."""
+    """Raises OSError for any error of the many libraries behind fsspec."""
     try:
         yield
     except (OSError, DlrmError, NotImplementedError):
         raise
-    except Exception as error:  # there is no list of them
+    except Exception as error:  # each library has error types of its own
         raise OSError(errno.EIO, f"{type(error).__name__}: {' '.join(str(error).split())}") from error

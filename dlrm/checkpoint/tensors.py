@@ -1,8 +1,10 @@
-"""A training's tensors under names and in shapes that depend neither on how tables are sharded nor on who updates them.
+"""A training's tensors. Names and shapes depend neither on how tables are sharded nor on which kernel updates them.
 
-`tables.{table}.weight` [rows, dim], and beside it the optimizer's `sum`, `exp_avg`, `exp_avg_sq`; `dense.{name}` and
-`dense.{name}.{state}`; `counts.{when}_{feature}`; `random.{device}.rank_{r}`. Optimizers count the run's own
-steps.
+    tables.{table}.weight                      [rows, dim]
+    tables.{table}.sum, .exp_avg, .exp_avg_sq  the optimizer's state of a table
+    dense.{parameter}, dense.{parameter}.{state}
+    counts.{when}_{feature}                    how often each id occurred
+    random.{device}.rank_{r}                   the state of a rank's random number generator
 
 Shapes: R rows of a table.
 """
@@ -33,7 +35,7 @@ _MOMENTS = {"momentum1": "sum"}
 
 @dataclass(frozen=True)
 class Part:
-    """A block of a tensor that this rank holds, from `offsets` of the whole on."""
+    """A block of a tensor that this rank holds; it starts at `offsets` in the whole tensor."""
 
     offsets: tuple[int, ...]
     tensor: torch.Tensor
@@ -41,10 +43,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """What this rank holds of a tensor, perhaps nothing. DCP plans with it as it does with sharded tensors.
+    """The blocks of a tensor that this rank holds, perhaps none. DCP plans with it as it does with sharded tensors.
 
     Attributes:
-        owner: the rank that saves it, where all of them hold the same; None where each rank saves its own parts.
+        shape: of the whole tensor, over all ranks.
+        owner: the rank that saves the tensor, if all ranks hold the same; None if each rank saves its own blocks.
     """
 
     shape: torch.Size
@@ -53,21 +56,21 @@ class Parts:
     owner: int | None = None
 
     def size(self) -> torch.Size:
-        """Of the whole tensor, over all ranks."""
+        """The shape of the whole tensor, as DCP asks for it."""
         return self.shape
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Parts":
-        """The same with other tensors."""
+        """The same blocks, with `change` applied to each tensor."""
         return replace(self, parts=tuple(Part(part.offsets, change(part.tensor)) for part in self.parts))
 
     def cut(self, shape: Sequence[int]) -> "Parts":
-        """The first rows, as a tensor of this shape."""
+        """The first rows, as a tensor of `shape`."""
         parts = (Part(part.offsets, part.tensor[: shape[0] - part.offsets[0]]) for part in self.parts if part.offsets)
         kept = tuple(part for part in parts if part.offsets[0] < shape[0])
         return replace(self, shape=torch.Size(shape), parts=kept)
 
     def saved_by(self, rank: int) -> "Parts":
-        """What of it `rank` saves."""
+        """The blocks that `rank` saves."""
         return self if self.owner in (None, rank) else replace(self, parts=())
 
     def part_at(self, index: MetadataIndex) -> torch.Tensor:
@@ -106,10 +109,10 @@ def model_state(model: DistributedModelParallel, world_size: int) -> State:
 
 
 def optimizer_state(optimizer: CombinedOptimizer, world_size: int) -> State:
-    """What optimizers keep of each weight, as views. Collective."""
+    """The optimizers' state of each weight, as views. Collective."""
     state = {}
     states = cast(dict[str, dict[str, Any]], optimizer.state_dict()["state"])
-    for name, values in states.items():  # not the same names on all ranks
+    for name, values in states.items():  # ranks have different names
         table = table_of(name)
         prefix = f"tables.{table}" if table else f"dense.{_strip(name)}"
         for key, value in values.items():
@@ -132,7 +135,7 @@ def training_state(model: DistributedModelParallel, optimizer: CombinedOptimizer
 
 
 def count_state(counts: Mapping[str, npt.NDArray[np.int64]], runtime: Runtime) -> State:
-    """Counts of ids, which rank 0 has the sums of."""
+    """Counts of ids. Rank 0 holds the sums over all ranks, and saves them."""
     state = {}
     for name, array in counts.items():
         tensor = torch.from_numpy(array)
@@ -142,7 +145,7 @@ def count_state(counts: Mapping[str, npt.NDArray[np.int64]], runtime: Runtime) -
 
 
 def table_of(name: str) -> str | None:
-    """The table that a parameter of a model, sharded or not, is the weight of; None for a dense one."""
+    """The name of the table whose weight a parameter of a model is, sharded or not; None for a dense parameter."""
     return name.split(_TABLES)[1].removesuffix(".weight") if _TABLES in name else None
 
 
@@ -151,7 +154,7 @@ def _strip(name: str) -> str:
 
 
 def _owner(name: str, world_size: int) -> int:
-    """Which of the ranks that hold the same tensor saves it. All agree, whatever else they hold."""
+    """The rank that saves a tensor which all ranks hold. It follows from the name alone, so that all ranks agree."""
     return zlib.crc32(name.encode()) % world_size
 
 
@@ -172,10 +175,10 @@ def _random_states(runtime: Runtime) -> State:
 
 
 def restore_random_states(state: State, runtime: Runtime) -> None:
-    """Sets this rank's generators to what was loaded.
+    """Sets this rank's random number generators to the states that were loaded.
 
     Raises:
-        CheckpointError: if that is no generator's state.
+        CheckpointError: if one is not a generator's state.
     """
     for name, parts in state.items():
         try:
@@ -188,7 +191,7 @@ def restore_random_states(state: State, runtime: Runtime) -> None:
 
 
 def fill_optimizer_states(optimizer: CombinedOptimizer, step: int) -> None:
-    """Has optimizers that make their state in their first step make it now, and sets the steps that they count."""
+    """Makes the state that an optimizer would make in its first step, and sets the number of steps it has counted."""
     for _, part in optimizer.optimizers:
         for group in part.param_groups:
             for parameter in group["params"] if step else ():
@@ -204,14 +207,14 @@ def fill_optimizer_states(optimizer: CombinedOptimizer, step: int) -> None:
 
 
 def blocks(state: State) -> Iterator[tuple[str, Part]]:
-    """This rank's blocks of all tensors."""
+    """Yields this rank's blocks of all tensors, each with the tensor's name."""
     for name, parts in state.items():
         for part in parts.parts:
             yield name, part
 
 
 def counts_of(state: State) -> dict[str, npt.NDArray[np.int64]]:
-    """Rank 0's counts of ids in a state, by the names that `count_state` was given."""
+    """The counts of ids in a state of rank 0, by the names that `count_state` was given."""
     return {
         name.removeprefix(COUNTS): parts.parts[0].tensor.numpy()
         for name, parts in state.items()

@@ -1,6 +1,6 @@
-"""What of a checkpoint another model takes, by names and shapes. No torch here.
+"""Which tensors of a checkpoint another model takes, by names and shapes. No torch here.
 
-Tables may have grown. A dense layer, its weight and bias together, is taken if all of it fits.
+A table may have more rows than in the checkpoint. A dense layer is taken if both its weight and its bias fit.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -44,14 +44,14 @@ def check_tables(saved: Mapping[str, Tensor], model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a model takes of a checkpoint's weights.
+    """The weights that a model takes from a checkpoint.
 
     Attributes:
-        weights: names of tensors that are taken.
-        grown: tables with new rows, and how many.
-        layers_taken: of the dense ones.
-        layers_drawn: dense ones that the checkpoint does not have in this shape.
-        layers_left: dense ones of the checkpoint that the model does not have in this shape.
+        weights: names of the tensors that are taken.
+        grown: the number of new rows of each table that has some.
+        layers_taken: dense layers that are taken.
+        layers_drawn: dense layers that the checkpoint does not have in this shape.
+        layers_left: dense layers of the checkpoint that the model does not have in this shape.
     """
 
     weights: frozenset[str]
@@ -62,7 +62,11 @@ class Transfer:
 
     @staticmethod
     def of(saved: Mapping[str, Tensor], wanted: Mapping[str, tuple[Shape, str]]) -> "Transfer":
-        """What fits of the weights that a model has: shape and type by name. `check_tables` has passed."""
+        """Chooses the weights that fit, after `check_tables` has passed.
+
+        Args:
+            wanted: shape and dtype of each of the model's weights, by name.
+        """
         tables = {table: f"{_TABLES}{table}{_WEIGHT}" for table in TABLE_NAMES}
         new_rows = {table: wanted[name][0][0] - saved[name].shape[0] for table, name in tables.items()}
         grown = {table: rows for table, rows in new_rows.items() if rows}
@@ -84,17 +88,17 @@ class Transfer:
         )
 
     def takes_state(self, name: str, saved: Mapping[str, Tensor], shape: Shape, dtype: str) -> bool:
-        """Whether a tensor of the optimizer's is taken: one of a weight that is, with as many rows as are saved."""
+        """Whether a tensor of the optimizer's state is taken: its weight is, and it fits, new rows of a table aside."""
         tensor, is_table = saved.get(name), name.startswith(_TABLES)
         if tensor is None or _weight_of(name) not in self.weights:
             return False
         return _fits(tensor, (tensor.shape[0], *shape[1:]) if is_table else shape, dtype)
 
     def describe(self, states: Collection[str] | None, algorithm: str) -> list[str]:
-        """A line each of what is taken, drawn, and left.
+        """Three lines: what is taken, what is drawn at random, what is left in the checkpoint.
 
         Args:
-            states: names of the optimizer's tensors that are taken; None if they were not asked for.
+            states: names of the optimizer's tensors that are taken; None without --init_optimizer.
         """
         tables = [name for name in self.weights if name.startswith(_TABLES)]
         num_layers = len(self.layers_taken) + len(self.layers_drawn)
@@ -124,7 +128,7 @@ class Transfer:
 
 
 def _dense_weights(saved: Mapping[str, Tensor]) -> Iterator[str]:
-    """Names of dense tensors that are no optimizer's: those of its states end in the name of another tensor."""
+    """Names of dense weights. The name of an optimizer's state is that of a weight, and one more part."""
     return (name for name in saved if name.startswith(_DENSE) and name.rpartition(".")[0] not in saved)
 
 
@@ -143,6 +147,6 @@ def _fits(saved: Tensor | None, shape: Shape, dtype: str) -> bool:
 
 
 def _show(layers: Collection[str]) -> str:
-    """As the flags name them, without the modules that TorchRec puts between."""
+    """Names of layers, without the modules that TorchRec puts in between."""
     names = [layer.removeprefix(_DENSE).replace("._mlp", "").replace("._linear", "") for layer in layers]
     return some(names)

@@ -1,48 +1,46 @@
-"""Whether days have the vocabulary that a checkpoint was trained with: with another one, ids are rows of other ids."""
+"""Whether days have the vocabulary that a checkpoint was trained with. In another one, an id means another value."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dlrm.checkpoint.find import read_file
-from dlrm.checkpoint.restore import Source
+from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.config.config import Config
 from dlrm.dataset.cautions import LEAST_ROWS, Folded
-from dlrm.dataset.manifest import load_manifest, read_vocabulary
+from dlrm.dataset.manifest import MANIFEST_NAME, load_manifest, read_vocabulary
 from dlrm.errors import CheckpointError, DatasetError
-from dlrm.system.files import MANIFEST_NAME, sha256_of
+from dlrm.system.files import sha256_of
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of the days' vocabulary.
+    """How the vocabulary of days compares with a checkpoint's.
 
     Attributes:
-        is_as_trained: None if that can't be told.
-        text: the same in words.
+        is_as_trained: whether it is the same; None if that can't be told.
+        text: a note for the user; empty if the data is the same.
     """
 
     is_as_trained: bool | None
     text: str
 
 
-def compare_vocabulary(source: Source, config: Config, data: str | None) -> Vocabulary:
-    """Holds the vocabulary of a run's days against that of a checkpoint.
+def compare_vocabulary(checkpoint: Checkpoint, config: Config, data: str | None) -> Vocabulary:
+    """Compares the vocabulary of a run's days with a checkpoint's.
 
     Args:
         data: digest of the run's data; None for random data.
 
     Raises:
-        DatasetError: if it is another one, and that is not allowed.
+        DatasetError: if it is another one, without --allow_other_vocabulary.
     """
-    if data == source.manifest.data:
+    if data == checkpoint.manifest.data:
         return Vocabulary(True, "")
-    if data is None or source.manifest.data is None or config.data.folder is None:
+    if data is None or checkpoint.manifest.data is None or config.data.folder is None:
         return Vocabulary(None, "The data is not what the checkpoint was trained on.")
     folder = Path(config.data.folder)
-    trained, given = trained_vocabulary(source), read_vocabulary(folder)
+    trained, given = trained_vocabulary(checkpoint), read_vocabulary(folder)
     if trained is None or given is None:
         unknown = f"{folder} has no manifest.json" if given is None else "that of the checkpoint is not known"
         return Vocabulary(
@@ -55,9 +53,9 @@ def compare_vocabulary(source: Source, config: Config, data: str | None) -> Voca
         return Vocabulary(True, f"Same vocabulary, {rows}: the data is not what the checkpoint was trained on.")
     if not config.checkpoint.allow_other_vocabulary:
         raise DatasetError(
-            f"{folder}: its days have another vocabulary than those that {source.address} was trained on, so its ids "
-            "are other rows of the tables. Write the days with `dlrm preprocess --vocabulary` and the folder of the "
-            "training days, or give --allow_other_vocabulary."
+            f"{folder}: its days have another vocabulary than those that {checkpoint.address} was trained on, so its "
+            "ids are other rows of the tables. Write the days with `dlrm preprocess --vocabulary` and the folder of "
+            "the training days, or give --allow_other_vocabulary."
         )
     return Vocabulary(
         False,
@@ -66,13 +64,13 @@ def compare_vocabulary(source: Source, config: Config, data: str | None) -> Voca
     )
 
 
-def trained_vocabulary(source: Source) -> str | None:
-    """Digest of the vocabulary that a checkpoint was trained with; None if neither it nor its days tell."""
+def trained_vocabulary(checkpoint: Checkpoint) -> str | None:
+    """Digest of the vocabulary that a checkpoint was trained with; None if neither its files nor its days tell."""
     try:
-        environment = json.loads(read_file(source.open(), source.name, "environment.json"))
+        environment = checkpoint.read_environment()
         if "vocabulary_sha256" in environment:
             return environment["vocabulary_sha256"]
-        folder = Path(source.config.data.folder or "")
+        folder = Path(checkpoint.config.data.folder or "")
         known = environment.get("data_manifest_sha256") or environment.get("multi_hot_manifest_sha256")
         if known is None or sha256_of(folder / MANIFEST_NAME) != known:
             return None
@@ -86,10 +84,10 @@ def _applies_a_vocabulary(folder: Path) -> bool:
     return isinstance(ids, dict) and ids.get("vocabulary") is not None
 
 
-def recorded_folding(source: Source) -> list[Folded] | None:
+def recorded_folding(checkpoint: Checkpoint) -> list[Folded] | None:
     """The shares of ids beyond their tables in the days that a checkpoint was trained on; None if not recorded."""
     try:
-        parts = json.loads(read_file(source.open(), source.name, "environment.json"))["folded_ids"]
+        parts = checkpoint.read_environment()["folded_ids"]
         shares_of = {name: np.array(shares, float) for name, shares in parts.items() if name not in ("val", "test")}
         return [Folded(f"{name} of the training", LEAST_ROWS, shares_F) for name, shares_F in shares_of.items()]
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):

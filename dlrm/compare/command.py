@@ -1,4 +1,4 @@
-"""`dlrm compare`: in what two runs differ, and what came of it. No torch here."""
+"""The command `dlrm compare`: what differs between two runs, and their metrics. No torch here."""
 
 import dataclasses
 import json
@@ -13,16 +13,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from dlrm.checkpoint.checkpoint import Checkpoint
 from dlrm.checkpoint.compatibility import differences
-from dlrm.checkpoint.find import RemovedError, check_files, read_file
+from dlrm.checkpoint.find import read_newest
 from dlrm.checkpoint.manifest import step_of
-from dlrm.checkpoint.pick import Picked, read_newest
+from dlrm.checkpoint.run_files import CONFIG, DOCUMENTS, ENVIRONMENT, METRICS, PLAN, SUMMARY
 from dlrm.config.config import Config
 from dlrm.config.flags import parse_flags
 from dlrm.errors import CheckpointError, ConfigError, RunDirectoryError
 from dlrm.system.console import align, plural, printable
 
-_OF_EVERY_RUN = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
 _SCORES = {"auroc": "AUROC", "logloss": "log loss", "ne": "NE", "calibration": "calibration"}
 _MEASURES = {
     "num_val_samples": ("val samples", ",.0f"),
@@ -40,9 +40,9 @@ _SHOWN_TABLES = 3
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Says in what two runs differ: flags, data, versions, commit, host, device, ranks, where tables lie; and shows
-    their metrics side by side. What is equal is counted, not listed. A run that has not finished counts with what it
-    has written so far, a checkpoint with what was known at its step.
+    """Shows what differs between two runs: flags, data, versions, commit, host, device, ranks, where tables lie; and
+    their metrics side by side. Equal facts are counted, not listed. A run that has not finished is compared as far as
+    it has come, a checkpoint as of its step.
 
     Example: `dlrm compare runs/first runs/second/checkpoints/step_0000001200`."""
 
@@ -62,7 +62,7 @@ class Record:
     """What is known of a run.
 
     Attributes:
-        state: how far it is, in words.
+        state: how far it has come, in words.
         environment: facts by name, versions among them.
         plan: where each table lies, in words.
         metrics: as in summary.json, of the last validation; None for what is not known.
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that two runs do not have in common."""
+    """A fact that differs between two runs."""
 
     name: str
     first: Any
@@ -87,7 +87,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that differs of one kind, and of how many."""
+    """All facts of one kind that differ, and the number of facts of that kind."""
 
     kind: str
     found: list[Change]
@@ -95,26 +95,26 @@ class Changes:
 
     @property
     def agreeing(self) -> int:
-        """How many are equal."""
+        """How many facts are equal."""
         return self.total - len(self.found)
 
 
 def read_record(address: str) -> Record:
-    """What a run directory or a checkpoint says of its run.
+    """Reads what a run directory or a checkpoint says about its run.
 
     Raises:
         CheckpointError: if there is neither, or the checkpoint is damaged.
         RunDirectoryError: if a file can't be read, or is damaged, naming it.
     """
     folder = Path(address)
-    is_run = "://" not in address and step_of(folder.name) is None and (folder / "config.json").exists()
+    is_run = "://" not in address and step_of(folder.name) is None and (folder / CONFIG).exists()
     address, state, texts = _read_run(folder) if is_run else _read_checkpoint(address)
-    with _reading(address, "config.json"):
-        config = Config.from_text(texts["config.json"])
-    with _reading(address, "environment.json"):
-        environment = _read_environment(json.loads(texts.get("environment.json", "{}")))
-    with _reading(address, "plan.json"):
-        plan = json.loads(texts.get("plan.json", '{"tables": []}'))
+    with _reading(address, CONFIG):
+        config = Config.from_text(texts[CONFIG])
+    with _reading(address, ENVIRONMENT):
+        environment = _read_environment(json.loads(texts.get(ENVIRONMENT, "{}")))
+    with _reading(address, PLAN):
+        plan = json.loads(texts.get(PLAN, '{"tables": []}'))
         places = {table["table"]: _describe_placement(table) for table in plan["tables"]}
     so_far, metrics = _read_progress(address, texts)
     return Record(address, state or so_far, config, environment, places, metrics)
@@ -122,7 +122,7 @@ def read_record(address: str) -> Record:
 
 @contextmanager
 def _reading(address: str, name: str) -> Iterator[None]:
-    """Names the file where its content is of another kind than it must be."""
+    """Raises an error that names the file if its content is not what it must be."""
     try:
         yield
     except (ConfigError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -135,19 +135,19 @@ def _read_environment(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_progress(address: str, texts: Mapping[str, str]) -> tuple[str, dict[str, float | None]]:
-    """How far a run is, in words, and its metrics."""
-    with _reading(address, "metrics.jsonl"):
-        lines = _read_lines(texts.get("metrics.jsonl", ""))
+    """How far a run has come, in words, and its metrics."""
+    with _reading(address, METRICS):
+        lines = _read_lines(texts.get(METRICS, ""))
         scored = _numbers(_count_scored(lines))
-        if "summary.json" not in texts:
+        if SUMMARY not in texts:
             return _describe_state(lines), {**_numbers(_sum_up(lines)), **scored}
-    with _reading(address, "summary.json"):
-        summary = json.loads(texts["summary.json"])
+    with _reading(address, SUMMARY):
+        summary = json.loads(texts[SUMMARY])
         return f"finished {summary['finished']}", {**_numbers(_metrics_of(summary)), **scored}
 
 
 def _numbers(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """The same, if each is None or a number that can be shown."""
+    """The same metrics, after a check that each is None or a number that can be shown."""
     for name, value in metrics.items():
         if not isinstance(value, int | float | None):
             raise TypeError(f"{name} is {value!r}, expected a number")
@@ -157,7 +157,7 @@ def _numbers(metrics: dict[str, float | None]) -> dict[str, float | None]:
 
 def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
     texts = {}
-    for name in (*_OF_EVERY_RUN, "summary.json"):
+    for name in (*DOCUMENTS, SUMMARY):
         try:
             texts[name] = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -168,30 +168,28 @@ def _read_run(folder: Path) -> tuple[str, str, dict[str, str]]:
 
 
 def _read_checkpoint(address: str) -> tuple[str, str, dict[str, str]]:
-    return read_newest(address, lambda text: print(text, file=sys.stderr), _read_picked)
+    return read_newest(address, lambda text: print(text, file=sys.stderr), _read_documents)
 
 
-def _read_picked(picked: Picked) -> tuple[str, str, dict[str, str]]:
-    manifest = picked.manifest
+def _read_documents(checkpoint: Checkpoint) -> tuple[str, str, dict[str, str]]:
+    manifest = checkpoint.manifest
+    files = [name for name in DOCUMENTS if name in manifest.files]
+    checkpoint.verify(files)
     try:
-        files = [name for name in _OF_EVERY_RUN if name in manifest.files]
-        check_files(picked.store, picked.name, manifest, files)
-        texts = {name: read_file(picked.store, picked.name, name).decode() for name in files}
-    except RemovedError:
-        raise
-    except (CheckpointError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{picked.address}: {error}.") from None
-    return picked.address, f"checkpoint of step {manifest.step:,}, written {manifest.created}", texts
+        texts = {name: checkpoint.read(name).decode() for name in files}
+    except UnicodeDecodeError as error:
+        raise CheckpointError(str(error)) from None
+    return checkpoint.address, f"checkpoint of step {manifest.step:,}, written {manifest.created}", texts
 
 
 def _read_lines(text: str) -> list[dict[str, Any]]:
-    """Of metrics.jsonl; the last one may be one that is being written."""
+    """The lines of metrics.jsonl, without a last one that is still being written."""
     whole, _, _ = text.rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def _describe_state(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Of a run that has not finished."""
+    """How far a run has come that has not finished."""
     return f"not finished, up to step {lines[-1]['step']:,}" if lines else "not finished, no step yet"
 
 
@@ -201,7 +199,7 @@ def _describe_placement(table: Mapping[str, Any]) -> str:
 
 
 def _metrics_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Of a run that has finished."""
+    """The metrics of a run that has finished."""
     validations = {score: summary.get(f"val_{score}") or [None] for score in _SCORES}
     own = validations["auroc"][summary.get("num_foreign_validations", 0) :]
     known = [auroc for auroc in own if auroc is not None]
@@ -214,7 +212,7 @@ def _metrics_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of a run that has not, from what it has written."""
+    """The metrics of a run that has not finished, from its lines so far."""
     of_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val", "test")}
     last: dict[str, Mapping[str, Any]] = {kind: found[-1] if found else {} for kind, found in of_kind.items()}
     samples = [0, *(line["num_train_samples"] for line in of_kind["train"])]
@@ -236,13 +234,13 @@ def _sum_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _count_scored(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Samples of the last validation and of the test."""
+    """The number of samples of the last validation and of the test."""
     scored = {line["kind"]: line.get("num_samples") for line in lines if line["kind"] in ("val", "test")}
     return {f"num_{kind}_samples": scored.get(kind) for kind in ("val", "test")}
 
 
 def changes_between(one: Record, other: Record) -> list[Changes]:
-    """What differs of config, environment and plan."""
+    """What differs in config, environment and plan."""
     sections = [getattr(one.config, field.name) for field in dataclasses.fields(Config)]
     num_fields = sum(len(dataclasses.fields(part)) if dataclasses.is_dataclass(part) else 1 for part in sections)
     fields = [
@@ -275,7 +273,7 @@ def to_text(one: Record, other: Record) -> list[str]:
 
 
 def _join_tables(found: Sequence[Change]) -> list[Change]:
-    """One line for all tables that lie alike in each of the two runs."""
+    """Joins tables that are placed alike in each of the two runs."""
     alike: dict[tuple[Any, Any], list[str]] = {}
     for change in found:
         alike.setdefault((change.first, change.second), []).append(change.name)
@@ -316,7 +314,7 @@ def _share(one: float | None, other: float | None) -> str:
 
 
 def to_json(one: Record, other: Record) -> dict[str, Any]:
-    """The same, ready for JSON: each value a pair, the first run's first."""
+    """The comparison, ready for JSON: each value is a pair, the first run's first."""
     return {
         "runs": [{"address": record.address, "state": record.state} for record in (one, other)],
         **{

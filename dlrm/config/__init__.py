@@ -1,1 +1,4 @@
-"""Every knob of a run: the fields, what is refused of them, and how a command line becomes them. No torch here."""
+"""Flags of a run: fields with bounds and rules, checks across fields, recipes, and parsing of a command line.
+
+Reads the files that flags name, and writes nothing. No torch here.
+"""

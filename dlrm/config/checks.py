@@ -1,14 +1,13 @@
-"""What is refused of a run's knobs before anything else happens: values out of range, combinations that make no sense.
+"""Checks of a run's flags, before anything else happens: values out of range, combinations that make no sense.
 
+What one field's type can say, bounds and rules, is only read here. A check that compares several fields is a function.
 No torch here.
 """
 
 import dataclasses
 import math
 import os
-import re
 import tempfile
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from dlrm.config.config import (
     PROFILE_WARM_UP_STEPS,
     CheckpointConfig,
     Config,
-    DataConfig,
-    EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
 )
+from dlrm.config.field_rules import AliasOf, Flag, NoEffect, flags_of, rules_of
 from dlrm.config.frozen import DENSE, read_frozen
 from dlrm.config.table_rules import parse_rules
 from dlrm.errors import ConfigError, reason_of
@@ -32,16 +30,12 @@ from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, TABLE_NAMES
 from dlrm.system.console import plural
 from dlrm.system.files import is_stream
 
-_INTERVAL = re.compile(r"[1-9]\d{0,14}|(?=.*[1-9])\d{1,9}(\.\d+)?m")
-_Idle = tuple[str, bool, str]
-"""A field, whether it would change nothing, and why."""
-
 
 def check_config(config: Config) -> None:
     """Refuses values out of range, combinations that make no sense, and flags that would have no effect.
 
     Raises:
-        ConfigError: naming the flag, what it got, what was expected, and what to do.
+        ConfigError: with the flag, its value, what was expected, and what to do.
     """
     for section in dataclasses.fields(config):
         if dataclasses.is_dataclass(owner := getattr(config, section.name)):
@@ -54,8 +48,7 @@ def check_config(config: Config) -> None:
     _check_layers(config.model)
     _check_optimizer(config.optimizer)
     _check_freeze(config)
-    if config.training.allow_tf32 and config.training.precision not in (None, "tf32"):
-        raise ConfigError(f"--allow_tf32 with --precision {config.training.precision}: give one of the two")
+    _check_aliases(config)
     _check_path("in_memory_binary_criteo_path", config.data.in_memory_binary_criteo_path)
     _check_path("synthetic_multi_hot_criteo_path", config.data.synthetic_multi_hot_criteo_path)
     _check_path("run_dir", config.output.run_dir)
@@ -66,19 +59,21 @@ def check_config(config: Config) -> None:
 def check_ranges(section: Any) -> None:
     """Refuses a value outside the bounds in its field's type.
 
+    Args:
+        section: an instance of a dataclass whose fields are flags.
+
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: with the flag, its value and the bound.
     """
-    hints = typing.get_type_hints(type(section), include_extras=True)
-    for name, hint in hints.items():
+    for name, rules in rules_of(type(section)).items():
         value = getattr(section, name)
         if isinstance(value, tuple):
             _check_sizes(name, value)
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"--{name} {value}: expected a finite number")
-        for bound in getattr(hint, "__metadata__", ()) if value is not None else ():
-            _check_bound(name, value, bound)
+        for rule in rules if value is not None else ():
+            _check_bound(name, value, rule)
 
 
 def _check_sizes(name: str, sizes: tuple[int, ...]) -> None:
@@ -90,8 +85,8 @@ def _check_sizes(name: str, sizes: tuple[int, ...]) -> None:
         raise ConfigError(f"--{name}: got {max(sizes)}, expected sizes of less than {2**20}")
 
 
-def _check_bound(name: str, value: float, bound: object) -> None:
-    match bound:
+def _check_bound(name: str, value: float, rule: object) -> None:
+    match rule:
         case annotated_types.Gt(gt=limit):
             holds, words = value > limit, f"more than {limit}"  # type: ignore[operator]
         case annotated_types.Ge(ge=limit):
@@ -138,9 +133,17 @@ def _check_layers(model: ModelConfig) -> None:
                 raise ConfigError(f"--{branch} ends in {last}, expected a multiple of embedding_dim, which is {dim}")
 
 
+def _check_aliases(config: Config) -> None:
+    flags = flags_of(config)
+    for flag in flags.values():
+        for rule in flag.rules:
+            if isinstance(rule, AliasOf) and flag.value(config):
+                other = flags[rule.flag].value(config)
+                if other not in (None, rule.value):
+                    raise ConfigError(f"--{flag.name} with --{rule.flag} {other}: give one of the two")
+
+
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    if optimizer.adagrad and optimizer.optimizer not in (None, "adagrad"):
-        raise ConfigError(f"--adagrad with --optimizer {optimizer.optimizer}: give one of the two")
     warmup, start = optimizer.lr_warmup_steps, optimizer.lr_decay_start
     if optimizer.lr_decay_steps and start < warmup:
         raise ConfigError(f"--lr_decay_start {start}: expected lr_warmup_steps, which is {warmup}, or more")
@@ -168,12 +171,12 @@ def _check_freeze(config: Config) -> None:
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
-    every = checkpoint.checkpoint_every
-    if every not in (None, "never") and not _INTERVAL.fullmatch(every):
-        raise ConfigError(f"--checkpoint_every {every[:40]}: expected steps, as in 500, minutes, as in 30m, or never")
     _check_path("checkpoint_dir", checkpoint.checkpoint_dir)
     if (checkpoint.checkpoint_dir or "").startswith("memory:"):
-        raise ConfigError(f"--checkpoint_dir {checkpoint.checkpoint_dir}: is gone when the process is. Give a folder")
+        raise ConfigError(
+            f"--checkpoint_dir {checkpoint.checkpoint_dir}: an in-memory store is lost when the process ends. Give a "
+            "folder or bucket."
+        )
     _check_path("resume", checkpoint.resume)
     _check_path("init_from", checkpoint.init_from)
     if checkpoint.init_from is not None and checkpoint.resume not in ("auto", "never"):
@@ -184,34 +187,35 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
 
 
 def check_output_file(name: str, path: str | Path, may_be_stream: bool = False) -> None:
-    """Refuses a file that could not be written once all is done.
+    """Refuses a result's file that could not be written once the work is done. Leaves nothing behind.
 
     Args:
-        may_be_stream: whether `-`, /dev/stdout and other open files of this process are taken.
+        name: the flag that the file was given with.
+        may_be_stream: whether `-`, /dev/stdout and other open files of this process are accepted.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: with the flag and the obstacle.
     """
     if may_be_stream and is_stream(path):
         return
     obstacle = _find_obstacle(Path(path))
     if obstacle is not None:
         raise ConfigError(
-            f"--{name} {path}: can't be written ({obstacle}). Expected a file's name in a folder of yours."
+            f"--{name} {path}: can't be written ({obstacle}). Expected a file in a folder that you can write to."
         )
 
 
 def _find_obstacle(file: Path) -> str | None:
-    """Why `file` can't be written. A folder that is missing is made with it, in the nearest one that is there."""
+    """Why `file` can't be written; None if it can. Missing folders will be made, so the nearest existing one counts."""
     try:
-        if file.is_symlink():  # as a file is renamed to its name, the link would go, and what it leads to stay
+        if file.is_symlink():  # the result is renamed to this name: it would replace the link, not the link's target
             return "is a link"
         if file.exists() and not file.is_file():
             return "is a folder" if file.is_dir() else "is a device or a pipe"
         folder = file.absolute().parent
         while not (folder.exists() or folder.is_symlink()):
             folder = folder.parent
-        # root may write anywhere, as far as permissions tell: only an attempt shows that a file system takes no files.
+        # Permissions allow root everything: only an attempt shows that a file system accepts no files.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}."):
             return None
     except OSError as error:
@@ -228,120 +232,25 @@ def _check_path(name: str, path: str | None) -> None:
 
 
 def _check_effects(config: Config) -> None:
-    for section, name, why in fields_without_effect(config):
-        value = getattr(getattr(config, section), name)
+    for flag, why in flags_without_effect(config):
+        value = flag.value(config)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise ConfigError(f"--{name}{'' if value is True else f' {shown}'} {why}")
+        raise ConfigError(f"--{flag.name}{'' if value is True else f' {shown}'} {why}")
 
 
-def fields_without_effect(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Fields that differ from their defaults and would change nothing: section, field, and why."""
-    for section, fields in _idle_fields(config).items():
-        owner = getattr(config, section)
-        defaults = {field.name: field.default for field in dataclasses.fields(owner)}
-        for name, is_idle, why in fields:
-            if is_idle and getattr(owner, name) != defaults[name]:
-                yield section, name, why
-
-
-def _idle_fields(config: Config) -> dict[str, list[_Idle]]:
-    rules = config.sharding.table_constraints
-    has_large = rules is not None and "large" in parse_rules(rules)
-    freezes_large = "large" in (config.optimizer.freeze or "").split(",")
-    begins_elsewhere = config.checkpoint.init_from is not None
-    no_target = config.evaluation.validation_auroc is None
-    return {
-        "data": [*_idle_sources(config.data), *_idle_multi_hot(config.data), *_idle_limits(config.evaluation)],
-        "model": _idle_shapes(config.model),
-        "sharding": [("large_table_gib", not (has_large or freezes_large), _NO_LARGE)],
-        "optimizer": _idle_rates(config.optimizer),
-        "evaluation": [("validation_auroc", not config.evaluation.validates, _VALIDATES_NOT)],
-        "checkpoint": _idle_checkpoint(config),
-        "output": [
-            ("mlperf_log", no_target, "needs --validation_auroc: MLPerf times a run to its target"),
-            ("mlperf_log", begins_elsewhere, "with --init_from: MLPerf times a run from its first step"),
-        ],
-    }
-
-
-_NO_LARGE = "needs a rule of `large` in --table_constraints, or --freeze large"
-_VALIDATES_NOT = "with --no_evaluate_on_epoch_end: nothing validates. Give --validation_freq_within_epoch, or drop one"
-
-
-def _idle_sources(data: DataConfig) -> Iterator[_Idle]:
-    for name in (
-        "mmap_mode",
-        "shuffle_batches",
-        "dataset_name",
-        "drop_last_training_batch",
-        "shuffle_training_set",
-        "undersampling_rate",
-    ):
-        yield name, data.folder is None, "needs --in_memory_binary_criteo_path; data is random without it"
-    for name in ("num_generated_batches", "zipf_exponent"):
-        yield name, data.folder is not None, "is for random data; leave out --in_memory_binary_criteo_path"
-
-
-def _idle_multi_hot(data: DataConfig) -> Iterator[_Idle]:
-    is_folder = data.synthetic_multi_hot_criteo_path is not None
-    is_expanded = max(data.multi_hot_sizes or (1,)) > 1 and not is_folder
-    drawn_already = "with --synthetic_multi_hot_criteo_path: its ids are drawn already. Drop one of them"
-    yield "multi_hot_distribution_type", is_folder, drawn_already
-    yield "multi_hot_distribution_type", not is_expanded, "needs --multi_hot_sizes of more than one id"
-    is_one_hot = data.multi_hot_sizes is None and not is_folder
-    needs_several = "needs --multi_hot_sizes or --synthetic_multi_hot_criteo_path"
-    yield "collect_multi_hot_freqs_stats", is_one_hot, needs_several
-
-
-def _idle_limits(evaluation: EvaluationConfig) -> Iterator[_Idle]:
-    yield "limit_val_batches", not evaluation.validates, _VALIDATES_NOT
-    tests_not = "with --no_evaluate_on_training_end: nothing tests. Drop one of them"
-    yield "limit_test_batches", not evaluation.evaluate_on_training_end, tests_not
-
-
-def _idle_shapes(model: ModelConfig) -> list[_Idle]:
-    kind, has_sizes = model.interaction_type, model.num_embeddings_per_feature is not None
-    dcn = kind != "dcn", "needs --interaction_type dcn"
-    projection = kind != "projection", "needs --interaction_type projection"
-    return [
-        ("num_embeddings", has_sizes, "has no effect beside --num_embeddings_per_feature; give one of the two"),
-        ("dcn_num_layers", *dcn),
-        ("dcn_low_rank_dim", *dcn),
-        ("interaction_branch1_layer_sizes", *projection),
-        ("interaction_branch2_layer_sizes", *projection),
-    ]
-
-
-def _idle_checkpoint(config: Config) -> list[_Idle]:
-    checkpoint, algorithm = config.checkpoint, config.optimizer.algorithm
-    writes_none = checkpoint.checkpoint_every == "never"
-    none = "with --checkpoint_every never: no checkpoint is written. Drop one of them"
-    anew = checkpoint.resume == "never"
-    return [
-        ("keep", writes_none, none),
-        ("checkpoint_mode", writes_none, none),
-        ("allow_changed_data", anew, "with --resume never: nothing is resumed. Drop one of them"),
-        ("allow_other_vocabulary", anew and checkpoint.init_from is None, "with --resume never: nothing is resumed"),
-        ("init_optimizer", checkpoint.init_from is None, "needs --init_from"),
-        ("init_optimizer", algorithm == "sgd", "with --optimizer sgd, which has no state. Drop it"),
-    ]
-
-
-def _idle_rates(optimizer: OptimizerConfig) -> list[_Idle]:
-    algorithm = optimizer.algorithm
-    no_decay = "needs --optimizer rowwise_adagrad or adam: no other fused kernel has weight decay"
-    return [
-        ("eps", algorithm == "sgd", "needs --optimizer adagrad, rowwise_adagrad or adam"),
-        ("weight_decay", algorithm in ("sgd", "adagrad"), no_decay),
-        ("lr_decay_start", optimizer.lr_decay_steps == 0, "needs --lr_decay_steps"),
-    ]
+def flags_without_effect(config: Config) -> Iterator[tuple[Flag, str]]:
+    """Flags that differ from their defaults and would change nothing, each with the reason."""
+    for flag in flags_of(config).values():
+        for rule in flag.rules:
+            if isinstance(rule, NoEffect) and rule.is_idle(config) and flag.value(config) != flag.default:
+                yield flag, rule.why
 
 
 def check_profile(config: Config, steps_per_epoch: int) -> None:
     """Refuses to trace more steps than the run has.
 
     Raises:
-        ConfigError: with the most that there are.
+        ConfigError: with the largest number of steps that can be traced.
     """
     steps, total = config.output.profile, config.training.epochs * steps_per_epoch
     if steps is None or PROFILE_WARM_UP_STEPS + steps <= total:

@@ -1,4 +1,4 @@
-"""A command line becomes a config: recipe first, flags on top, every mistake one line."""
+"""A command line becomes a config: a recipe or an old run's config first, flags on top. A mistake is one line."""
 
 import dataclasses
 import difflib
@@ -12,8 +12,9 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro import _errors as tyro_errors  # tyro has no public name for these; its version is pinned
 
-from dlrm.config.checks import check_config, fields_without_effect
+from dlrm.config.checks import check_config, flags_without_effect
 from dlrm.config.config import Config
+from dlrm.config.field_rules import AliasOf, Repeat, flags_of
 from dlrm.config.recipes import RECIPES
 from dlrm.errors import ConfigError
 
@@ -43,15 +44,18 @@ def parse_args(argv: Sequence[str]) -> Config:
 def settle(config: Config, argv: Sequence[str], *, needs_data: bool = True) -> Config:
     """The config of a command line, checked.
 
-    What a recipe says of its model, and a flag on top makes idle, goes. What the command line names is refused, and so
-    is, where something reads it (`needs_data`), a recipe's data set that is not given.
+    A flag on top of a recipe can leave others of the recipe without effect: these get their defaults. Flags without
+    effect that the command line names are refused.
+
+    Args:
+        needs_data: whether the command reads data. Then a recipe's data flags are refused too if no data is given.
 
     Raises:
         ConfigError: on a combination that makes no sense.
     """
-    for section, name, _ in fields_without_effect(config):
-        if not (section == "data" and needs_data) and not is_named(argv, name):
-            config = reset(config, section, name)
+    for flag, _ in flags_without_effect(config):
+        if not (flag.section == "data" and needs_data) and not is_named(argv, flag.name):
+            config = flag.reset(config)
     check_config(config)
     return config
 
@@ -60,6 +64,12 @@ def parse_flags(
     kind: type[T], argv: Sequence[str], prog: str, description: str | None = None, default: T | None = None
 ) -> T:
     """An instance of the dataclass `kind`, whose fields are the flags.
+
+    Args:
+        argv: the command line without the program's name.
+        prog: how the program is called, for --help and messages.
+        description: the first lines of --help; None for the docstring of `kind`.
+        default: values of flags that are not given; None for the defaults of the fields.
 
     Raises:
         ConfigError: on an unknown flag or a value of the wrong kind.
@@ -84,13 +94,6 @@ def parse_flags(
         )
 
 
-def reset(config: Config, section: str, name: str) -> Config:
-    """The config with one field as the public example has it."""
-    owner = getattr(config, section)
-    default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
-    return dataclasses.replace(config, **{section: dataclasses.replace(owner, **{name: default})})
-
-
 def is_named(argv: Sequence[str], flag: str) -> bool:
     """Whether a command line has this flag."""
     spelled = (f"--{flag}", f"--{flag.replace('_', '-')}")
@@ -98,17 +101,28 @@ def is_named(argv: Sequence[str], flag: str) -> bool:
 
 
 def base_of(argv: Sequence[str]) -> Config:
-    """What the other flags of a command line change: a run's config, a recipe, or the defaults.
+    """The config that the other flags of a command line change: an old run's, a recipe's, or the defaults.
 
     Raises:
-        ConfigError: if there is no such recipe or config.
+        ConfigError: if the recipe or config does not exist.
     """
-    base = _named_base(argv)
+    base = without_replaced_aliases(_named_base(argv), argv)
     if is_named(argv, "num_embeddings") and not is_named(argv, "num_embeddings_per_feature"):
-        base = reset(base, "model", "num_embeddings_per_feature")
-    if is_named(argv, "adagrad") and not is_named(argv, "optimizer"):
-        base = reset(base, "optimizer", "optimizer")
+        base = flags_of(base)["num_embeddings_per_feature"].reset(base)
     return base
+
+
+def without_replaced_aliases(config: Config, argv: Sequence[str]) -> Config:
+    """The config with the default of each flag that a command line replaces by giving its alias, or by giving the flag
+    that it is an alias of."""
+    flags = flags_of(config)
+    for flag in flags.values():
+        for rule in flag.rules:
+            if isinstance(rule, AliasOf):
+                for given, other in ((flag.name, rule.flag), (rule.flag, flag.name)):
+                    if is_named(argv, given) and not is_named(argv, other):
+                        config = flags[other].reset(config)
+    return config
 
 
 def _named_base(argv: Sequence[str]) -> Config:
@@ -125,10 +139,10 @@ def _named_base(argv: Sequence[str]) -> Config:
 
 
 def load_config(path: str) -> Config:
-    """The config in a run's config.json, to be run anew: without its run directory and what it resumed from.
+    """The config in a run's config.json, to be run again: flags that belong to the old run have their defaults.
 
     Raises:
-        ConfigError: if there is none, or it is not one.
+        ConfigError: if the file can't be read, or is no config.json.
     """
     try:
         config = Config.load(Path(path))
@@ -138,15 +152,17 @@ def load_config(path: str) -> Config:
         raise ConfigError(f"--config {path}: {error}. Expected the config.json of a run.") from None
     except ValueError:
         raise ConfigError(f"--config {path}: is no JSON. Expected the config.json of a run.") from None
-    output = dataclasses.replace(config.output, run_dir=None)
-    checkpoint = dataclasses.replace(
-        config.checkpoint, checkpoint_dir=None, resume="auto", allow_changed_data=False, allow_other_vocabulary=False
-    )
-    return dataclasses.replace(config, output=output, checkpoint=checkpoint)
+    for flag in flags_of(config).values():
+        if Repeat.LEFT_OUT in flag.rules:
+            config = flag.reset(config)
+    return config
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """What a flag is given, before all flags are parsed. Given twice, its last value counts, as with tyro."""
+    """The value of a flag, before all flags are parsed; None if it is not given, empty if its value is missing.
+
+    If a flag is given twice, the last value counts, as with tyro.
+    """
     value = None
     for position, token in enumerate(argv):
         if token == f"--{flag}":
@@ -157,7 +173,7 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _find_foreign(kind: type, argv: Sequence[str]) -> str | None:
-    """The first flag of a command line that the dataclass has not. Where there is one, tyro may blame another flag."""
+    """The first flag of a command line that the dataclass does not have. tyro may blame another flag instead."""
     known = {"--h", "--help", *_flags(kind)}
     for token in itertools.takewhile(lambda token: token != "--", argv):
         name = token.split("=", 1)[0]
@@ -173,7 +189,7 @@ def _plain(name: str) -> str:
 
 
 def _describe_foreign(event: tyro_errors.ParseErrorEvent, name: str, kind: type, prog: str) -> str:
-    """What to write in place of a flag that is none. A dataclass may have FOREIGN_NAMES, as other programs say it."""
+    """One line about a flag that does not exist. `kind.FOREIGN_NAMES` says how others name flags."""
     plain, known = _plain(name), _flags(kind)
     meant = getattr(kind, "FOREIGN_NAMES", {}).get(plain, plain)
     if meant in _positionals(kind):
@@ -185,20 +201,20 @@ def _describe_foreign(event: tyro_errors.ParseErrorEvent, name: str, kind: type,
 
 
 def _describe(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
-    """One line for what tyro would print as a box."""
+    """One line in place of the box that tyro would print."""
     match event:
         case tyro_errors.UnrecognizedArgs(tokens=tokens):
             given = [part for token in argv for part in token.split("=", 1)]
             switch = given[given.index(tokens[0]) - 1] if tokens[0] in given[1:] else ""
             return f"{' '.join(tokens)}: not a flag" + (f", and {switch} takes no value" if _FLAG.match(switch) else "")
         case tyro_errors.InvalidChoice(argument=argument, value=value, choices=choices):
-            # Of a flag that may be left out tyro gives the choices as a set, with None among them.
+            # If a flag may be left out, tyro gives its choices as a set, None among them.
             allowed = sorted(set(choices) - {"None"}) if "None" in choices else choices
             return f"{_name(argument)} {value}: expected one of {', '.join(allowed)}"
         case tyro_errors.BadValue(argument=argument):
             return f"{_name(argument)}: expected a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
-            # Of a type with alternatives tyro lists what each of them said; the last one is what the user meant.
+            # If a type has alternatives, tyro lists why each of them failed; the user meant the last one.
             cause = " ".join(message.split()).rsplit("'>: ", 1)[-1].rsplit(")]: ", 1)[-1]
             return f"{_name(argument)}: expected {argument.lowered.metavar} ({cause})"
         case tyro_errors.MissingArgs(missing_arguments=missing):
@@ -207,7 +223,7 @@ def _describe(event: tyro_errors.ParseErrorEvent, argv: Sequence[str]) -> str:
 
 
 def _name(argument: Any) -> str:
-    """As the user writes it: of what has no flag, its name in `--help`."""
+    """An argument as the user writes it: its flag, or without one its name in `--help`."""
     return argument.field.intern_name if argument.is_positional() else f"--{argument.field.intern_name}"
 
 
@@ -219,7 +235,7 @@ def _positionals(kind: type) -> list[str]:
 
 
 def _flags(kind: type) -> list[str]:
-    """Flags of a dataclass and of the dataclasses in it."""
+    """Flags of a dataclass, and of the dataclasses that are its fields."""
     flags, positional = [], _positionals(kind)
     for field in dataclasses.fields(kind):
         section = field.default_factory

@@ -1,8 +1,9 @@
-"""Parts of the model that training leaves as they are, as a user names them. No torch here.
+"""The value of --freeze: names of the parts of the model that training leaves as they are. No torch here.
 
     t_cat_0 t_cat_9, large, dense
 
-Names of tables, `large` (those of --large_table_gib or more), `all` tables, `dense` (all parameters but the tables).
+A name is that of a table, or `large` (tables of --large_table_gib or more), `all` (tables) or `dense` (all parameters
+that are not in tables).
 """
 
 import difflib
@@ -18,10 +19,10 @@ _BYTES_PER_WEIGHT = 4
 
 
 def read_frozen(tokens: Sequence[str]) -> str | None:
-    """Names, each once, with a comma between them; None for the single word `none`.
+    """The names, each once, with commas between them; None for the single word `none`.
 
     Raises:
-        ConfigError: if there is no name, or one that does not exist.
+        ConfigError: if no name is given, or one that does not exist.
     """
     names = list(dict.fromkeys(name for token in tokens for name in token.replace(",", " ").split()))
     if names == ["none"]:
@@ -41,7 +42,12 @@ def _expected() -> str:
 
 
 def frozen_parts(names: str | None, large: Sequence[str]) -> tuple[str, ...]:
-    """Tables, in order, and `dense`, that such names stand for."""
+    """The tables, in order, and `dense`, that the names of --freeze stand for.
+
+    Args:
+        names: what `read_frozen` returned.
+        large: the tables that `large` stands for.
+    """
     named = set() if names is None else set(names.split(","))
     if "large" in named:
         named |= set(large)
@@ -51,7 +57,7 @@ def frozen_parts(names: str | None, large: Sequence[str]) -> tuple[str, ...]:
 
 
 def large_tables(table_rows: Sequence[int], dim: int, least_gib: float) -> list[str]:
-    """Tables with at least so many GiB of weights."""
+    """Tables with at least `least_gib` GiB of fp32 weights."""
     bytes_per_row = dim * _BYTES_PER_WEIGHT
     return [
         name for name, rows in zip(TABLE_NAMES, table_rows, strict=True) if rows * bytes_per_row >= least_gib * _GIB

@@ -1,13 +1,15 @@
-"""Complete named runs. `dlrm_main.py --recipe NAME` starts one; flags beside it change single fields.
+"""Complete named runs. `dlrm_main.py --recipe NAME` starts one; other flags change single fields of it.
 
-A rank's batch is `batch_size`; the global batch is that times the ranks that the name or the docstring gives.
+`batch_size` is the batch of one rank. The global batch is `batch_size` times the ranks, which the recipe's name or
+docstring gives.
 """
 
 from collections.abc import Callable, Mapping
 
 from dlrm.config.config import Config, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
-# Table rows of the results table in the public TorchRec DLRM example. "MLPerf": cardinalities capped at 40 million.
+# Table sizes of the three runs in the results table of the public TorchRec DLRM example. MLPerf caps the cardinalities
+# at 40 million.
 MLPERF_ROWS = (
     40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
     2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
@@ -60,7 +62,7 @@ def kaggle() -> Config:
 
 
 def kaggle_sample() -> Config:
-    """The first 120,000 rows of the same challenge, for one or two ranks; figures in LOG.md."""
+    """The first 120,000 rows of the Criteo Display Advertising Challenge, for one or two ranks; figures in LOG.md."""
     return Config(
         recipe="kaggle_sample",
         data=DataConfig(dataset_name="criteo_kaggle", batch_size=128, test_batch_size=4096),
@@ -144,7 +146,7 @@ RANKS: Mapping[str, int] = {
     "spec_mlperf_x2_a100x16": 16,
     "spec_full_size_a100x80": 80,
 }
-"""Ranks of the recipes that have a global batch."""
+"""Ranks of each recipe that has a global batch."""
 
 RECIPES: Mapping[str, Callable[[], Config]] = {
     recipe.__name__: recipe

@@ -1,12 +1,12 @@
-"""Rules of where tables may go, as a user writes them. No torch here.
+"""The value of --table_constraints: rules of where tables may go. No torch here.
 
-A rule is TABLES = WORDS, rules stand apart by ; or a line's end, # begins a comment:
+A rule is TABLES = WORDS. A semicolon or the end of a line ends a rule, # begins a comment:
 
     large = row_wise; t_cat_0 t_cat_9 = table_wise ranks=0,1; t_cat_2 = fused_uvm_caching cache=0.2
 
-TABLES: names of tables, `large` (those of --large_table_gib or more) or `all`. WORDS: a sharding type, a compute
-kernel, cache=SHARE of the rows to keep in the GPU's memory, ranks=R,R,... that may hold the table. For a table the most
-specific rule counts, as a whole: its name, then `large`, then `all`.
+TABLES are names of tables, `large` (tables of --large_table_gib or more) or `all`. WORDS are a sharding type, a compute
+kernel, cache=SHARE of the rows to keep in the GPU's memory, and ranks=R,R,... that may hold the table. A table follows
+one rule, the most specific one: that of its name, else of `large`, else of `all`.
 """
 
 import re
@@ -26,7 +26,7 @@ SHARDING_TYPES = (
     "grid_shard",
     "data_parallel",
 )
-"""TorchRec's, the simplest first."""
+"""TorchRec's sharding types, the simplest first."""
 ROW_SPLITS = ("row_wise", "table_row_wise", "grid_shard")
 COMPUTE_KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 _GROUPS = ("large", "all")
@@ -34,13 +34,13 @@ _GROUPS = ("large", "all")
 
 @dataclass(frozen=True)
 class TableConstraint:
-    """What a rule asks for; None leaves it to the planner.
+    """What a rule asks for. The planner chooses what is None.
 
     Attributes:
         sharding_type: one of `SHARDING_TYPES`.
         compute_kernel: one of `COMPUTE_KERNELS`.
         cache_ratio: share of the table's rows, above 0 and at most 1, that a cache in GPU memory holds.
-        ranks: that may hold the table.
+        ranks: the ranks that may hold the table.
     """
 
     sharding_type: str | None = None
@@ -50,7 +50,10 @@ class TableConstraint:
 
 
 def read_rules(value: str) -> str:
-    """Rules on one line, from a line of them or from the file whose name has no = in it.
+    """Rules on one line, without comments.
+
+    Args:
+        value: the rules; or, if it has no = in it, the name of a file of rules.
 
     Raises:
         ConfigError: if the file can't be read, or a rule makes no sense.
@@ -73,10 +76,10 @@ def read_rules(value: str) -> str:
 
 
 def parse_rules(text: str) -> dict[str, TableConstraint]:
-    """The rules by table name or group.
+    """The constraint of each name that the rules have on their left: of a table, `large` or `all`.
 
     Raises:
-        ConfigError: if a rule makes no sense, or two are about the same table.
+        ConfigError: if a rule makes no sense, or two rules have the same name.
     """
     constraints: dict[str, TableConstraint] = {}
     for rule in text.split(";"):
@@ -113,7 +116,7 @@ def _parse_words(rule: str, words: Sequence[str]) -> TableConstraint:
         else:
             raise _refusal(rule, f"{word[:40]}: expected {_expected_instead(word)}")
     if found.get("compute_kernel") == "dense":
-        found.setdefault("sharding_type", "data_parallel")  # the only one that has it
+        found.setdefault("sharding_type", "data_parallel")  # no other sharding type has this kernel
     constraint = TableConstraint(**found)  # type: ignore[arg-type]
     _check(rule, constraint)
     return constraint
@@ -150,7 +153,12 @@ def _refusal(rule: str, why: str) -> ConfigError:
 def constraints_of_tables(
     constraints: Mapping[str, TableConstraint], large_tables: Sequence[str]
 ) -> dict[str, TableConstraint]:
-    """The rule of each table that has one."""
+    """The constraint of each table that a rule is about, by table name.
+
+    Args:
+        constraints: what `parse_rules` returned.
+        large_tables: the tables that `large` stands for.
+    """
     chosen = {}
     for name in TABLE_NAMES:
         selectors = (name, "large", "all") if name in large_tables else (name, "all")

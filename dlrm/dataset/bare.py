@@ -1,4 +1,7 @@
-"""Binary days without a manifest, as MLPerf and others publish them: what can be checked of them."""
+"""Checks binary days without a manifest, as MLPerf and others publish them.
+
+Shapes: R rows, H hotness of a feature, F categorical features.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,27 +14,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.dataset.arrays import PARTS, measure_file
+from dlrm.dataset.arrays import ARRAY, PARTS, measure_file
+from dlrm.dataset.days import KAGGLE_DAY, MULTI_HOT, array_path, day_numbers, day_of, multi_hot_path
 from dlrm.dataset.multi_hot import map_multi_hot
 from dlrm.dataset.sums import Sum
 from dlrm.errors import DatasetError
-from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
+from dlrm.schema.criteo import NO_LABEL, NUM_CATEGORICAL_FEATURES
 from dlrm.system.console import Progress
 from dlrm.system.files import read_npy_header
 from dlrm.system.host import available_cores
 from dlrm.system.threads import in_order
 
-_MULTI_HOT = "sparse_multi_hot.npz"
-_FILE = re.compile(rf"(day_(\d+)|train)_({'|'.join(PARTS)})\.npy|(day_(\d+)|train)_{re.escape(_MULTI_HOT)}")
+_PART = rf"{ARRAY}|{re.escape(MULTI_HOT)}"
 _ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
 class BareDay:
-    """What was found in a day's files.
+    """Facts about a day, from its files.
 
     Attributes:
-        positives: None for rows without labels, or a folder of ids alone.
+        positives: rows with label 1; None if rows have no labels, or the folder has only ids.
         largest_F: largest id of each feature.
     """
 
@@ -42,16 +45,16 @@ class BareDay:
 
 
 def verify_bare(folder: Path, sums: Mapping[str, Sum]) -> list[BareDay]:
-    """Checks types, shapes, equal numbers of rows, every value, and the checksums that are known.
+    """Checks types, shapes, numbers of rows, every value, and the checksums in `sums`; returns the days in order.
 
     Raises:
         DatasetError: naming the file, what was found and what was expected.
     """
     names = _find_days(folder)
-    files = [path for path in folder.iterdir() if _FILE.fullmatch(path.name) or path.name in sums]
+    files = [path for path in folder.iterdir() if day_of(path.name, _PART) or path.name in sums]
     progress = Progress("Verifying", sum(path.stat().st_size for path in files), "bytes")
     days = [_verify_day(folder, name, sums, progress) for name in names]
-    for name in sorted(sums.keys() - {path.name for path in files if _FILE.fullmatch(path.name)}):
+    for name in sorted(sums.keys() - {path.name for path in files if day_of(path.name, _PART)}):
         _check_sum(folder / name, sums, measure_file(folder / name, None, None, progress, digests=_digests(name, sums)))
     progress.close()
     return days
@@ -61,15 +64,15 @@ def _find_days(folder: Path) -> list[str]:
     """Names of the days, in order."""
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder. Expected one with binary days.")
-    names = {match[1] or match[4] for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
-    if not names:
+    files = [path.name for path in folder.iterdir()]
+    if not any(day_of(name, _PART) for name in files):
         raise DatasetError(
             f"{folder}: has neither manifest.json nor binary days. Expected what `dlrm preprocess` wrote, or "
             "day_0_dense.npy, day_0_sparse.npy, ..."
         )
-    if "train" in names:
-        return ["train"]
-    numbers = sorted(int(name.removeprefix("day_")) for name in names)
+    if any(day_of(name, _PART) == KAGGLE_DAY for name in files):
+        return [KAGGLE_DAY]
+    numbers = day_numbers(files, _PART)
     for one, other in pairwise(numbers):
         if other != one + 1:
             raise DatasetError(f"{folder}: has day_{one} and day_{other}, and no day_{one + 1}. Fetch what is missing.")
@@ -77,13 +80,13 @@ def _find_days(folder: Path) -> list[str]:
 
 
 def _verify_day(folder: Path, name: str, sums: Mapping[str, Sum], progress: Progress) -> BareDay:
-    paths = {part: folder / f"{name}_{part}.npy" for part in PARTS}
-    multi_hot = folder / f"{name}_{_MULTI_HOT}"
+    paths = {part: array_path(folder, name, part) for part in PARTS}
+    multi_hot = multi_hot_path(folder, name)
     parts = [part for part, path in paths.items() if path.exists() or not (part == "sparse" and multi_hot.exists())]
     if not any(path.exists() for path in paths.values()):
-        parts = []  # ids alone, as `dlrm materialize` writes them
+        parts = []  # a folder of ids only, as `dlrm materialize` writes it
     rows = {part: _read_rows(paths[part]) for part in parts}
-    has_labels = "labels" not in rows or _first_label(paths["labels"]) != -1
+    has_labels = "labels" not in rows or _first_label(paths["labels"]) != NO_LABEL
 
     def measure(part: str) -> dict[str, Any]:
         path, expected = paths[part], rows["dense"]
@@ -105,7 +108,7 @@ def _verify_day(folder: Path, name: str, sums: Mapping[str, Sum], progress: Prog
 
 
 def _read_rows(path: Path) -> int:
-    """Rows by the header; what else it says, and whether it fits the file, is checked as the values are."""
+    """Rows by the header. The rest of the header is checked later, together with the values."""
     if not path.is_file():
         raise DatasetError(f"{path}: missing. Expected dense, sparse and labels of each day. Fetch it again.")
     try:
@@ -124,7 +127,11 @@ def _first_label(path: Path) -> int | None:
 
 
 def _check_multi_hot(path: Path, rows: int | None) -> tuple[int, npt.NDArray[np.int64]]:
-    """Rows and largest id of each member."""
+    """Rows of a multi-hot day, and the largest id of each feature.
+
+    Args:
+        rows: expected rows; None for those of the first member.
+    """
     largest = []
     for feature, ids_RH in enumerate(map_multi_hot(path)):
         rows = len(ids_RH) if rows is None else rows

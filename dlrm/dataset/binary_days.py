@@ -1,13 +1,12 @@
-"""Binary Criteo days: found, checked, and read row by row.
+"""Finds binary Criteo days, checks their headers, and reads their rows.
 
 Layout (that of the public TorchRec example): `day_{i}_dense.npy` float32 [rows, 13], `day_{i}_sparse.npy` int32
-[rows, 26] (int64 as torchrec's tsv_to_npys leaves it is read too), `day_{i}_labels.npy` int32 [rows, 1].
-For criteo_kaggle one "day" named `train`. Ids of multi-hot days lie in `day_{i}_sparse_multi_hot.npz` instead.
-Shapes: B rows.
+[rows, 26] (or int64, as torchrec's tsv_to_npys writes it), `day_{i}_labels.npy` int32 [rows, 1]. criteo_kaggle has one
+"day" named `train`. Ids of multi-hot days lie in `day_{i}_sparse_multi_hot.npz` instead.
+Shapes: B rows, I integer features.
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +15,24 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dlrm.dataset.arrays import DTYPES, PARTS
+from dlrm.dataset.days import (
+    KAGGLE_DAY,
+    array_path,
+    day_numbers,
+    multi_hot_path,
+    num_validation_rows,
+)
 from dlrm.dataset.manifest import check_manifest
 from dlrm.dataset.multi_hot import map_multi_hot
 from dlrm.dataset.rows import Rows
 from dlrm.errors import DatasetError
-from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES, num_kaggle_training_rows
+from dlrm.schema.criteo import NO_LABEL, num_kaggle_training_rows
 from dlrm.system.files import read_npy_header
 from dlrm.system.limits import allow_open_files
 
 Stage = Literal["train", "val", "test"]
-
-NO_LABEL = -1
-"""The label of rows that have none, as `dlrm preprocess` writes them for a trained model."""
-_PARTS = {
-    "dense": (NUM_INTEGER_FEATURES, (np.dtype("<f4"),)),
-    "sparse": (NUM_CATEGORICAL_FEATURES, (np.dtype("<i4"), np.dtype("<i8"))),
-    "labels": (1, (np.dtype("<i4"),)),
-}
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class Day:
     """The arrays of a day, memory mapped.
 
     Attributes:
-        name: as its files begin, such as day_3.
-        ids: one array [rows, 26], or 26 of [rows, hotness].
-        paths: file of `dense`, `sparse` and `labels`.
+        name: such as day_3; the names of its files begin with it.
+        dense: float32 [rows, 13].
+        ids: one array [rows, 26], or 26 arrays [rows, hotness].
+        labels: int32 [rows, 1].
+        paths: files of `dense`, `sparse` and `labels`.
     """
 
     name: str
@@ -73,7 +75,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class DayRows:
-    """The rows of a split, over one or more days, in order."""
+    """The rows of a split, in order: pieces of one or more days."""
 
     pieces: tuple[Piece, ...]
 
@@ -91,12 +93,12 @@ class DayRows:
         """Copies rows [start, stop) of the split, checked.
 
         Raises:
-            DatasetError: at a dense value that is not finite, a negative id, or a label other than 0 and 1.
+            DatasetError: if a dense value is not finite, an id negative, or a label neither 0 nor 1.
         """
         return self._join(_read_checked(day, rows) for day, rows in self._ranges(start, stop))
 
     def take(self, rows_B: npt.NDArray[np.int64]) -> Rows:
-        """Copies rows of the split, given in ascending order, checked as in `read`."""
+        """Copies rows of the split, given by their numbers in ascending order, checked as in `read`."""
         parts = []
         first = low = 0
         for piece in self.pieces:
@@ -108,15 +110,15 @@ class DayRows:
         return self._join(parts)
 
     def read_dense(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Integers of rows [start, stop) alone, checked: [B, I]."""
+        """Copies only the integers of rows [start, stop), checked: [B, I]."""
         return np.concatenate([_read_dense(day, rows) for day, rows in self._ranges(start, stop)])
 
     def read_labels(self, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """Labels of rows [start, stop) alone, checked."""
+        """Copies only the labels of rows [start, stop), checked: [B]."""
         return np.concatenate([_read_labels(day, rows) for day, rows in self._ranges(start, stop)])
 
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[Day, range]]:
-        """Rows [start, stop) of the split as rows of days."""
+        """Rows [start, stop) of the split, as ranges of rows of days."""
         first = 0
         for piece in self.pieces:
             size = piece.stop - piece.start
@@ -143,12 +145,14 @@ def open_splits(
 ) -> dict[Stage, DayRows]:
     """Finds the days of `folder`, checks every header, and says which rows train, validate and test.
 
-    Ids come from `multi_hot_folder` where that is given; `folder` then needs no `day_{i}_sparse.npy`.
+    criteo_1t: all days but the last one train, and the last one is held out. criteo_kaggle: the first 6/7 of the rows
+    train, and the rest is held out. Of the held-out rows the first half validates, and the rest tests. No row is in two
+    splits.
 
-    criteo_1t: all days but the last train; the last day's first half (the larger where odd) validates, the rest tests.
-    criteo_kaggle: the first 6/7 of the rows train, and the rest is split in the same way. No row is in two splits.
-    Without `needs_training` the last day is enough, whatever its number: no other one is looked at. It may also be a
-    later day for a model of criteo_kaggle.
+    Args:
+        multi_hot_folder: folder that the ids come from; `folder` then needs no `day_{i}_sparse.npy`. None for `folder`.
+        needs_training: whether rows that train are needed. If not, only the last day is opened, whatever its number;
+            there need not be others. For a model of criteo_kaggle it may be `train`, or a later day.
 
     Raises:
         DatasetError: naming the file and what is wrong with it.
@@ -157,18 +161,18 @@ def open_splits(
         raise DatasetError(f"{folder}: no such folder. Expected one with day_0_dense.npy, day_0_sparse.npy, ...")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise DatasetError(f"{folder}: no permission to read it. Change its mode, or run as its owner.")
-    is_split = dataset_name == "criteo_kaggle" and (needs_training or not _has_days_alone(folder))
-    names = ["train"] if is_split else _day_names(folder, needs_training)
+    is_split = dataset_name == "criteo_kaggle" and (needs_training or not _has_only_days(folder))
+    names = [KAGGLE_DAY] if is_split else _day_names(folder, needs_training)
     check_manifest(folder, needs_ids=multi_hot_folder is None, held_out=None if needs_training else names[-1])
     if is_split:
-        day = _open_day(folder, "train", multi_hot_folder)
+        day = _open_day(folder, KAGGLE_DAY, multi_hot_folder)
         num_training_rows = num_kaggle_training_rows(day.num_rows)
         training, held_out = [Piece(day, 0, num_training_rows)], Piece(day, num_training_rows, day.num_rows)
     else:
-        allow_open_files(len(names) * len(_PARTS), str(folder))
+        allow_open_files(len(names) * len(PARTS), str(folder))
         *earlier, last = [_open_day(folder, name, multi_hot_folder) for name in names]
         training, held_out = [Piece(day, 0, day.num_rows) for day in earlier], Piece(last, 0, last.num_rows)
-    middle = held_out.start + -(-(held_out.stop - held_out.start) // 2)
+    middle = held_out.start + num_validation_rows(held_out.stop - held_out.start)
     splits: dict[Stage, DayRows] = {
         "train": DayRows(tuple(training)),
         "val": DayRows((Piece(held_out.day, held_out.start, middle),)),
@@ -184,19 +188,17 @@ def open_splits(
     return splits
 
 
-def _has_days_alone(folder: Path) -> bool:
-    """Whether there is no train_dense.npy, and a day instead."""
-    return not _part_path(folder, "train", "dense").exists() and any(folder.glob("day_*_dense.npy"))
+def _has_only_days(folder: Path) -> bool:
+    """Whether the folder has no train_dense.npy, but a numbered day."""
+    return not array_path(folder, KAGGLE_DAY, "dense").exists() and any(folder.glob("day_*_dense.npy"))
 
 
 def _day_names(folder: Path, needs_training: bool) -> list[str]:
-    """Of the days that are read: all of them, or the last one."""
-    found = sorted(
-        {int(match[1]) for path in folder.iterdir() if (match := re.match(r"day_(\d+)_\w+\.npy$", path.name))}
-    )
+    """Names of the days to open: all of them, or only the last one."""
+    found = day_numbers((path.name for path in folder.iterdir()), r"\w+\.npy")
     if not found and any(folder.glob("day_*_sparse_multi_hot.npz")):
         raise DatasetError(
-            f"{folder}: holds ids alone, as `dlrm materialize` writes them. Give it as "
+            f"{folder}: holds only ids, as `dlrm materialize` writes them. Give it as "
             "--synthetic_multi_hot_criteo_path, and the days that they were made from, for integers and labels, as "
             "--in_memory_binary_criteo_path."
         )
@@ -212,29 +214,25 @@ def _day_names(folder: Path, needs_training: bool) -> list[str]:
     missing = next((expected for expected, number in enumerate(found) if number != expected), None)
     if missing is not None:
         raise DatasetError(
-            f"{folder}: {_part_path(folder, f'day_{missing}', 'dense').name} is missing, with days up to "
-            f"{found[-1]} there. Expected days without a gap from 0."
+            f"{folder}: day_{missing}_dense.npy is missing, with days up to {found[-1]} there. Expected days without "
+            "a gap from 0."
         )
     return [f"day_{i}" for i in found]
 
 
-def _part_path(folder: Path, name: str, part: str) -> Path:
-    return folder / f"{name}_{part}.npy"
-
-
 def _open_day(folder: Path, name: str, multi_hot_folder: Path | None) -> Day:
-    paths = {part: _part_path(folder, name, part) for part in _PARTS}
-    dense, labels = (_open_array(paths[part], *_PARTS[part]) for part in ("dense", "labels"))
+    paths = {part: array_path(folder, name, part) for part in PARTS}
+    dense, labels = (_open_array(paths[part], PARTS[part], DTYPES[part]) for part in ("dense", "labels"))
     if multi_hot_folder is None:
-        ids: tuple[npt.NDArray[np.integer], ...] = (_open_array(paths["sparse"], *_PARTS["sparse"]),)
+        ids: tuple[npt.NDArray[np.integer], ...] = (_open_array(paths["sparse"], PARTS["sparse"], DTYPES["sparse"]),)
     else:
-        paths["sparse"] = multi_hot_folder / f"{name}_sparse_multi_hot.npz"
+        paths["sparse"] = multi_hot_path(multi_hot_folder, name)
         ids = tuple(map_multi_hot(paths["sparse"]))
     for part, array in (*(("sparse", array) for array in ids), ("labels", labels)):
         if len(array) != len(dense):
             raise DatasetError(
                 f"{paths[part]}: {len(array):,} rows, expected {len(dense):,} as in {paths['dense'].name}. "
-                "The files of a day belong together: write them anew."
+                "The files of a day belong together: write them again."
             )
     if len(labels) and labels[0, 0] == NO_LABEL:
         raise DatasetError(
@@ -257,7 +255,7 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: not a readable .npy file ({error}). Expected {names} [rows, {columns}].") from None
     if dtype not in dtypes:
-        raise DatasetError(f"{path}: dtype {dtype}, expected {names}. Convert it, or preprocess the logs anew.")
+        raise DatasetError(f"{path}: dtype {dtype}, expected {names}. Convert it, or preprocess the logs again.")
     if len(shape) != 2 or shape[1] != columns or fortran_order:
         order = " in column order" if fortran_order else ""
         raise DatasetError(f"{path}: shape {list(shape)}{order}, expected [rows, {columns}] in row order.")
@@ -265,15 +263,15 @@ def _open_array(path: Path, columns: int, dtypes: Sequence[np.dtype[Any]]) -> np
     if size != expected:
         raise DatasetError(
             f"{path}: {size:,} bytes, expected {expected:,} ({shape[0]:,} rows x {columns * dtype.itemsize} B and a "
-            "header). It was cut short or overwritten: copy or write it anew."
+            "header). It was cut short or overwritten: copy or write it again."
         )
     if shape[0] == 0:
-        return np.empty(shape, dtype)
+        return np.empty(shape, dtype)  # an empty file can't be mapped
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def _read_checked(day: Day, rows_B: range | npt.NDArray[np.int64]) -> Rows:
-    """Copies rows of a day, given by their numbers."""
+    """Copies rows of a day, given by their numbers, and checks their values."""
     ids = tuple(_take(array, rows_B) for array in day.ids)
     rows = Rows(_read_dense(day, rows_B), ids, _read_labels(day, rows_B))
     for feature, ids in enumerate(rows.ids):
@@ -282,7 +280,7 @@ def _read_checked(day: Day, rows_B: range | npt.NDArray[np.int64]) -> Rows:
             member = f" of member {feature}" if len(rows.ids) > 1 else ""
             raise DatasetError(
                 f"{day.paths['sparse']}: id {ids[row, column]} at row {rows_B[row]}, column {column}{member}, expected "
-                "0 or more. Preprocess the logs anew."
+                "0 or more. Preprocess the logs again."
             )
     return rows
 
@@ -293,7 +291,7 @@ def _read_dense(day: Day, rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray[
         row, column = np.argwhere(~np.isfinite(dense_BI))[0]
         raise DatasetError(
             f"{day.paths['dense']}: {dense_BI[row, column]} at row {rows_B[row]}, column {column}, expected a "
-            "finite number. Preprocess the logs anew."
+            "finite number. Preprocess the logs again."
         )
     return dense_BI
 
@@ -305,7 +303,7 @@ def _read_labels(day: Day, rows_B: range | npt.NDArray[np.int64]) -> npt.NDArray
         row = int(np.argmax(wrong))
         raise DatasetError(
             f"{day.paths['labels']}: label {labels_B[row]} at row {rows_B[row]}, expected 0 or 1. "
-            "Preprocess the logs anew."
+            "Preprocess the logs again."
         )
     return labels_B
 

@@ -1,6 +1,6 @@
-"""What a run says of its data before it begins: which rows train, days that are copies, ids that are no indices.
+"""Lines that a run prints about its data before it begins, from a look at a few rows of each day.
 
-All of it is told from a few rows of each day. Shapes: R rows, F categorical features.
+They say which rows train, which days are copies, and which ids are not indices. Shapes: F categorical features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm.dataset.binary_days import Day, DayRows, Piece, Stage
-from dlrm.dataset.manifest import load_manifest
+from dlrm.dataset.days import KAGGLE_DAY
+from dlrm.dataset.manifest import MANIFEST_NAME, load_manifest
 from dlrm.errors import DatasetError
 from dlrm.schema.criteo import CATEGORICAL_NAMES
-from dlrm.system.files import MANIFEST_NAME
 
 _SPANS, _SPAN_ROWS = 16, 256
 LEAST_ROWS = 32
@@ -22,16 +22,16 @@ _APART = 0.5
 _SHOWN_FEATURES = 4
 
 Shares = npt.NDArray[np.float64]
-"""Of each feature, the share of its ids that lie beyond the table: [F]."""
+"""For each feature, the share of its ids that are not below the table's rows: [F]."""
 
 
 def describe_days(rows: Mapping[Stage, DayRows]) -> str:
-    """Which days train and which one is held out, with the raw files that they were made from if a manifest tells."""
+    """Says which days train and which one is held out, and which raw files they were made from if a manifest tells."""
     held_out = rows["val" if "val" in rows else "test"].pieces[0].day
     training = [piece.day for piece in rows["train"].pieces] if "train" in rows else []
     sources = _sources(held_out)
     halves = "first half val, second half test"
-    if held_out.name == "train":
+    if held_out.name == KAGGLE_DAY:
         whole = _show([held_out], sources)
         if not training:
             return f"Held out: the last seventh of {whole}, {halves}."
@@ -56,13 +56,13 @@ def _show(days: Sequence[Day], sources: Mapping[str, str]) -> str:
 
 
 def find_copies(rows: Mapping[Stage, DayRows]) -> Iterator[str]:
-    """Of each held-out day that has the rows of a day that trains, a warning."""
+    """Yields a warning for each day that trains and has the same rows as the held-out day."""
     held_out = rows["val" if "val" in rows else "test"].pieces[0].day
     for piece in rows["train"].pieces:
         if piece.day is not held_out and _is_copy(piece.day, held_out):
             yield (
                 f"WARNING: {held_out.name}, which is held out, has the rows of {piece.day.name}, which trains: its "
-                "scores say nothing of new rows."
+                "scores say nothing about new rows."
             )
 
 
@@ -72,19 +72,24 @@ def _is_copy(one: Day, other: Day) -> bool:
     pairs = [(one.labels, other.labels), (one.dense, other.dense), *zip(one.ids, other.ids, strict=True)]
     spans = list(_spans(0, one.num_rows))
     if all(np.array_equal(a[span], b[span]) for a, b in pairs for span in spans):
-        return any(len(np.unique(one.dense[span], axis=0)) > 1 for span in spans)  # not one row again and again
+        return any(len(np.unique(one.dense[span], axis=0)) > 1 for span in spans)  # not the same row again and again
     return False
 
 
 def _spans(start: int, stop: int) -> Iterator[slice]:
-    """A few runs of rows, from the first ones to the last ones."""
+    """A few ranges of rows, evenly spread from the first row to the last."""
     starts = np.linspace(start, max(start, stop - _SPAN_ROWS), _SPANS).astype(int)
     return (slice(first, min(first + _SPAN_ROWS, stop)) for first in np.unique(starts).tolist())
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Ids of some rows that lie beyond their tables, and so are taken modulo the tables' rows."""
+    """How many ids of some rows are folded: they are not below their table's rows, so they are taken modulo these.
+
+    Attributes:
+        name: the rows' day or split.
+        num_rows: rows that were looked at.
+    """
 
     name: str
     num_rows: int
@@ -92,7 +97,11 @@ class Folded:
 
 
 def measure_folded(name: str, pieces: Sequence[Piece], table_rows_F: npt.NDArray[np.int64]) -> Folded:
-    """The shares in a sample of the rows of some pieces."""
+    """Measures the shares of folded ids in a sample of the rows of some pieces.
+
+    Args:
+        table_rows_F: rows of each feature's table.
+    """
     shares, rows = np.zeros(len(table_rows_F)), 0
     for piece in pieces:
         for span in _spans(piece.start, piece.stop):
@@ -104,7 +113,7 @@ def measure_folded(name: str, pieces: Sequence[Piece], table_rows_F: npt.NDArray
 
 
 def measure_each_part(rows: Mapping[Stage, DayRows], table_rows_F: npt.NDArray[np.int64]) -> list[Folded]:
-    """The shares of each day that trains, of the validation and of the test set."""
+    """Measures each day that trains, the validation set and the test set."""
     parts = []
     for stage, split in rows.items():
         names = [(piece.day.name if stage == "train" else stage, piece) for piece in split.pieces]
@@ -113,7 +122,7 @@ def measure_each_part(rows: Mapping[Stage, DayRows], table_rows_F: npt.NDArray[n
 
 
 def compare_folded(parts: Sequence[Folded]) -> str:
-    """A warning if ids of a feature are folded in one part and not in another; empty if not."""
+    """A warning if a feature's ids are folded in one part and not in another; empty if there is none."""
     parts = [part for part in parts if part.num_rows >= LEAST_ROWS]
     apart_F = np.zeros(len(CATEGORICAL_NAMES), bool)
     for one, other in combinations(parts, 2):
@@ -127,7 +136,7 @@ def compare_folded(parts: Sequence[Folded]) -> str:
     features = [name for name, is_apart in zip(CATEGORICAL_NAMES, apart_F, strict=True) if is_apart]
     more = f" and {len(features) - _SHOWN_FEATURES} more" if len(features) > _SHOWN_FEATURES else ""
     return (
-        f"WARNING: ids that are no indices. Of {', '.join(features[:_SHOWN_FEATURES])}{more}, {_range(high)} of the "
+        f"WARNING: ids that are not indices. Of {', '.join(features[:_SHOWN_FEATURES])}{more}, {_range(high)} of the "
         f"ids lie beyond their tables, and {_range(low)}. Such ids are taken modulo the tables' rows and get the rows "
         "of others: scores with them mean nothing. Encode all days with one vocabulary (dlrm preprocess --vocabulary)."
     )
@@ -139,7 +148,7 @@ def _range(shares: Mapping[str, float]) -> str:
 
 
 def note_unknown_folding(parts: Sequence[Folded]) -> str:
-    """What is to be said if many ids are folded, and nobody recorded whether those trained on were; or nothing."""
+    """A note if many ids are folded and it is not recorded whether those trained on were; empty if there is none."""
     share = max((float(part.shares_F.max()) for part in parts), default=0.0)
     if share < _APART:
         return ""

@@ -11,20 +11,20 @@ import tyro
 from dlrm.config.config import optional
 from dlrm.config.flags import parse_flags
 from dlrm.dataset.bare import verify_bare
+from dlrm.dataset.days import KAGGLE_DAY, last_day
+from dlrm.dataset.manifest import MANIFEST_NAME
 from dlrm.dataset.name_order import order_files
 from dlrm.dataset.sums import Sum, find_lists, read_lists
 from dlrm.dataset.verify import verify
 from dlrm.errors import ConfigError
 from dlrm.system.console import plural
-from dlrm.system.files import MANIFEST_NAME, last_day
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """Checks a folder that `dlrm preprocess` or `dlrm materialize` wrote against its manifest: files and their sizes,
-    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. Of binary days
-    without a manifest it checks types, shapes and all values. Says which day is held out. Exit code 2 at the first
-    fault."""
+    checksums, ranges of ids, labels and dense values, share of positives, a held-out day that is a copy. If there is no
+    manifest, it checks types, shapes and all values. Says which day is held out. Exit code 2 at the first fault."""
 
     folder: tyro.conf.Positional[str]
     """Folder with manifest.json, or with day_0_dense.npy, ..."""
@@ -72,14 +72,14 @@ def _tell_bare(folder: Path, sums: Mapping[str, Sum]) -> None:
 
 
 def _held_out(name: str, days: Iterable[str]) -> str:
-    """What to say of a day that is held out, or of which some rows are."""
-    if name == "train":
+    """Words for a day that is held out, as a whole or in part; empty for any other day."""
+    if name == KAGGLE_DAY:
         return ", the last seventh held out"
     return ", held out" if name == last_day(days) else ""
 
 
 def _find_disorder(sources: Sequence[str]) -> str | None:
-    """A warning if days were made from files that a shell had sorted as text."""
+    """A warning if the days were made from files in the order in which a shell sorts names; None if not."""
     try:
         ordered, _ = order_files(sources)
     except ConfigError:

@@ -1,11 +1,11 @@
-"""A digest of a run's data that is cheap to take however large it is."""
+"""A digest of a run's data that is cheap, however large the data is."""
 
 import hashlib
 from pathlib import Path
 
 from dlrm.config.config import DataConfig
+from dlrm.dataset.manifest import MANIFEST_NAME
 from dlrm.errors import DatasetError
-from dlrm.system.files import MANIFEST_NAME
 
 _BLOCK = 1 << 16
 _BLOCKS_OF_FILE = 16
@@ -14,8 +14,8 @@ _BLOCKS_OF_FILE = 16
 def fingerprint(data: DataConfig) -> str | None:
     """Digest of names, sizes, manifests, and of 16 blocks of 64 KiB spread over each file; None for random data.
 
-    It tells other days, other rows and another preprocessing apart, not a change inside a file between those blocks:
-    `dlrm verify` reads all of it. Where the folder lies does not matter.
+    Other days, other rows and another preprocessing have other digests. A change inside a file between those blocks
+    stays unnoticed: only `dlrm verify` reads whole files. The digest does not depend on where the folder lies.
 
     Raises:
         DatasetError: if a file can't be read.
@@ -26,7 +26,7 @@ def fingerprint(data: DataConfig) -> str | None:
     digest = hashlib.sha256()
     for folder in map(Path, folders):
         if not folder.is_dir():
-            continue  # whoever opens it says so
+            continue  # opening the data reports it
         try:
             for path in sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".npz")):
                 size = path.stat().st_size

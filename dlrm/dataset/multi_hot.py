@@ -1,4 +1,4 @@
-"""Multi-hot days, as `dlrm materialize` and MLPerf's script write them."""
+"""Multi-hot days: files of several ids for each feature, as `dlrm materialize` and MLPerf's script write them."""
 
 import struct
 import zipfile
@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.dataset.manifest import check_manifest, load_manifest
+from dlrm.dataset.manifest import MANIFEST_NAME, check_manifest, load_manifest
 from dlrm.errors import DatasetError
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES
-from dlrm.system.files import MANIFEST_NAME, read_npy_header, sha256_of
+from dlrm.system.files import read_npy_header, sha256_of
 
 _LOCAL_HEADER_BYTES, _LOCAL_NAME_SIZE = 30, 26
 
 
 def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
-    """The members "0", "1", ... of a multi-hot day, mapped: int32 [rows, hotness] of each feature.
+    """Maps the members "0", "1", ... of a multi-hot day into memory: int32 [rows, hotness] for each feature.
 
     Raises:
-        DatasetError: if it is not such a file.
+        DatasetError: if the file is not a multi-hot day.
     """
     written = "Write it with `dlrm materialize`, or np.savez."
     try:
@@ -31,11 +31,13 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
                     f"{path}: has a member {more[0].removesuffix('.npy')!r}, expected 0 to "
                     f"{NUM_CATEGORICAL_FEATURES - 1} and no other. {written}"
                 )
-            mapped = np.memmap(path, np.uint8, "r")  # once for all members: each mapping holds a file open
+            # One mapping for all members, since each mapping holds a file open.
+            mapped = np.memmap(path, np.uint8, "r")
             for feature in range(NUM_CATEGORICAL_FEATURES):
                 info = archive.getinfo(f"{feature}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise DatasetError(f"{path}: member {feature} is compressed, so it can't be mapped. {written}")
+                # The array begins behind the member's own header, whose length is not in the archive's directory.
                 file.seek(info.header_offset + _LOCAL_NAME_SIZE)
                 name_size, extra_size = struct.unpack("<HH", file.read(4))
                 start = info.header_offset + _LOCAL_HEADER_BYTES + name_size + extra_size
@@ -47,7 +49,7 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
                         f"row order. {written}"
                     )
                 if start + info.file_size != file.tell() + 4 * shape[0] * shape[1]:
-                    raise DatasetError(f"{path}: member {feature} has not the size of its header. {written}")
+                    raise DatasetError(f"{path}: member {feature} has another size than its header states. {written}")
                 if shape[0] == 0:
                     yield np.empty(shape, np.int32)
                 else:
@@ -59,11 +61,11 @@ def map_multi_hot(path: Path) -> Iterator[npt.NDArray[np.int32]]:
 
 
 def check_multi_hot_folder(folder: Path, table_rows: Sequence[int], days: Path, needs_training: bool = True) -> None:
-    """Refuses a folder that is not there, whose ids were drawn for tables of other sizes, or from other days.
+    """Refuses a folder that does not exist, or whose ids were made from other days or for tables of other sizes.
 
     Args:
         days: folder of the dense values and labels.
-        needs_training: whether all days must be there, and not the held-out one alone.
+        needs_training: whether all days must be there, and not only the held-out one.
 
     Raises:
         DatasetError: naming the folder or its manifest.
@@ -86,12 +88,12 @@ def check_multi_hot_folder(folder: Path, table_rows: Sequence[int], days: Path, 
     if stated is not None and stated != list(table_rows):
         raise DatasetError(
             f"{path}: ids were drawn for tables of {_show(stated)} rows, expected {_show(table_rows)}. Give "
-            "--num_embeddings_per_feature as the manifest has it, or `dlrm materialize` the days anew."
+            "--num_embeddings_per_feature as the manifest has it, or `dlrm materialize` the days again."
         )
 
 
 def check_hotness(path: Path, found: Sequence[int], expected: Sequence[int], recipe: str | None) -> None:
-    """Refuses a day whose numbers of ids per feature are not those that the run asks for.
+    """Refuses a day whose numbers of ids per feature differ from those that the run asks for.
 
     Raises:
         DatasetError: naming both.
@@ -100,7 +102,7 @@ def check_hotness(path: Path, found: Sequence[int], expected: Sequence[int], rec
         asked = f"--multi_hot_sizes (or the recipe {recipe})" if recipe else "--multi_hot_sizes"
         raise DatasetError(
             f"{path}: {_show(found)} ids per feature, expected {_show(expected)} as {asked} says. Give the sizes that "
-            "the files have, or `dlrm materialize` the days anew."
+            "the files have, or `dlrm materialize` the days again."
         )
 
 

@@ -1,4 +1,4 @@
-"""The order of time that the names of raw files tell."""
+"""The order in time of raw files, as their names tell it."""
 
 import os
 import re
@@ -30,14 +30,14 @@ _NAMED_DATE = re.compile(  # 05Jan2024, jan-5-2024, Jan_2024, 2024-Jan-05, jan
 _YEAR_FIRST = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-9]{2}")
 
 Key = tuple[str | int, ...]
-"""Of a name: text and numbers in turn."""
+"""What a name is sorted by: its text and numbers in turn, text first."""
 
 
 def order_files(given: Sequence[str]) -> tuple[list[str], str]:
-    """The files in order of time, and a note on that order if there is something to say.
+    """The files in order of time, and a note on that order, which may be empty.
 
     The shell sorts names as text, which puts day_10 before day_2. If any two names differ first in a number, a list
-    that is sorted as text is put in the order of the numbers. Any other list was ordered by somebody, and stays.
+    that is sorted as text is put in the order of the numbers. Any other list was ordered on purpose, and stays.
 
     Raises:
         ConfigError: if the list is sorted as text, and the names do not tell which order was meant.
@@ -58,7 +58,7 @@ def order_files(given: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
-    """The orders that numbers in the names may mean; none if other text decides between some of the names."""
+    """The orders that the numbers in the names may mean; none if other text decides the order of some names."""
     paths = _with_numbered_months([without_packing(path) for path in given])
     readings = [[_with_year_first(path, day, 2 - day) for path in paths] for day in (0, 2)]
     orders: list[list[str]] = []
@@ -85,7 +85,7 @@ def _with_numbered_months(paths: list[str]) -> list[str]:
 
 
 def _with_year_first(path: str, day: int, month: int) -> str:
-    """The path with dates like 31-01-2024 as 2024-01-31, empty if that is no date.
+    """The path with dates like 31-01-2024 written as 2024-01-31; empty if one of them is not a date when read so.
 
     Args:
         day: place of the day in such a date, 0 or 2.
@@ -109,7 +109,7 @@ def _key(text: str) -> Key:
 
 
 def _numbers_decide(keys: Sequence[Key]) -> bool:
-    """Whether any two keys that differ do so first in a number. Neighbours in order tell it of all."""
+    """Whether any two different keys differ first in a number. It is enough to compare neighbours in sorted order."""
     return all(_first_difference(one, other) % 2 for one, other in pairwise(sorted(keys)) if one != other)
 
 
@@ -118,7 +118,7 @@ def _first_difference(one: Key, other: Key) -> int:
 
 
 def _kinds(given: Sequence[str]) -> list[list[str]]:
-    """The files in groups whose names differ in numbers alone, each in the order given."""
+    """Groups of files whose names differ only in numbers, each group in the order given."""
     kinds: dict[str, list[str]] = {}
     for path in given:
         kinds.setdefault(_DIGITS.sub("0", without_packing(path)), []).append(path)
@@ -131,26 +131,26 @@ def _is_sorted_by_number(given: Sequence[str]) -> bool:
 
 
 def _is_sorted_as_text(given: Sequence[str]) -> bool:
-    """As shells sort: by bytes or, in many languages, by letters and digits alone."""
+    """Whether a shell would sort them so: by bytes or, in many locales, by letters and digits only."""
     letters = [re.sub(r"[\W_]", "", path).casefold() for path in given]
     return list(given) == sorted(given) or letters == sorted(letters)
 
 
 def _swap(given: Sequence[str], ordered: Sequence[str]) -> str:
-    """Two files that have changed places, as `day_2.tsv before day_10.tsv`."""
+    """Two files that have changed places, such as `day_2.tsv before day_10.tsv`."""
     at = next(i for i, (one, other) in enumerate(zip(given, ordered, strict=True)) if one != other)
     here, there = source_names([Path(ordered[at]), Path(given[at])])
     return f"{here} before {there}"
 
 
 def without_packing(path: str) -> str:
-    """An absolute path, without the suffix of a packing. Links stay."""
-    path = os.path.abspath(path)  # noqa: PTH100 - `.` and `..` go, links stay
+    """The absolute path without .gz or .zst. Links are not resolved."""
+    path = os.path.abspath(path)  # noqa: PTH100 - resolves `.` and `..`, but no links
     return next((path.removesuffix(packing) for packing in PACKINGS if path.endswith(packing)), path)
 
 
 def source_names(raw: Sequence[Path]) -> list[str]:
-    """A name for each file: the file's own, with the folders that tell it from others if some are alike."""
+    """A name for each file: its own or, if some files have the same name, its path within their common folder."""
     names = [path.name for path in raw]
     if len(set(names)) == len(names):
         return names

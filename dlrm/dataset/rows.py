@@ -16,7 +16,7 @@ from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 class Rows:
     """Rows of a split as arrays: dense_BI float32, ids integers, labels_B.
 
-    Ids are one array [B, N], feature by feature, or an array [B, hotness] of each feature.
+    Ids are one array [B, N], feature by feature, or one array [B, hotness] for each feature.
     """
 
     dense_BI: npt.NDArray[np.float32]
@@ -25,7 +25,7 @@ class Rows:
 
     @staticmethod
     def empty(num_rows: int, widths: Sequence[int]) -> "Rows":
-        """Rows to be filled in; `widths` are the columns of each array of ids."""
+        """Rows to be filled in. `widths`: columns of each array of ids."""
         return Rows(
             np.empty((num_rows, NUM_INTEGER_FEATURES), np.float32),
             tuple(np.empty((num_rows, width), np.int32) for width in widths),
@@ -38,5 +38,5 @@ class Rows:
         return self.ids[0] if len(self.ids) == 1 else np.concatenate(self.ids, axis=1)
 
     def take(self, order: npt.NDArray[np.intp] | slice) -> "Rows":
-        """The rows in another order, or some of them."""
+        """Some of the rows, or all, in the given order."""
         return Rows(self.dense_BI[order], tuple(ids[order] for ids in self.ids), self.labels_B[order])

@@ -5,18 +5,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlrm.dataset.days import day_numbers
 from dlrm.errors import DatasetError
 
 _NAMES = re.compile(r".*(md5|sha1|sha256|sha512)sums?.*|.*\.(md5|sha1|sha256|sha512)|checksums?(\..*)?", re.IGNORECASE)
 _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 _COREUTILS = re.compile(r"\\?(?P<digest>[0-9a-fA-F]{32,128}) [ *](?P<name>.+)")
-_DAY = re.compile(r"day_(\d+)_.+")
 _BSD = re.compile(r"[A-Z0-9-]+ \((?P<name>.+)\) = (?P<digest>[0-9a-fA-F]{32,128})")
 
 
 @dataclass(frozen=True)
 class Sum:
-    """What a list says of a file."""
+    """The checksum of a file, from a list."""
 
     algorithm: str
     digest: str
@@ -43,20 +43,20 @@ def find_lists(folder: Path) -> list[Path]:
 def read_lists(lists: Iterable[Path], folder: Path) -> dict[str, Sum]:
     """Checksums by the file's name in `folder`.
 
-    A list may name files of days before the folder's first one, as the last day alone is enough to score a model.
+    A list may name files of days before the folder's first day, which are not there: the last day alone is enough to
+    score a model.
 
     Raises:
-        DatasetError: if a list is not one, or names another file that is not in the folder.
+        DatasetError: if a file is not a list of checksums, or lists any other file that is not in the folder.
     """
     sums = {}
-    first = min((int(match[1]) for path in folder.glob("day_*") if (match := _DAY.fullmatch(path.name))), default=0)
+    first = min(day_numbers(path.name for path in folder.glob("day_*")), default=0)
     for path in lists:
         for name, one in _read_list(path).items():
-            # Lists are also made a folder above, or with ./ before the names.
+            # Lists are also made from the folder above, or with ./ before the names.
             candidates = (name, Path(name).name)
             found = next((candidate for candidate in candidates if (folder / candidate).is_file()), None)
-            match = _DAY.fullmatch(candidates[-1])
-            if found is None and match is not None and int(match[1]) < first:
+            if found is None and any(number < first for number in day_numbers([candidates[-1]])):
                 continue
             if found is None or ".." in Path(found).parts or Path(found).is_absolute():
                 raise DatasetError(f"{folder / Path(name).name}: missing, though {path} lists it. Fetch it again.")
@@ -75,7 +75,7 @@ def _read_list(path: Path) -> Mapping[str, Sum]:
             continue
         match = _COREUTILS.fullmatch(line) or _BSD.fullmatch(line)
         if match is None or len(match["digest"]) not in _ALGORITHMS:
-            raise DatasetError(f"{path}: line {number} is no checksum and name, as sha256sum writes them.")
+            raise DatasetError(f"{path}: line {number} is not a checksum and a name, as sha256sum writes them.")
         digest = match["digest"].lower()
         sums[match["name"]] = Sum(_ALGORITHMS[len(digest)], digest, path)
     if not sums:

@@ -1,6 +1,5 @@
-"""Whether a folder of training rows is what its manifest says."""
+"""Checks that a folder of training rows is what its manifest says."""
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,47 +7,21 @@ from types import MappingProxyType
 from typing import Any
 
 from dlrm.dataset.arrays import PARTS, measure_file, rows_of
+from dlrm.dataset.days import last_day
+from dlrm.dataset.manifest import MANIFEST_NAME, check_size, read_manifest
 from dlrm.dataset.sums import Sum
 from dlrm.errors import DatasetError
 from dlrm.schema.criteo import CATEGORICAL_NAMES
 from dlrm.system.console import Progress
-from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION, last_day, sha256_of
 from dlrm.system.host import available_cores
 from dlrm.system.threads import in_order
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The folder's manifest.
-
-    Raises:
-        DatasetError: if there is none, or it can't be read by this version.
-    """
-    path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder. Expected one that `dlrm preprocess` wrote.")
-    if not path.is_file():
-        raise DatasetError(f"{path}: missing. Expected a folder that `dlrm preprocess` wrote.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        version = manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DatasetError(f"{path}: not a manifest ({error!r}). Copy or write the folder anew.") from None
-    if type(version) is not int or version != MANIFEST_VERSION:
-        raise DatasetError(
-            f"{path}: version {version}, this dlrm reads {MANIFEST_VERSION}. Use the dlrm that wrote it."
-        )
-    return manifest
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
 def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict[str, Any]:
-    """Checks the folder; returns its manifest.
+    """Checks every file of the folder, and every value; returns the folder's manifest.
 
     Args:
-        sums: checksums of files, beside those that the manifest has.
+        sums: checksums of files by name, in addition to those in the manifest.
 
     Raises:
         DatasetError: naming the file, what was found and what was expected.
@@ -67,20 +40,13 @@ def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict
             raise ValueError(f"a file outside the folder: {outside[0]}" if outside else "no days")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(
-            f"{folder / MANIFEST_NAME}: not a manifest ({error!r}). Copy or write the folder anew."
+            f"{folder / MANIFEST_NAME}: not a manifest ({error!r}). Copy or write the folder again."
         ) from None
     for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            raise DatasetError(f"{path}: missing, though {MANIFEST_NAME} lists it. Copy or write the folder anew.")
-        if path.stat().st_size != size:
-            raise DatasetError(
-                f"{path}: {path.stat().st_size:,} bytes, expected {size:,} as {MANIFEST_NAME} states. "
-                "Copy or write the folder anew."
-            )
+        check_size(folder / name, size)
     for day in rows if manifest.get("kind") == "binary_days" else ():
         if missing := [name for part in PARTS if (name := f"{day}_{part}.npy") not in sizes]:
-            raise DatasetError(f"{folder / MANIFEST_NAME}: lists no {missing[0]}. Preprocess the logs anew.")
+            raise DatasetError(f"{folder / MANIFEST_NAME}: lists no {missing[0]}. Preprocess the logs again.")
     progress = Progress("Verifying", sum(sizes.values()), "bytes")
 
     def check(name: str) -> None:
@@ -90,7 +56,7 @@ def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict
         if facts["sha256"] != digests[name]:
             raise DatasetError(
                 f"{path}: sha256 {facts['sha256'][:16]}..., expected {digests[name][:16]}...: its bytes have changed. "
-                "Copy or write the folder anew."
+                "Copy or write the folder again."
             )
         if name in sums:
             sums[name].check(path, facts[sums[name].algorithm])
@@ -98,7 +64,7 @@ def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict
         if name.endswith("_labels.npy") and facts.get("positives") != expected:
             raise DatasetError(
                 f"{path}: {facts.get('positives')} positives, expected {expected} as {MANIFEST_NAME} states. "
-                "Copy or write the folder anew."
+                "Copy or write the folder again."
             )
 
     with ThreadPoolExecutor(available_cores()) as pool:
@@ -112,35 +78,21 @@ def verify(folder: Path, sums: Mapping[str, Sum] = MappingProxyType({})) -> dict
     return manifest
 
 
-def check_vocabulary(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a vocabulary whose files are not those of its manifest.
-
-    Raises:
-        DatasetError: naming the file.
-    """
-    listed = {name: entry for name, entry in manifest["files"].items() if name.startswith("vocabulary/")}
-    found = {path.relative_to(folder).as_posix() for path in (folder / "vocabulary").glob("*.parquet")}
-    for name in sorted(listed.keys() | found):
-        path = folder / name
-        if name not in listed or not path.is_file() or sha256_of(path) != listed[name]["sha256"]:
-            raise DatasetError(f"{path}: not as {MANIFEST_NAME} states. Copy or write the folder anew.")
-
-
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is no count")
+        raise ValueError(f"{value!r:.40} is not a count")
     return value
 
 
 def _table_rows(manifest: Mapping[str, Any]) -> list[int] | None:
-    """Rows of each column's table; None for multi-hot days."""
+    """Rows of each column's table; None for multi-hot days, whose manifest has no columns."""
     if manifest.get("kind") == "multi_hot_days":
         return None
     return [_count(manifest["columns"][name]["rows"]) for name in CATEGORICAL_NAMES]
 
 
 def _check_copies(folder: Path, digests: Mapping[str, str], days: Sequence[str]) -> None:
-    """Refuses days of which the held-out one has the files of one that trains.
+    """Refuses a held-out day whose files are the same as those of a day that trains.
 
     Raises:
         DatasetError: naming both.
@@ -151,5 +103,5 @@ def _check_copies(folder: Path, digests: Mapping[str, str], days: Sequence[str])
         if None not in of_days[day] and of_days[day] == of_days[held_out]:
             raise DatasetError(
                 f"{folder}: {held_out}, which is held out, has the same rows as {day}, which trains: its scores say "
-                "nothing of new rows. Write the folder again without one of them."
+                "nothing about new rows. Write the folder again without one of them."
             )

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm evaluate`. Call it on every rank that the launcher started.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr for what the user can mend; with code 0 after --help.
+        SystemExit: with code 2 and one line on stderr for what the user can fix; with code 0 after --help.
     """
     tune_process()
     end_with_launcher()

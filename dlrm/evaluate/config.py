@@ -1,20 +1,20 @@
-"""`dlrm evaluate`: what of a run's flags counts when a checkpoint is scored. No torch here."""
+"""Flags of `dlrm evaluate`: its own, and those of the checkpoint's run that count in scoring. No torch here."""
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from dlrm.checkpoint.compatibility import Difference, differences, model_misfits
-from dlrm.checkpoint.find import RemovedError, read_config
-from dlrm.checkpoint.pick import Picked, open_address, read_newest
-from dlrm.config.checks import check_config, check_output_file, check_ranges, fields_without_effect
-from dlrm.config.config import Config, EvaluationConfig, optional
-from dlrm.config.flags import is_named, parse_flags, reset, value_of
+from dlrm.checkpoint.compatibility import differences
+from dlrm.checkpoint.find import locate, read_newest
+from dlrm.config.checks import check_config, check_output_file, check_ranges, flags_without_effect
+from dlrm.config.config import Config, optional
+from dlrm.config.field_rules import Flag, Repeat, Scoring, flags_of
+from dlrm.config.flags import is_named, parse_flags, value_of, without_replaced_aliases
 from dlrm.errors import CheckpointError, ConfigError
 
 PROG = "dlrm evaluate"
@@ -27,46 +27,12 @@ may be others than those that wrote the checkpoint, and so may the data. No run 
 Example: `dlrm evaluate --checkpoint runs/first --split test --json test.json`; on two processes
 `torchrun --nproc_per_node 2 -m dlrm.cli evaluate --checkpoint runs/first`."""
 
-# What of a run's flags has a part in scoring. The model is the checkpoint's.
-_USED: Mapping[str, tuple[str, ...]] = {
-    "data": (
-        "in_memory_binary_criteo_path",
-        "synthetic_multi_hot_criteo_path",
-        "dataset_name",
-        "mmap_mode",
-        "batch_size",
-        "test_batch_size",
-        "limit_val_batches",
-        "limit_test_batches",
-        "pin_memory",
-        "num_generated_batches",
-        "zipf_exponent",
-        "multi_hot_sizes",
-        "multi_hot_distribution_type",
-    ),
-    "sharding": (
-        "table_constraints",
-        "large_table_gib",
-        "device_memory_gib",
-        "reserved_memory_share",
-        "intra_host_bandwidth",
-        "inter_host_bandwidth",
-        "forward_comm_precision",
-    ),
-    "training": ("seed", "pipeline", "precision", "allow_tf32"),
-    "checkpoint": ("allow_other_vocabulary", "hang_timeout"),
-    "output": ("print_progress", "print_sharding_plan"),
-}
-_OF_THE_WEIGHTS = ("undersampling_rate",)
-_PAIRS = (("precision", "allow_tf32"), ("allow_tf32", "precision"))
-"""Two ways to say the same: the one that is given replaces what the checkpoint has in the other."""
-
 Stages = Literal["val", "test", "both"]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is scored with what, and the run's flags."""
+    """Checkpoint, sets to score, and the flags of its run."""
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """Checkpoint (step_...); or a run directory, folder of checkpoints or address, whose newest sound one is taken."""
@@ -81,7 +47,7 @@ class EvaluateConfig:
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
-    """What a command line asks for, as far as it can be told without the checkpoint. Its `run` is not the final one.
+    """The flags of a command line. Their `run` is not final: `config_on_top` makes it, once the checkpoint is chosen.
 
     Raises:
         ConfigError: on an unknown flag, one that does not fit the checkpoint, or a file that can't be written.
@@ -96,69 +62,59 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
             raise ConfigError(f"--{flag}: a checkpoint has its own config. Leave it out.")
     if asked.json is not None:
         check_output_file("json", asked.json, may_be_stream=True)
-    open_address(asked.checkpoint)
-    with suppress(CheckpointError):  # of what is damaged the ranks tell, or they take another
+    locate(asked.checkpoint)
+    with suppress(CheckpointError):  # the ranks report a damaged checkpoint, or take another one
         config_on_top(_read_config(asked.checkpoint), argv)
     return asked
 
 
 def config_on_top(saved: Config, argv: Sequence[str]) -> Config:
-    """The config of the run that wrote a checkpoint, with a command line's flags on top, and nothing of training.
+    """The config to score a checkpoint with: that of the run that wrote it, with a command line's flags on top.
+
+    Flags that only training reads have their defaults.
 
     Raises:
-        ConfigError: if a flag would change the model, or nothing.
+        ConfigError: if a flag would change the model, or would change nothing.
     """
     asked = parse_flags(
         EvaluateConfig, argv, PROG, default=EvaluateConfig(value_of(argv, "checkpoint") or "", run=saved)
     )
-    given = asked.run
-    for flag, other in _PAIRS:
-        if is_named(argv, flag) and not is_named(argv, other):
-            given = reset(given, "training", other)
-    _check_differences(saved, given, asked.split, argv)
-    check_ranges(given.data)
-    batch_size = given.data.test_batch_size or given.data.batch_size
-    kept = {
-        section: dataclasses.replace(
-            type(getattr(given, section))(), **{name: getattr(getattr(given, section), name) for name in names}
-        )
-        for section, names in _USED.items()
-    }
-    kept["data"] = dataclasses.replace(
-        kept["data"],
-        batch_size=batch_size,
-        test_batch_size=None,
-        undersampling_rate=given.data.undersampling_rate,
+    config = without_replaced_aliases(asked.run, argv)
+    _check_differences(saved, config, asked.split, argv)
+    check_ranges(config.data)
+    for flag in flags_of(config).values():
+        if Scoring.IDLE in flag.rules or (Repeat.LEFT_OUT in flag.rules and not is_named(argv, flag.name)):
+            config = flag.reset(config)
+    batch_size = config.data.evaluation_batch_size
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=batch_size, test_batch_size=None)
     )
-    config = Config(model=given.model, evaluation=EvaluationConfig(), recipe=given.recipe, **kept)
-    if not is_named(argv, "allow_other_vocabulary"):  # of one run and its data
-        config = reset(config, "checkpoint", "allow_other_vocabulary")
-    for section, name, _ in fields_without_effect(config):
-        if not is_named(argv, name):
-            config = reset(config, section, name)
+    for flag, _ in flags_without_effect(config):
+        if not is_named(argv, flag.name):
+            config = flag.reset(config)
     check_config(config)
     return config
 
 
 def _check_differences(saved: Config, given: Config, split: Stages, argv: Sequence[str]) -> None:
-    """Refuses flags that would make the weights another model's, and those that would do nothing.
+    """Refuses flags that do not fit the weights, and flags that would change nothing.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: with these flags.
     """
-    changed = list(differences(saved, given))
-    of_weights = [*model_misfits(saved, given), *(one for one in changed if one.name in _OF_THE_WEIGHTS)]
+    changed, flags = list(differences(saved, given)), flags_of(given)
+    of_weights = [one for one in changed if Scoring.FIXED in flags[one.name].rules]
     if of_weights:
         shown = ", ".join(map(str, of_weights))
-        raise ConfigError(f"the checkpoint was written with {shown}. Its weights are of no other model: leave it out.")
+        raise ConfigError(f"the checkpoint was written with {shown}. Its weights fit no other value. Leave it out.")
     for difference in changed:
         if is_named(argv, difference.name) or is_named(argv, f"no_{difference.name}"):
-            _check_effect(difference, given, split)
+            _check_effect(flags[difference.name], given, split)
 
 
-def _check_effect(difference: Difference, given: Config, split: Stages) -> None:
-    name, data = difference.name, given.data
-    if name not in _USED.get(difference.section, ()) or (name == "seed" and not given.is_random):
+def _check_effect(flag: Flag, given: Config, split: Stages) -> None:
+    name, data = flag.name, given.data
+    if Scoring.COUNTS not in flag.rules or (name == "seed" and not given.is_random):
         raise ConfigError(f"--{name}: changes nothing when a checkpoint is scored. Leave it out.")
     if name == "batch_size" and data.test_batch_size is not None:
         raise ConfigError(f"--batch_size: the run has --test_batch_size {data.test_batch_size}. Give that one.")
@@ -168,15 +124,19 @@ def _check_effect(difference: Difference, given: Config, split: Stages) -> None:
 
 
 def _show_help(argv: Sequence[str]) -> None:
-    """Prints the flags that count.
+    """Prints the flags that count, with the values of --checkpoint, if it is given, as their defaults.
 
     Raises:
-        CheckpointError: if there is a --checkpoint, and it can't be read.
+        CheckpointError: if the checkpoint can't be read.
         SystemExit: with code 0.
     """
     address = value_of(argv, "checkpoint")
     saved = Config() if address is None else _read_config(address)
-    sections = {name: _show_only(getattr(saved, name), names) for name, names in _USED.items()}
+    counting: dict[str, list[str]] = {}
+    for flag in flags_of(saved).values():
+        if Scoring.COUNTS in flag.rules:
+            counting.setdefault(flag.section, []).append(flag.name)
+    sections = {name: _show_only(getattr(saved, name), names) for name, names in counting.items()}
     run = dataclasses.make_dataclass(
         "Run", [(name, type(section), field(default=section)) for name, section in sections.items()], frozen=True
     )
@@ -187,7 +147,7 @@ def _show_help(argv: Sequence[str]) -> None:
 
 
 def _show_only(section: Any, names: Sequence[str]) -> Any:
-    """The section as one of a type that shows some of its fields as flags."""
+    """The section as an instance of a subclass that shows only the fields `names` as flags."""
     hints = typing.get_type_hints(type(section), include_extras=True)
     fields = [
         (one.name, hints[one.name] if one.name in names else tyro.conf.Suppress[hints[one.name]], one.default)
@@ -198,12 +158,4 @@ def _show_only(section: Any, names: Sequence[str]) -> Any:
 
 
 def _read_config(address: str) -> Config:
-    def read(picked: Picked) -> Config:
-        try:
-            return read_config(picked.store, picked.name, picked.manifest)
-        except RemovedError:
-            raise
-        except CheckpointError as error:
-            raise CheckpointError(f"{picked.address}: {error}.") from None
-
-    return read_newest(address, lambda _: None, read)
+    return read_newest(address, lambda _: None, lambda checkpoint: checkpoint.config)

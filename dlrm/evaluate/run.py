@@ -6,18 +6,19 @@ from functools import partial
 from typing import Any
 
 from dlrm.assembly.foundation import Foundation, lay_foundation
+from dlrm.checkpoint.checkpoint import Checkpoint, RemovedError
 from dlrm.checkpoint.compatibility import model_misfits
-from dlrm.checkpoint.find import RemovedError
-from dlrm.checkpoint.manifest import Manifest, step_of
+from dlrm.checkpoint.find import Location, locate
+from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import MisfitError, Source, find_given, restore
+from dlrm.checkpoint.restore import find_on_ranks, restore
 from dlrm.checkpoint.tensors import model_state
 from dlrm.checkpoint.vocabulary import Vocabulary, compare_vocabulary, recorded_folding
 from dlrm.config.config import DEFAULT_RANDOM_BATCHES, Config
 from dlrm.dataset.binary_days import Stage
 from dlrm.dataset.cautions import Folded, compare_folded, note_unknown_folding
 from dlrm.dataset.fingerprint import fingerprint
-from dlrm.errors import ConfigError, reason_of
+from dlrm.errors import ConfigError, MisfitError, reason_of
 from dlrm.evaluate.config import EvaluateConfig, config_on_top
 from dlrm.evaluate.scorer import Scorer
 from dlrm.fault_tolerance.watchdog import Watchdog
@@ -31,9 +32,10 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     """Restores the model, on whatever ranks there are, scores, prints, and writes --json. Collective.
 
     Raises:
-        DlrmError: for what the user can mend.
+        DlrmError: if the user can fix it.
     """
-    source = find_given(asked.checkpoint, runtime, _take, print)
+    location = on_main_rank(runtime, lambda: locate(asked.checkpoint))
+    source = find_on_ranks(location, runtime, _take, print)
     config = on_main_rank(runtime, lambda: config_on_top(source.config, argv))
     stages: tuple[Stage, ...] = ("val", "test") if asked.split == "both" else (asked.split,)
     data = on_main_rank(runtime, lambda: fingerprint(config.data))
@@ -41,7 +43,7 @@ def score_checkpoint(asked: EvaluateConfig, argv: Sequence[str], runtime: Runtim
     base = lay_foundation(config, runtime, stages, is_restored=True)
     if runtime.is_main:
         _tell(source, config, base, vocabulary)
-    source = _restore(source, asked.checkpoint, base)
+    source = _restore(source, location, base)
     results = _score(base, stages)
     if asked.json is not None:
         path, facts = asked.json, _describe(source, config, runtime, data, vocabulary, results)
@@ -52,7 +54,7 @@ def _take(manifest: Manifest, saved: Config) -> None:
     """Whatever run wrote it: the model is built as its config says."""
 
 
-def _restore(source: Source, address: str, base: Foundation) -> Source:
+def _restore(source: Checkpoint, location: Location, base: Foundation) -> Checkpoint:
     """Fills the model from a checkpoint; gives the one that was taken. Collective.
 
     A run that trains removes its older checkpoints: if this one goes meanwhile, and was not named, another is taken.
@@ -65,11 +67,11 @@ def _restore(source: Source, address: str, base: Foundation) -> Source:
         try:
             restore(source, state, base.runtime)
         except RemovedError:
-            if step_of(address.rstrip("/").rpartition("/")[2]) is not None:
+            if location.name is not None:
                 raise
         else:
             return source
-        gone, source = source, find_given(address, base.runtime, partial(_check_model, source.config), print)
+        gone, source = source, find_on_ranks(location, base.runtime, partial(_check_model, source.config), print)
         if base.runtime.is_main:
             print(f"{gone.address} was removed while it was read. Scoring with {source.address}.", flush=True)
 
@@ -95,7 +97,7 @@ def _score(base: Foundation, stages: Sequence[Stage]) -> dict[Stage, EvaluationR
     return results
 
 
-def _tell(source: Source, config: Config, base: Foundation, vocabulary: Vocabulary) -> None:
+def _tell(source: Checkpoint, config: Config, base: Foundation, vocabulary: Vocabulary) -> None:
     manifest = source.manifest
     position = Position.from_json(manifest.position)
     print(
@@ -117,8 +119,8 @@ def _tell(source: Source, config: Config, base: Foundation, vocabulary: Vocabula
     print(base.placement.summary(), flush=True)
 
 
-def _compare_with_training(source: Source, folded: Sequence[Folded]) -> str:
-    """What is to be said of ids beyond their tables, against those that were trained on."""
+def _compare_with_training(source: Checkpoint, folded: Sequence[Folded]) -> str:
+    """A note if ids lie beyond their tables in another share than in training; empty otherwise."""
     trained = recorded_folding(source)
     return note_unknown_folding(folded) if trained is None else compare_folded([*trained, *folded])
 
@@ -129,14 +131,14 @@ def _limit(config: Config, stage: Stage) -> int | None:
     return limit or (DEFAULT_RANDOM_BATCHES if config.is_random else None)
 
 
-def _limited_rows(source: Source, stage: Stage) -> int | None:
+def _limited_rows(source: Checkpoint, stage: Stage) -> int | None:
     """Rows that the limit of the run that wrote the checkpoint stood for."""
     data, limit = source.config.data, _limit(source.config, stage)
-    return None if limit is None else limit * (data.test_batch_size or data.batch_size) * source.manifest.world_size
+    return None if limit is None else limit * data.evaluation_batch_size * source.manifest.world_size
 
 
 def _describe(
-    source: Source,
+    source: Checkpoint,
     config: Config,
     runtime: Runtime,
     data: str | None,

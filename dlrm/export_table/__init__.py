@@ -1,1 +1,1 @@
-"""An embedding table as a file that other tools read."""
+"""`dlrm export-table`: an embedding table of a checkpoint, written to one file that other tools read."""

@@ -6,6 +6,7 @@ Shapes: R rows, D columns of a table.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -14,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from dlrm.checkpoint.find import RemovedError, check_files
-from dlrm.checkpoint.pick import Picked, read_newest
+from dlrm.checkpoint.checkpoint import Checkpoint
+from dlrm.checkpoint.find import read_newest
 from dlrm.checkpoint.saved_tables import Table, read_blocks, tables_of
 from dlrm.config.flags import parse_flags
 from dlrm.errors import CheckpointError, ConfigError, reason_of, system_error_in
@@ -30,8 +31,8 @@ _ID_BYTES = 8
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes an embedding table's weights from a checkpoint, whatever sharding wrote them: row i is the embedding of id
-    i. It reads blocks of rows, so that a table larger than memory works. The file is there whole or not at all.
+    """Writes an embedding table's weights from a checkpoint, however it was sharded: row i is the embedding of id i. It
+    reads blocks of rows, so a table may be larger than memory. The file is written whole or not at all.
 
     Example: `dlrm export-table runs/first t_cat_0 t_cat_0.parquet`."""
 
@@ -62,26 +63,23 @@ def export_table(config: ExportConfig) -> None:
         CheckpointError: if the checkpoint is not there or damaged.
     """
     write = _writer_of(config)
-    print(read_newest(config.path, print, lambda picked: _export(config, picked, write)))
+    print(read_newest(config.path, print, lambda checkpoint: _export(config, checkpoint, write)))
 
 
-def _export(config: ExportConfig, picked: Picked, write: "Write") -> str:
-    """Writes one table of a checkpoint; says what was written."""
+def _export(config: ExportConfig, checkpoint: Checkpoint, write: "Write") -> str:
+    """Writes one table of a checkpoint; returns a line that says what was written."""
     output = Path(config.output)
-    try:
-        tables = tables_of(picked.manifest.tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{picked.address}: {error}.") from None
+    tables = tables_of(checkpoint.manifest.tensors)
     if config.table not in tables:
-        raise ConfigError(f"{picked.address}: no table {config.table}. Expected one of {', '.join(tables)}.")
+        raise ConfigError(f"{checkpoint.address}: no table {config.table}. Expected one of {', '.join(tables)}.")
     table = tables[config.table]
     _check_space(output, table)
     if config.verify:
-        _verify(picked, table)
+        _verify(checkpoint, table)
     progress = Progress(f"Exporting {table.name}", table.rows, "rows")
 
     def blocks() -> Iterator[npt.NDArray[np.float32]]:
-        for block_RD in read_blocks(picked, table):
+        for block_RD in read_blocks(checkpoint, table):
             yield block_RD
             progress.advance(len(block_RD))
 
@@ -95,7 +93,7 @@ def _export(config: ExportConfig, picked: Picked, write: "Write") -> str:
         progress.close()
     return (
         f"{output}: {table.rows:,} rows of {table.dim} float32, {show_bytes(output.stat().st_size)}, of {table.name} "
-        f"in {picked.address}"
+        f"in {checkpoint.address}"
     )
 
 
@@ -103,10 +101,10 @@ Write = Callable[[BinaryIO, Table, Iterator[npt.NDArray[np.float32]]], None]
 
 
 def _writer_of(config: ExportConfig) -> Write:
-    """What writes a file of that name.
+    """The function that writes a file with such a name.
 
     Raises:
-        ConfigError: if nothing does, or the file is there already.
+        ConfigError: if the name has another ending, or if the file is there already.
     """
     path = Path(config.output)
     writers: dict[str, Write] = {".npy": _write_npy, ".parquet": _write_parquet}
@@ -120,7 +118,7 @@ def _writer_of(config: ExportConfig) -> Write:
 
 
 def _check_space(output: Path, table: Table) -> None:
-    """Refuses what is sure to fill the disk.
+    """Refuses a table that does not fit on the disk.
 
     Raises:
         ConfigError: with the sizes.
@@ -133,18 +131,16 @@ def _check_space(output: Path, table: Table) -> None:
         )
 
 
-def _verify(picked: Picked, table: Table) -> None:
+def _verify(checkpoint: Checkpoint, table: Table) -> None:
+    """Compares the SHA-256 of the files that hold a table.
+
+    Raises:
+        CheckpointError: if one is damaged.
+    """
     files = sorted(table.files)
-    total = sum(picked.manifest.files[name].num_bytes for name in files)
-    progress = Progress("Verifying", total, "bytes")
-    try:
-        check_files(picked.store, picked.name, picked.manifest, files, progress.advance)
-    except RemovedError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{picked.address}: {error}.") from None
-    finally:
-        progress.close()
+    total = sum(checkpoint.manifest.files[name].num_bytes for name in files)
+    with closing(Progress("Verifying", total, "bytes")) as progress:
+        checkpoint.verify(files, progress.advance)
 
 
 def _write_npy(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np.float32]]) -> None:
@@ -178,7 +174,7 @@ def _write_parquet(file: BinaryIO, table: Table, blocks: Iterator[npt.NDArray[np
 
 
 def _noting(blocks: Iterator[T], failures: list[CheckpointError]) -> Iterator[T]:
-    """The blocks. polars tells of what fails in them as text: here is the error itself."""
+    """Yields the blocks and keeps an error that they raise, which polars would pass on only as text."""
     try:
         yield from blocks
     except CheckpointError as error:

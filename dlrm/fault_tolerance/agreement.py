@@ -1,4 +1,4 @@
-"""What ranks decide together: to save, to stop, to give up."""
+"""Ranks decide together: to save, to stop, to give up."""
 
 import time
 from enum import IntEnum
@@ -28,10 +28,19 @@ class Wish(IntEnum):
 
 
 class Agreement:
-    """The strongest wish of all ranks, known to all at the same step, some steps after it was made.
+    """The strongest wish of all ranks, known to all of them at the same step, some steps after it was made.
 
-    Ranks exchange wishes about every 50 ms. An exchange is started at one of those steps and looked at in the next, so
-    that no step waits for it.
+    Every few steps, which take some 50 ms together, a rank starts an exchange of wishes and reads the one before:
+
+        step       100            103            106            109
+        rank 0     start a        read a         read b         read c
+                                  start b (SAVE) start c        start d
+        rank 1     start a        read a         read b         read c
+        agreed     -              GO_ON          SAVE           GO_ON
+
+    So no step waits for an exchange: it had the time of several steps to travel. What a wish asks for is done by all
+    ranks after the same step, 106 here. Ranks measure different times for a step, so they exchange the number of steps
+    between two exchanges with the wishes, and all take the largest.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -44,7 +53,10 @@ class Agreement:
         self._since = time.perf_counter()
 
     def reach(self, wish: Wish) -> Wish:
-        """Call at every step. Collective. What is agreed on is not asked for again in the same breath."""
+        """The wish that all ranks agreed on; GO_ON for none. Collective. Call it after every step.
+
+        A request that this call returns is cleared; it is not sent again.
+        """
         if self._is_alone:
             return wish
         if self._steps_left:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from dlrm.checkpoint.checkpointer import Checkpointer
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.tensors import State
-from dlrm.config.config import CheckpointConfig
+from dlrm.config.interval import Interval
 from dlrm.errors import CheckpointError, DatasetError
 from dlrm.fault_tolerance.agreement import Agreement, Wish
 from dlrm.fault_tolerance.watchdog import Watchdog
@@ -70,14 +70,14 @@ class RunHooks(Hooks):
 
     def __init__(
         self,
-        config: CheckpointConfig,
+        every: Interval,
         runtime: Runtime,
         checkpointer: Checkpointer | None,
         signals: StopSignals,
         watchdog: Watchdog,
         journal: Journal,
     ) -> None:
-        self._config = config
+        self._every = every
         self._runtime = runtime
         self._checkpointer = checkpointer
         self._signals = signals
@@ -102,8 +102,8 @@ class RunHooks(Hooks):
         self._watchdog.beat("training")
         if self._checkpointer is None:
             return
-        every = self._config.every_steps
-        if every is not None and position.step % every == 0:
+        steps = self._every.steps
+        if steps is not None and position.step % steps == 0:
             self._is_due = True
         self._agree(self._checkpointer, position, snapshot)
         if self._is_due and not before_validation:
@@ -160,7 +160,7 @@ class RunHooks(Hooks):
             return Wish.FAIL
         if self._signals.received is not None:
             return Wish[self._signals.received.name]
-        seconds = self._config.every_seconds
+        seconds = self._every.seconds
         is_due = self._runtime.is_main and seconds is not None and time.monotonic() - self._since >= seconds
         return Wish.SAVE if is_due and not self._is_due else Wish.GO_ON
 

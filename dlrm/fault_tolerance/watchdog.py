@@ -20,6 +20,8 @@ _CHECKS_PER_TIMEOUT = 8
 _LONGEST_INTERVAL = 15.0
 _SECONDS_FOR_VERDICT = 10.0
 _SECONDS_FOR_STORE = 30.0
+_SECONDS_TO_WAKE = 5.0
+"""A process can stand still for a second or two although nothing is wrong: its core or virtual machine was paused."""
 
 
 class Watchdog:
@@ -128,13 +130,23 @@ class Watchdog:
         os._exit(EXIT_HANGS)
 
     def _judge(self) -> tuple[str, list[int]] | None:
-        """What is wrong, and with whom; None if all wait for a checkpoint of which more and more is written.
+        """Says what is wrong, and which ranks are to blame.
+
+        None while a checkpoint is being written, block by block, and if a rank only stood still and is awake again.
 
         Raises:
             RuntimeError: if the launcher's store does not answer.
         """
         if self._store is None:
             return _show(self._status()), []
+        # All ranks run the same steps, so the one that hangs keeps all others waiting in a collective. Two questions
+        # tell it apart, asked of what each rank publishes, over two intervals:
+        #
+        #   published   counts looks of the watchdog's thread. It stands still if the whole process does: stopped,
+        #               swapped out, its host gone. It gets some seconds to wake up.
+        #   beats       counts what the main thread has begun. The ranks that wait have begun the collective; the one
+        #               that hangs has not come to it, so it has fewer beats.
+        #   written     counts blocks of a checkpoint. As long as some rank writes, the others wait for a reason.
         before = self._read_all()
         for _ in range(4):
             time.sleep(self._interval / 2)
@@ -142,7 +154,14 @@ class Watchdog:
         after = self._read_all()
         if any(after[rank]["written"] > before[rank]["written"] for rank in after):
             return None
-        silent = [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
+        silent, waited = _silent(before, after), 0.0
+        while silent and waited < _SECONDS_TO_WAKE:
+            time.sleep(self._interval)
+            waited += self._interval
+            self._publish()
+            silent = _silent(before, self._read_all())
+            if not silent:
+                return None
         if silent:
             return f"{_name(silent, after)} gives no sign of life. {_last(silent, after)}", silent
         fewest = min(status["beats"] for status in after.values())
@@ -156,6 +175,11 @@ class Watchdog:
         return {rank: json.loads(self._store.get(str(rank))) for rank in range(self._runtime.world_size)}
 
 
+def _silent(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> list[int]:
+    """Ranks whose watchdog has not looked between two readings."""
+    return [rank for rank in after if after[rank]["published"] == before[rank]["published"]]
+
+
 def _name(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
     return ", ".join(f"rank {rank} on {statuses[rank]['host']}" for rank in ranks)
 
@@ -165,7 +189,7 @@ def _last(ranks: list[int], statuses: dict[int, dict[str, Any]]) -> str:
 
 
 def _show(status: dict[str, Any]) -> str:
-    """What a rank was doing, and where, if it has found that out."""
+    """What a rank was doing, and at which line, if it has found that out."""
     return f"{status['doing']}, at {status['place']}" if status["place"] else status["doing"]
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, or which checkpoints there are."""
+"""`dlrm inspect`: what a checkpoint holds, or which checkpoints there are. It reads checkpoints and writes nothing."""

@@ -1,19 +1,20 @@
-"""`dlrm inspect`: what a checkpoint holds, read from its manifest. No torch here."""
+"""The command `dlrm inspect`: what a checkpoint holds, read from its manifest. No torch here."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
-from dlrm.checkpoint.find import RemovedError, best_of, check_files, check_is_there, checkpoint_names, read_manifest
-from dlrm.checkpoint.manifest import Manifest, Tensor
-from dlrm.checkpoint.pick import Picked, open_address
+from dlrm.checkpoint.checkpoint import Checkpoint, RemovedError, naming, read_checkpoint
+from dlrm.checkpoint.find import best_of, checkpoint_names, locate
+from dlrm.checkpoint.manifest import Tensor
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.saved_tables import Table, tables_of
-from dlrm.checkpoint.store import Store, size_of
+from dlrm.checkpoint.store import Store, open_store, size_of
 from dlrm.config.flags import parse_flags
 from dlrm.errors import CheckpointError, reason_of
 from dlrm.system.console import Progress, align, plural, printable, show_bytes
@@ -23,9 +24,9 @@ _DENSE = "dense."
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Says what a checkpoint holds: where training stood, the last validation, each embedding table and what the
-    optimizer keeps of it. Of a run directory it first lists all checkpoints, the newest one on top, and why one can't
-    be used. No tensor is loaded and no code from the checkpoint runs. Exit code 2 where nothing is sound.
+    """Shows what a checkpoint holds: where training stood, the last validation, each embedding table and the
+    optimizer's state of it. For a run directory it first lists all checkpoints, the newest one on top, and why one
+    can't be used. No tensor is loaded and no code from the checkpoint runs. Exit code 2 if none is sound.
 
     Example: `dlrm inspect runs/first`, then `dlrm inspect runs/first/checkpoints/step_0000001200 --verify`."""
 
@@ -41,92 +42,101 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Facts of what is at the path, ready for JSON: `checkpoints`, unless it is a single one, and `checkpoint`.
+    """Facts about checkpoints, ready for JSON: `checkpoint`, the one named or the newest sound one, and all
+    `checkpoints` unless one was named.
 
     Raises:
         CheckpointError: if nothing is there, or the checkpoint that was named is not sound.
     """
-    store, given = open_address(config.path)
-    if given is not None:
-        if isinstance(why := _examine(store, given, config), CheckpointError):
-            raise CheckpointError(f"{store.address}/{given}: {why}.")
-        return {"checkpoint": describe(Picked(store, given, why))}
-    examined = {name: _examine(store, name, config) for name in checkpoint_names(store)}
-    found = {name: state for name, state in examined.items() if not isinstance(state, RemovedError)}
-    if not found:  # there are newer ones by now
+    location = locate(config.path)
+    store = open_store(location.store_address)
+    if location.name is not None:
+        with naming(f"{store.address}/{location.name}"):
+            return {"checkpoint": describe(_read_sound(store, location.name, config))}
+    names = checkpoint_names(store)
+    examined = {name: _examine(store, name, config) for name in names}
+    found = {name: outcome for name, outcome in examined.items() if not isinstance(outcome, RemovedError)}
+    if not found:  # a run that trains has removed them all and has written newer ones
         return inspect(config)
-    sound = {name: manifest for name, manifest in found.items() if isinstance(manifest, Manifest)}
-    newest, best = next(iter(sound), None), best_of(list(sound.items()))
+    sound = [outcome for outcome in found.values() if isinstance(outcome, Checkpoint)]
+    newest, best = next(iter(sound), None), best_of(sound)
     return {
         "address": store.address,
         "checkpoints": [
-            {"name": name, "is_usable": False, "why": str(state)}
-            if isinstance(state, CheckpointError)
+            {"name": name, "is_usable": False, "why": str(outcome)}
+            if isinstance(outcome, CheckpointError)
             else {
                 "name": name,
                 "is_usable": True,
-                **_basics(Picked(store, name, state)),
-                "is_newest": name == newest,
+                **_basics(outcome),
+                "is_newest": outcome is newest,
                 "is_best": name == best,
             }
-            for name, state in found.items()
+            for name, outcome in found.items()
         ],
-        "num_unfinished": len(set(store.leftovers()) - set(examined)),
-        "checkpoint": describe(Picked(store, newest, sound[newest])) if newest is not None else None,
+        "num_unfinished": len(set(store.leftovers()) - set(names)),
+        "checkpoint": describe(newest) if newest is not None else None,
     }
 
 
-def _examine(store: Store, name: str, config: InspectConfig) -> Manifest | CheckpointError:
-    """The manifest of a checkpoint, or why it is not sound."""
+def _examine(store: Store, name: str, config: InspectConfig) -> Checkpoint | CheckpointError:
+    """A sound checkpoint, or why it is not sound."""
     try:
-        manifest = read_manifest(store, name)
-        describe(Picked(store, name, manifest))
-        _check_sizes(store, name, manifest)
-        if config.verify:
-            total = sum(file.num_bytes for file in manifest.files.values())
-            progress = Progress(f"Verifying {name}", total, "bytes", shown=not config.json)
-            try:
-                check_files(store, name, manifest, manifest.files, progress.advance)
-            finally:
-                progress.close()
-        return manifest
+        return _read_sound(store, name, config)
     except CheckpointError as error:
         return error
 
 
-def _check_sizes(store: Store, name: str, manifest: Manifest) -> None:
-    """Compares sizes, which takes no time.
+def _read_sound(store: Store, name: str, config: InspectConfig) -> Checkpoint:
+    """A checkpoint whose manifest and sizes were checked; with --verify all that is in its files too.
+
+    Raises:
+        CheckpointError: if it is not sound.
+    """
+    checkpoint = read_checkpoint(store, name)
+    describe(checkpoint)
+    _check_sizes(checkpoint)
+    if config.verify:
+        progress = Progress(f"Verifying {name}", checkpoint.num_bytes, "bytes", shown=not config.json)
+        with closing(progress):
+            checkpoint.verify(checkpoint.manifest.files, progress.advance)
+    return checkpoint
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Compares the sizes of files, without reading them.
 
     Raises:
         CheckpointError: at a file that is missing or of another size.
     """
-    for file, expected in manifest.files.items():
+    store = checkpoint.store
+    for file, expected in checkpoint.manifest.files.items():
         try:
-            num_bytes = size_of(store, name, file)
+            num_bytes = size_of(store, checkpoint.name, file)
         except OSError as error:
-            check_is_there(store, name)
+            checkpoint.check_is_there()
             raise CheckpointError(f"{file}: {reason_of(error)}") from None
         if num_bytes != expected.num_bytes:
             raise CheckpointError(f"{file} has {num_bytes:,} bytes, expected {expected.num_bytes:,}")
 
 
-def _basics(picked: Picked) -> dict[str, Any]:
-    manifest = picked.manifest
+def _basics(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
     return {
         "step": manifest.step,
         "created": manifest.created,
         "val_auroc": manifest.val_auroc,
-        "num_bytes": picked.num_bytes,
+        "num_bytes": checkpoint.num_bytes,
     }
 
 
-def describe(picked: Picked) -> dict[str, Any]:
-    """Facts of one checkpoint, ready for JSON.
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Facts about one checkpoint, ready for JSON.
 
     Raises:
-        CheckpointError: if its manifest holds something else.
+        CheckpointError: if a part of its manifest is of another type.
     """
-    manifest = picked.manifest
+    manifest = checkpoint.manifest
     position = Position.from_json(manifest.position)
     tensors = manifest.tensors
     dense = {name: tensor for name, tensor in tensors.items() if name.startswith(_DENSE)}
@@ -134,8 +144,8 @@ def describe(picked: Picked) -> dict[str, Any]:
     weights = {name: tensor for name, tensor in dense.items() if name not in states}
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith((_DENSE, "tables."))}
     facts = {
-        "address": picked.address,
-        **_basics(picked),
+        "address": checkpoint.address,
+        **_basics(checkpoint),
         "num_files": len(manifest.files),
         "world_size": manifest.world_size,
         "epoch": position.epoch,
@@ -262,7 +272,7 @@ def main(argv: Sequence[str]) -> None:
     """`dlrm inspect`.
 
     Raises:
-        CheckpointError: if nothing that is sound is there; with --verify if anything is not.
+        CheckpointError: if no checkpoint is sound; with --verify if one is not.
     """
     config = parse_flags(InspectConfig, argv, "dlrm inspect")
     facts = inspect(config)

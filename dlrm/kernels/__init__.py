@@ -1,1 +1,1 @@
-"""Fast operators behind the modules, each with a plain PyTorch twin it is tested against."""
+"""Fast operators behind the modules. Each has a plain PyTorch twin, against which it is tested."""

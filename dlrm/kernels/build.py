@@ -1,8 +1,9 @@
 """Compiles the operators for the PyTorch that is installed: `python -m dlrm.kernels.build`.
 
-One library beside this file for each PyTorch and kind of CPU, named after both and a digest of what it was compiled
-from, so that it is never loaded for others. The loops are compiled once for each instruction set; the CPU's is chosen
-when they run. Those of integer products are compiled for AVX-512 VNNI only, their last part with BF16, too.
+The library stands beside this file. It is named after the PyTorch, the kind of CPU and a digest of its sources, so that
+it is never loaded for others. The loops (kernels.cpp) are compiled once for each instruction set; the best one that the
+CPU has is chosen when they run. The loops of integer products are compiled for AVX-512 VNNI only; integer_product.cpp
+is compiled a second time with BF16.
 """
 
 import hashlib
@@ -39,11 +40,11 @@ _WITHOUT = (
 _OPERATORS = ("ops", "integer_ops", "mlp_ops", "exchange")
 _HOST_EXCHANGE = ("host_memory", "lanes")
 _INTEGER_PRODUCTS = ("integer_product", "int16_quantize", "int8_quantize")
-_ROUNDED_PRODUCTS = "integer_product"  # once more, with instructions that round to bfloat16
+_ROUNDED_PRODUCTS = "integer_product"  # compiled a second time, with instructions that round to bfloat16
 
 
 def library_path() -> Path:
-    """Where the library of these sources for this PyTorch is, or would be."""
+    """Path of the library that is built from these sources for this PyTorch, whether it exists or not."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -52,23 +53,23 @@ def library_path() -> Path:
 
 
 def find_compiler() -> str | None:
-    """$CXX, or what the system has."""
-    # Not clang: its OpenMP is another than the one that torch brings.
+    """$CXX, or else g++; None if there is no compiler."""
+    # Not clang: torch brings GCC's OpenMP, and clang uses another one.
     return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
 
 
 def build(compiler: str) -> Path:
     """Compiles the library; takes about half a minute.
 
-    Libraries for other PyTorches stay: several environments may share a checkout.
+    Older libraries for this PyTorch are removed. Those for others stay: several environments may share a checkout.
 
     Raises:
-        subprocess.CalledProcessError: with what the compiler said.
-        OSError: where the library can't be written.
+        subprocess.CalledProcessError: if the compiler fails; `stderr` has its messages.
+        OSError: if the library can't be written.
     """
     path = library_path()
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.touch()  # so that a folder that can't be written is known before all is compiled
+    unfinished.touch()  # fails before the long compilation, if the folder can't be written
     try:
         _compile(compiler, unfinished)
         unfinished.replace(path)
@@ -82,7 +83,7 @@ def build(compiler: str) -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    from torch.utils.cpp_extension import library_paths  # here: with setuptools it is a good part of a run's start
+    from torch.utils.cpp_extension import library_paths  # not at the top: it imports setuptools, which is slow
 
     with tempfile.TemporaryDirectory() as folder:
         parts = list(_parts())
@@ -98,10 +99,10 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _parts() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each compilation's source and flags."""
+    """Source and flags of each compilation."""
     from torch.utils.cpp_extension import include_paths
 
-    # at::parallel_for needs -fopenmp. Linking with it would load a second OpenMP beside torch's.
+    # at::parallel_for must be compiled with -fopenmp, but not linked with it: that would load a second OpenMP.
     includes = [f"-isystem{folder}" for folder in include_paths()]
     for name in _OPERATORS:
         yield f"{name}.cpp", ("-fopenmp", *includes)
@@ -121,7 +122,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Builds unless that was done. 0 whether it could or not: the trainer runs without, and says so at every start."""
+    """Builds the library if there is none. Returns 0 even if it can't: the trainer runs without, and says so."""
     if library_path().exists():
         return 0
     compiler = find_compiler()

@@ -8,7 +8,7 @@ from dlrm.kernels.native import has_native
 def draw_uniform(values: torch.Tensor, bound: float, seed: int) -> None:
     """Fills a contiguous float32 tensor with numbers uniform in +-bound.
 
-    On a CPU these are the numbers of PyTorch's generator, several at a time, on the calling thread.
+    On a CPU these are the numbers of PyTorch's generator, but several are made at a time, by the calling thread.
     """
     if values.is_cpu and has_native():
         torch.ops.dlrm.draw_(values, seed, -bound, bound)

@@ -7,13 +7,13 @@ from dlrm.kernels.native import load_native
 
 
 def exchange_in_memory(group: dist.ProcessGroup) -> str | None:
-    """Has a group's all-to-all, and its all-reduce of floats, go through shared memory where they went through gloo.
+    """Lets a group's all-to-all, and its all-reduce of floats, go through shared memory instead of gloo.
 
-    Collective. All ranks of the group are on this host, and the group's CPU backend is gloo, which goes on to do the
-    rest. Calls after the first do nothing.
+    Collective. All ranks of the group must be on this host. The group's CPU backend must be gloo, which continues to do
+    all other collectives. Calls after the first do nothing.
 
     Returns:
-        None, or in words why the group stays as it was; the ranks agree.
+        None, or why the group stays as it was. All ranks return None, or none does.
     """
     if (why := load_native()) is not None:
         return why
@@ -21,5 +21,5 @@ def exchange_in_memory(group: dist.ProcessGroup) -> str | None:
 
 
 def exchanges_in_memory(group: dist.ProcessGroup) -> bool:
-    """Whether it does. The operators are loaded."""
+    """Whether `exchange_in_memory` succeeded for this group. The operators must be loaded."""
     return torch.ops.dlrm.exchanges_in_memory(group.boxed())

@@ -1,7 +1,7 @@
 """Pairwise dot products of a sample's vectors, fused.
 
-Shapes: B samples, D embedding dimension, V vectors, P = V * (V - 1) / 2 pairs. Vector 0 is the dense one; the others
-are columns of `sources`: those that `columns` names of the first source, in that order, then those of the second, ...
+Shapes: B samples, D embedding dimension, V vectors, P = V * (V - 1) / 2 pairs. Vector 0 is the dense one. The others
+are blocks of D columns of `sources`: those of the first source, in the order of `columns`, then those of the second.
 """
 
 import importlib.util
@@ -25,11 +25,11 @@ def dot_interaction(
     """The dense vector beside the dot product of each pair of vectors (arXiv:1906.00091, section 2.1.3).
 
     Args:
-        dense_BD: float32 or bfloat16; the result's type, too.
+        dense_BD: float32 or bfloat16; the result has the same type.
         sources: matrices of B rows, each float32 or bfloat16.
-        columns: for each source the first column of each vector in it. Vectors don't overlap.
-        may_overwrite: whether backward may write gradients over the sources, which nobody else reads after that. It
-            does so where they are nothing but vectors, and saves memory of their size.
+        columns: for each source the first column of each vector in it. Vectors must not overlap.
+        may_overwrite: whether backward may write gradients over the sources. The caller must not read them afterwards.
+            Backward does so if each column belongs to a vector, which saves as much memory as the sources take.
 
     Returns:
         [B, D + P]; pairs (0, 1), (0, 2), ..., (1, 2), .... Sums are in float32.
@@ -42,7 +42,7 @@ def dot_interaction(
         )
         return _NativeInteraction.apply(flat, overwrites, dense_BD, *sources)
     if dense_BD.is_cuda and _is_for_triton(dense_BD, sources, columns):
-        from dlrm.kernels.triton_interaction import triton_dot_interaction  # which needs Triton
+        from dlrm.kernels.triton_interaction import triton_dot_interaction  # not at the top: it needs Triton
 
         return triton_dot_interaction(dense_BD, sources, columns)
     return plain_dot_interaction(dense_BD, sources, columns)
@@ -60,7 +60,7 @@ def _has_triton() -> bool:
 
 
 class _NativeInteraction(torch.autograd.Function):
-    """Neither the V x V products nor the vectors end to end are ever in memory."""
+    """Neither all V x V products nor the concatenated vectors are ever in memory."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class _NativeInteraction(torch.autograd.Function):
         if not ctx.overwrites:
             return None, None, *torch.ops.dlrm.interact_backward(grad_outputs[0], dense_BD, sources, ctx.columns)
         gradient_BD = torch.ops.dlrm.interact_backward_(grad_outputs[0], dense_BD, sources, ctx.columns)
-        # Whoever else has saved them is told that they are not what they were.
+        # If another function has saved the sources, autograd now refuses to use them, since they were overwritten.
         torch.autograd.graph.increment_version(sources)
         return None, None, gradient_BD, *(source.detach() for source in sources)
 
@@ -93,8 +93,8 @@ def plain_dot_interaction(
 def take_vectors(dim: int, sources: Sequence[torch.Tensor], columns: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each vector that `columns` names, [B, D].
 
-    A source is split once where it is nothing but such vectors: each slice of its own would have a gradient of the
-    whole source's size.
+    A source is split once if it is cut into blocks of D columns. Otherwise each vector is a slice, and the gradient of
+    each slice is as large as the whole source.
     """
     vectors: list[torch.Tensor] = []
     for source, starts in zip(sources, columns, strict=True):
@@ -109,8 +109,8 @@ def take_vectors(dim: int, sources: Sequence[torch.Tensor], columns: Sequence[Se
 class _PairwiseDots(torch.autograd.Function):
     """The dot product of each pair of a sample's vectors.
 
-    Autograd would differentiate both factors of V V^T; as the gradient G of the products is symmetric, G V is the whole
-    of it: one batched product instead of two, and no sum.
+    Autograd would differentiate both factors of V V^T and add the results. With the products' gradient spread to a
+    symmetric matrix G, that of V is G V: one batched product instead of two, and no sum.
     """
 
     @staticmethod
@@ -124,13 +124,13 @@ class _PairwiseDots(torch.autograd.Function):
         (vectors_BVD,) = ctx.saved_tensors
         size = vectors_BVD.size(1)
         _, pair_of_cell = _places(size, vectors_BVD.device)
-        padded = torch.nn.functional.pad(grad_outputs[0], (0, 1))  # the diagonal, which is no pair, reads this zero
+        padded = torch.nn.functional.pad(grad_outputs[0], (0, 1))  # read for the diagonal, which is not a pair
         return torch.bmm(padded.index_select(1, pair_of_cell).unflatten(1, (size, size)), vectors_BVD)
 
 
 @cache
 def _places(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each pair is in a flat matrix of `size` vectors' products, and for each cell of that which pair it is."""
+    """The cell of each pair in the flat matrix of `size` vectors' products, and the pair of each cell."""
     rows, columns = torch.triu_indices(size, size, offset=1, device=device)
     pair_of_cell = torch.full((size, size), len(rows), device=device)
     pair_of_cell[rows, columns] = pair_of_cell[columns, rows] = torch.arange(len(rows), device=device)

@@ -1,4 +1,4 @@
-"""Meta functions of the compiled operators: what they return, not computed, as torch.compile and FakeTensor ask."""
+"""Meta functions of the compiled operators: shapes and types of their results, for torch.compile and FakeTensor."""
 
 import threading
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ _REGISTERING = threading.Lock()
 
 
 def register_meta_functions() -> None:
-    """When the operators are loaded. Calls after the first do nothing."""
-    # A cache alone lets two threads in that both come first, as those that draw a model's tables may.
+    """Call it when the operators are loaded. Calls after the first do nothing."""
+    # Two threads may call at the same time, as when they draw a model's tables: a cache alone would let both in.
     with _REGISTERING:
         _register()
 
@@ -40,7 +40,7 @@ def _nothing(*_: object) -> None:
 
 
 def _interact(dense: Tensor, others: Sequence[Tensor], columns: Sequence[int]) -> Tensor:
-    vectors = 1 + len(columns) - len(others)  # `columns` has a count for each matrix, too
+    vectors = 1 + len(columns) - len(others)  # `columns` also has a count for each matrix
     return dense.new_empty(dense.size(0), dense.size(1) + vectors * (vectors - 1) // 2)
 
 

@@ -14,13 +14,13 @@ from dlrm.kernels.gradient_memory import memory_for_gradient
 from dlrm.kernels.native import has_native
 
 IntegerFormat = Literal["int16", "int8"]
-"""What matrix products can go through."""
+"""The integers that matrix products can go through."""
 
 ACTIVATIONS = {"int16": torch.float32, "int8": torch.bfloat16}
-"""What goes into them, and comes out."""
+"""The type of the activations for each of them."""
 
 LEAST_INTEGER_SIZE = 64
-"""Of a layer's inputs and outputs: narrower layers gain nothing from integer products, or lose."""
+"""A layer with fewer inputs or outputs than this gains nothing from integer products, or gets slower."""
 
 
 def mlp(
@@ -30,22 +30,22 @@ def mlp(
     *,
     through: IntegerFormat | None = None,
 ) -> torch.Tensor:
-    """Each layer a matrix product, a bias and a ReLU; matrix products in autocast's type under autocast.
+    """Layers of a matrix product, a bias and a ReLU each. Under autocast, the products have autocast's type.
 
     Args:
         input_B: [B, in_features] float32 or bfloat16.
-        weights: of each layer, [out_features, in_features] float32.
-        biases: of each layer, [out_features] float32.
-        through: integers that products go through where a layer is wide enough, on CPUs for which
-            torch.ops.dlrm.has_vnni() holds. It decides on the type of the activations.
+        weights: [out_features, in_features] float32 for each layer.
+        biases: [out_features] float32 for each layer.
+        through: the integers that the products of wide enough layers go through, on CPUs for which
+            torch.ops.dlrm.has_vnni() holds. The type of the activations follows from it.
 
     Returns:
         [B, out_features of the last layer].
 
     Raises:
-        RuntimeError: for integers without the compiled operators, or on a CPU without AVX-512 VNNI.
+        RuntimeError: if integers are asked for without the compiled operators, or on a CPU without AVX-512 VNNI.
     """
-    # torch.compile fuses what lies between the products itself.
+    # torch.compile itself fuses what lies between the products.
     if torch.compiler.is_compiling() or not (input_B.is_cpu and has_native()):
         if through is not None:
             raise RuntimeError(
@@ -61,7 +61,7 @@ def mlp(
 
 
 class _NativeMlp(torch.autograd.Function):
-    """What lies between two matrix products is one pass over the activations, in place, or none."""
+    """Between two matrix products, the activations are passed over once, in place, or not at all."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Loads the compiled operators, torch.ops.dlrm, where they were built."""
+"""Loads the compiled operators, torch.ops.dlrm, if they were built."""
 
 import os
 from functools import cache
@@ -14,10 +14,10 @@ _CHOICES = ("none", "baseline", "AVX2", "AVX-512", "AVX-512 BF16")
 
 @cache
 def load_native() -> str | None:
-    """Loads the operators; None, or in words why there are none.
+    """Loads the operators. Returns None, or why they can't be loaded.
 
     Raises:
-        ConfigError: if DLRM_KERNELS is none of the words that it may be.
+        ConfigError: if DLRM_KERNELS is not one of the words that it may be.
     """
     asked = os.environ.get("DLRM_KERNELS")
     if asked and asked not in _CHOICES:
@@ -36,12 +36,12 @@ def load_native() -> str | None:
 
 
 def has_native() -> bool:
-    """Whether torch.ops.dlrm can be called, on CPU tensors."""
+    """Whether torch.ops.dlrm can be called on CPU tensors."""
     return load_native() is None
 
 
 def why_no_vnni() -> str | None:
-    """None where integer products can be computed, or in words why not."""
+    """None if integer products can be computed, or why not."""
     if (why := load_native()) is not None:
         return f"no compiled operators: {why}"
     if torch.ops.dlrm.has_vnni():
@@ -51,7 +51,7 @@ def why_no_vnni() -> str | None:
 
 
 def describe_kernels() -> str:
-    """For the start of a run: which operators compute on this CPU."""
+    """Which operators compute on this CPU, as the start of a run says it."""
     if (why := load_native()) is not None:
         return f"PyTorch's and FBGEMM's operators ({why})"
     return f"{torch.ops.dlrm.instruction_set()} kernels"

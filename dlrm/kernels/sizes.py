@@ -1,4 +1,4 @@
-"""Sizes that kernels are written for, without loading what they need."""
+"""Sizes that the Triton kernels are written for, in a module that does not need Triton."""
 
 MOST_TRITON_VECTORS = 64
-"""Vectors of a sample that a program of the Triton interaction holds on the chip."""
+"""The most vectors of a sample that a program of the Triton interaction can hold on the chip."""

@@ -1,6 +1,6 @@
 """Pairwise dot products of a sample's vectors in one Triton kernel forward and one backward.
 
-Each program keeps a few samples' vectors on the chip: neither the V x V products nor the vectors end to end ever lie
+Each program keeps a few samples' vectors on the chip: neither the V x V products nor the concatenated vectors are ever
 in the device's memory.
 
 Shapes: B samples, D embedding dimension, V vectors that interact, P = V * (V - 1) / 2 pairs, W columns of a source.
@@ -23,26 +23,26 @@ DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES_PER_PROGRAM: int = 1
 NUM_WARPS: int = 4
 _LEAST_TILE = 16  # of a matrix product
-_MOST_COLUMNS = 128  # of a tile of vectors; wider ones are taken in turn
+_MOST_COLUMNS = 128  # of a tile of vectors; wider vectors take several tiles, one after the other
 _WIDEST_LOAD = 16  # elements
 
 
 def triton_dot_interaction(dense_BD: Tensor, sources: Sequence[Tensor], columns: Sequence[Sequence[int]]) -> Tensor:
     """The dense vector beside the dot product of each pair of vectors.
 
-    Vectors are taken in the precision of `dense_BD`; products are summed in fp32 (through tf32 where torch's matrix
-    products of fp32 are), and given in the precision of `dense_BD`. Twin of `plain_dot_interaction`.
+    Vectors are converted to the precision of `dense_BD`, which is also the result's. Products are summed in fp32, and
+    go through tf32 if torch's matrix products of fp32 do. The twin is `plain_dot_interaction`.
 
     Args:
         dense_BD: vector 0; float32 or bfloat16.
         sources: [B, W] each; float32 or bfloat16.
-        columns: of each source the first column of each vector taken from it, in order. No two may overlap.
+        columns: for each source the first column of each vector in it. Vectors must not overlap.
 
     Returns:
         [B, D + P], pairs in the order of triu_indices(V, V, 1).
 
     Raises:
-        ValueError: for shapes, precisions or columns that the kernel does not take.
+        ValueError: if the kernel does not take these shapes, precisions or columns.
     """
     flat = [column for own in columns for column in own]
     return _forward(dense_BD, list(sources), flat, [len(own) for own in columns])
@@ -151,7 +151,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _empty_gradients(dense_BD: Tensor, sources: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The dense vector's gradient, then the sources'; zeros where a source has columns that are no vector's."""
+    """Memory for the dense vector's gradient, then for the sources'. A source with columns of no vector gets zeros."""
     dim = dense_BD.size(1)
     grads = [dense_BD.new_empty(dense_BD.shape)]
     for source, count in zip(sources, counts, strict=True):
@@ -161,16 +161,16 @@ def _empty_gradients(dense_BD: Tensor, sources: list[Tensor], counts: list[int])
 
 
 def _with_unit_stride(dense_BD: Tensor, sources: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Rows may lie apart, their elements not."""
+    """The tensors with the elements of each row side by side; rows may be any distance apart."""
     first, *rest = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (dense_BD, *sources))
     return first, rest
 
 
 @lru_cache(maxsize=64)
 def _vector_table(columns: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """[2, V]: of each vector the source (0 is the dense one) and the first column there."""
+    """[2, V]: for each vector its source (0 is the dense matrix) and its first column there."""
     owners = [0] + [number for number, count in enumerate(counts, start=1) for _ in range(count)]
-    # Not a fake tensor, should the first call come from a trace.
+    # If the first call comes from a trace, the tensor must not become a fake one, since it is cached.
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
         return torch.tensor([owners, [0, *columns]], dtype=torch.int32).to(device)
 
@@ -193,8 +193,8 @@ def _constants(dense_BD: Tensor, columns: list[int]) -> dict[str, Any]:
         "TILE_D": min(_MOST_COLUMNS, max(_LEAST_TILE, triton.next_power_of_2(dim))),
         "SAMPLES": SAMPLES_PER_PROGRAM,
         "PRECISION": "tf32" if tf32 else "ieee",
-        # Triton's interpreter multiplies the bits of bfloat16 as integers (2026-11-23: Triton 3.7); in fp32 their
-        # products are the same.
+        # Triton's interpreter multiplies the bits of bfloat16 as integers (2026-11-23: Triton 3.7). There the kernel
+        # converts to fp32 first, which gives the same products.
         "IN_FP32": triton.knobs.runtime.interpret,
         "ALIGNED": math.gcd(_WIDEST_LOAD, *columns),
         "num_warps": NUM_WARPS,
@@ -205,7 +205,7 @@ def _constants(dense_BD: Tensor, columns: list[int]) -> dict[str, Any]:
 def _load_vectors(
     dense, sources, source_strides, dense_stride, b, owner_V, column_V, d, D: tl.constexpr, IN_FP32: tl.constexpr
 ):
-    """[TILE_V, TILE_D] of sample `b`, in the dense vector's precision; each source gives the vectors it owns."""
+    """[TILE_V, TILE_D] of sample `b`, in the dense vector's precision. Each source gives the vectors that it owns."""
     in_D = (d < D)[None, :]
     at_VD = column_V[:, None] + d[None, :]
     tile_VD = tl.load(dense + b * dense_stride + at_VD, mask=(owner_V == 0)[:, None] & in_D, other=0.0)
@@ -218,7 +218,7 @@ def _load_vectors(
 
 @triton.jit
 def _pair_of(i, j, V: tl.constexpr):
-    """Number of the pair (i, j), i < j, in the order of triu_indices(V, V, 1)."""
+    """The number of the pair (i, j), i < j, in the order of triu_indices(V, V, 1)."""
     return i * V - i * (i + 1) // 2 + j - i - 1
 
 
@@ -292,7 +292,7 @@ def _backward_kernel(
         b = (tl.program_id(0) * SAMPLES + sample).to(tl.int64)
         if b < batch_size:
             row = grad + b * WIDTH
-            # The products are those of V V^T, whose gradient G is symmetric with a zero diagonal: that of V is G V.
+            # The products are those of V V^T. Their gradient G is symmetric with a zero diagonal, so that of V is G V.
             grad_VV = tl.load(row + D + _pair_of(low, high, V), mask=(i != j) & (high < V), other=0.0)
             for first in tl.static_range(0, D, TILE_D):
                 d = first + tl.arange(0, TILE_D)

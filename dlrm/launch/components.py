@@ -19,7 +19,7 @@ from dlrm.launch.resources import (
 )
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""What torchrun passes on to the ranks, which save; it would die of the last two."""
+"""Signals that torchrun passes on to the ranks, which save. Unless told to, it would die of the last two."""
 
 _PATIENCE = "last_call_timeout=30,keep_alive_interval=5,keep_alive_max_attempt=6"
 """Half a minute until a host counts as lost, and until a job begins without hosts that have not come."""
@@ -43,13 +43,13 @@ def train(
 ) -> specs.AppDef:
     """Trains on one host or many. What follows -- are dlrm_main.py's flags, checked before anything is submitted.
 
-    A job that is started again, by torchrun or by the scheduler, goes on from its last checkpoint: without --run_dir it
-    has a run directory named by the job, which must lie where all hosts see it.
+    A job that is started again, by torchrun or by the scheduler, continues from its last checkpoint. Without --run_dir
+    its run directory is named by the job, and must lie where all hosts see it.
 
     Args:
         flags: flags of dlrm_main.py
-        j: HOSTSxPROCESSES, as in 2x8; HOSTS: a process for each GPU, or one; MIN:MAXxPROCESSES goes on with fewer hosts
-            where the scheduler lets it (Slurm does not)
+        j: HOSTSxPROCESSES, as in 2x8; HOSTS: a process for each GPU, or one; with MIN:MAXxPROCESSES it continues
+            with fewer hosts if the scheduler lets it (Slurm does not)
         h: named resource of torchx for a host, as aws_p4d.24xlarge, in place of gpu, cpu and memory_gib
         gpu: GPUs of a host, each with a process of its own; 0 trains on CPUs
         cpu: cores of a host; by default, 0, 8 for each GPU, or 2 for each process

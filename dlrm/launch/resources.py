@@ -1,4 +1,4 @@
-"""What a job asks for, checked: hosts and processes, and of a host cores, GPUs, memory, mounts."""
+"""Resources of a job, checked: hosts and processes; cores, GPUs, memory and mounts of a host."""
 
 import re
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def find_host(name: str) -> specs.Resource:
 
 
 def read_mounts(options: list[str]) -> list[specs.BindMount | specs.VolumeMount | specs.DeviceMount]:
-    """What `--mounts` says, split at its commas.
+    """The mounts of `--mounts`, which stand between commas.
 
     Raises:
         LaunchError: if it says no mount.
@@ -81,7 +81,7 @@ def read_mounts(options: list[str]) -> list[specs.BindMount | specs.VolumeMount 
 
 
 def read_env(text: str) -> dict[str, str]:
-    """What `--env` says.
+    """The variables of `--env`.
 
     Raises:
         LaunchError: if it says no variables.
@@ -97,7 +97,7 @@ def read_env(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """Hosts and processes of a job. With `min_hosts` below `hosts` it goes on when it loses some."""
+    """Hosts and processes of a job. With `min_hosts` below `hosts` it continues when it loses some."""
 
     min_hosts: int
     hosts: int
@@ -105,7 +105,7 @@ class Shape:
 
     @property
     def nnodes(self) -> str:
-        """As torchrun takes it."""
+        """The number of hosts as torchrun takes it."""
         return str(self.hosts) if self.min_hosts == self.hosts else f"{self.min_hosts}:{self.hosts}"
 
 
@@ -142,7 +142,7 @@ def count_cores(processes: int, gpus_per_host: int) -> int:
 def estimate_host_gib(config: Config, shape: Shape, gpus_per_host: int) -> int:
     """Memory of a host, where none is asked for: tables, a copy for checkpoints, rows, and what processes take.
 
-    Tables are spread over all hosts; the smallest number of hosts that goes on must be enough. Beside GPUs, it is the
+    Tables are spread over all hosts; the smallest number of hosts that continues must be enough. Beside GPUs, it is the
     tables that these can't hold, with --device_memory_gib each, or 40 GiB.
 
     Raises:

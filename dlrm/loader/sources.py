@@ -14,7 +14,7 @@ from dlrm.dataset.rows import Rows
 from dlrm.loader.expansion import Companions
 from dlrm.loader.partition import Partition, Span
 from dlrm.loader.permutation import Permutation
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.ranks.runtime import derive_seed
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 from dlrm.system.console import Progress
@@ -58,10 +58,10 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class RandomSplit:
+class RandomSource:
     """Random rows; every epoch goes on where the last one ended."""
 
-    source: RandomSource
+    source: RandomRows
     rows_per_epoch: int
 
     def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
@@ -71,7 +71,7 @@ class RandomSplit:
 
 
 @dataclass(frozen=True)
-class MappedSplit:
+class MappedSource:
     """Rows read from disk as they are needed."""
 
     rows: RowSet
@@ -88,7 +88,7 @@ class MappedSplit:
 
 
 @dataclass(frozen=True)
-class ShuffledSplit:
+class ShuffledSource:
     """Rows gathered from disk in another order every epoch: position i holds row `Permutation.at(i)`.
 
     A step's rows do not depend on the number of ranks. Those of a batch stand in the order of the files.
@@ -113,7 +113,7 @@ class ShuffledSplit:
 
 
 @dataclass(frozen=True)
-class ExpandedSplit:
+class ExpandedSource:
     """The rows of a source of one id per feature, each id with its companions."""
 
     source: Source
@@ -126,7 +126,7 @@ class ExpandedSplit:
 
 
 @dataclass(frozen=True)
-class MemorySplit:
+class MemorySource:
     """This rank's own rows, and no others, in memory."""
 
     rows: Rows
@@ -139,9 +139,9 @@ class MemorySplit:
         return (self.rows.take(slice(start, start + span.rows)) for start, span in zip(starts, spans, strict=True))
 
 
-def load_split(
+def load_rows(
     rows: RowSet, partition: Partition, rank: int, table_rows: npt.NDArray[np.int64], label: str
-) -> MemorySplit:
+) -> MemorySource:
     """Reads and checks this rank's rows of a split.
 
     Args:
@@ -163,10 +163,10 @@ def load_split(
         done += stop - start
         progress.advance(stop - start)
     progress.close()
-    return MemorySplit(loaded, partition.batch_size)
+    return MemorySource(loaded, partition.batch_size)
 
 
-def check_split(rows: RowSet, partition: Partition, rank: int, label: str) -> None:
+def check_rows(rows: RowSet, partition: Partition, rank: int, label: str) -> None:
     """Reads this rank's rows of a split that stays on disk, so that what is wrong with one is known before training.
 
     Args:

@@ -3,7 +3,6 @@
 Shapes: R rows of a block, H hotness.
 """
 
-import re
 import shutil
 import tempfile
 import zipfile
@@ -24,22 +23,12 @@ from dlrm.config.config import IntList, optional
 from dlrm.config.flags import parse_flags
 from dlrm.config.recipes import MLPERF_MULTI_HOT_SIZES
 from dlrm.dataset.companions import COMPANIONS_SEED, draw_table
-from dlrm.dataset.verify import read_manifest
+from dlrm.dataset.days import KAGGLE_DAY, array_path, day_numbers, multi_hot_path
+from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION, read_manifest, vocabulary_digest
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
 from dlrm.system.console import Progress, show_bytes
-from dlrm.system.files import (
-    MANIFEST_NAME,
-    MANIFEST_VERSION,
-    naming,
-    read_npy_header,
-    sha256_of,
-    sync,
-    vocabulary_digest,
-    write_array,
-    write_json,
-    writing,
-)
+from dlrm.system.files import naming, read_npy_header, sha256_of, sync, write_array, write_json, writing
 from dlrm.system.host import available_cores, available_memory_bytes
 from dlrm.system.threads import in_order
 
@@ -162,8 +151,8 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
         files = {}
         with ThreadPoolExecutor(workers) as pool:
             for name, rows in days.items():
-                path = finished / f"{name}_sparse_multi_hot.npz"
-                columns = _split_columns(source / f"{name}_sparse.npy", Path(scratch))
+                path = multi_hot_path(finished, name)
+                columns = _split_columns(array_path(source, name, "sparse"), Path(scratch))
                 _write_day(path, columns, rows, features, pool, progress)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         progress.close()
@@ -204,14 +193,12 @@ def _find_days(source: Path) -> dict[str, int]:
     """Rows of each day."""
     if not source.is_dir():
         raise DatasetError(f"{source}: no such folder. Expected binary days.")
-    found = sorted(
-        int(match[1]) for path in source.iterdir() if (match := re.match(r"day_(\d+)_sparse\.npy$", path.name))
-    )
-    # A single day, of whatever number, is one to evaluate on.
-    names = [f"day_{i}" for i in (found if len(found) == 1 else range(len(found)))] or ["train"]
+    found = day_numbers((path.name for path in source.iterdir()), r"sparse\.npy")
+    # A single day may have any number: a trained model is evaluated on it.
+    names = [f"day_{i}" for i in (found if len(found) == 1 else range(len(found)))] or [KAGGLE_DAY]
     days = {}
     for name in names:
-        path = source / f"{name}_sparse.npy"
+        path = array_path(source, name, "sparse")
         if not path.is_file():
             raise DatasetError(f"{path}: missing. Expected binary days, without a gap from 0.")
         try:
@@ -219,13 +206,13 @@ def _find_days(source: Path) -> dict[str, int]:
                 shape, fortran_order, dtype = read_npy_header(file)
                 data = path.stat().st_size - file.tell()
         except (OSError, ValueError) as error:
-            raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs anew.") from None
+            raise DatasetError(f"{path}: not a readable .npy file ({error}). Preprocess the logs again.") from None
         width = NUM_CATEGORICAL_FEATURES
         fits = len(shape) == 2 and shape[1] == width and dtype in (np.int32, np.int64) and not fortran_order
         if not fits or data != shape[0] * width * dtype.itemsize or shape[0] < 1:
             raise DatasetError(
                 f"{path}: {dtype!s:.40} {list(shape)} in {data:,} bytes, expected int32 [rows, {width}]. Preprocess "
-                "the logs anew."
+                "the logs again."
             )
         days[name] = shape[0]
     return days
@@ -279,7 +266,7 @@ def _split_columns(source: Path, scratch: Path) -> list[Path]:
                 row, column = np.argwhere(ids_RF < 0)[0]
                 raise DatasetError(
                     f"{source}: id {ids_RF[row, column]} at row {start + row}, column {column}, expected 0 or more. "
-                    "Preprocess the logs anew."
+                    "Preprocess the logs again."
                 )
             for number, target in enumerate(targets):
                 with naming(columns[number]):

@@ -1,4 +1,4 @@
-"""What a pass over held-out samples says of a model.
+"""Metrics of a pass over held-out samples.
 
 Shapes: B samples of this rank.
 """
@@ -15,7 +15,7 @@ from dlrm.metrics.auroc import AurocSketch
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics over all samples of a split; None where a metric is undefined (no positive, or no negative).
+    """Metrics over all samples of a split; None if a metric is undefined (no positive, or no negative).
 
     Attributes:
         auroc: area under the ROC curve.

@@ -11,7 +11,7 @@ class Journal:
     """Writes lines to a sink, each with the step, the samples and the seconds that training has come to."""
 
     def __init__(self, sink: Sink, seconds: float = 0.0) -> None:
-        """Begins, or continues a training that has taken so many seconds."""
+        """Begins, or continues a training that has taken `seconds`."""
         self._sink = sink
         self._started = time.perf_counter() - seconds
 

@@ -1,4 +1,4 @@
-"""Where lines of metrics go. metrics.jsonl keeps every line; other sinks draw their view from the same lines."""
+"""Sinks take lines of metrics. metrics.jsonl keeps every line; other sinks draw their view from the same lines."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def reported(path: Path, write: Callable[[], T]) -> T:
 
 
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
-    """What to tell the user of a folder that can't be written."""
+    """The error for a folder that can't be written."""
     return RunDirectoryError(
         f"{path}: can't be written ({reason_of(error)}). Fix that and start the same command again, or choose another "
         "--run_dir."

@@ -47,7 +47,7 @@ class TrainingMeter:
         """Time spent training up to the last report, evaluations left out."""
 
     def resume_clock(self) -> None:
-        """Call when training goes on after something else."""
+        """Call when training continues after something else."""
         self._started = time.perf_counter()
 
     def update(self, step: int, loss: torch.Tensor, global_rows: int) -> None:

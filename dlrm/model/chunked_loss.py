@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 LossOfPiece = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""The loss and the logits of the samples that the slice names, whose pooled rows the tensor is. Losses add up."""
+"""Takes a slice of the batch and the pooled rows of its samples; gives their loss and logits. Losses add up."""
 
 
 def loss_in_pieces(
     loss_of: LossOfPiece, rows: int, pooled_BW: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `loss_of` says of the whole batch, `rows` samples at a time, each piece's backward right after its forward.
+    """The loss and logits of a whole batch, `rows` samples at a time: each piece's backward follows its forward.
 
-    Sums over the batch, as parameters' gradients are, become sums over pieces: they are rounded otherwise.
+    Gradients of parameters become sums over pieces, which are rounded differently from one sum over the batch.
 
     Args:
         loss_of: called under the caller's autocast. In its backward pass it may write over the pooled rows.
@@ -43,6 +43,13 @@ class _LossInPieces(torch.autograd.Function):
     def forward(
         ctx: Any, loss_of: LossOfPiece, pieces: list[slice], pooled_BW: torch.Tensor, *parameters: torch.nn.Parameter
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The gradients are computed here, in the forward pass, so that only one piece's activations are in memory:
+        #
+        #   piece 0   forward -> backward -> gradient of pooled rows over the pooled rows of piece 0
+        #   piece 1             forward -> backward -> ...                         of piece 1; parameters' are added up
+        #
+        # `backward` then only hands on what is ready, times the gradient of the loss. Whoever still held `pooled_BW`
+        # would read gradients: its version is raised, so that autograd refuses that.
         sums: tuple[torch.Tensor, ...] = ()
         losses, all_logits = [], []
         for piece in pieces:

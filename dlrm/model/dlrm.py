@@ -89,7 +89,7 @@ class Fp32Linear(nn.Linear):
 
 
 class Output(NamedTuple):
-    """What came of a batch, detached: the loss, scaled as `DLRMTrain` says, and the logits of the real samples."""
+    """A batch's loss, scaled as `DLRMTrain` says, and the logits of its real samples, both detached."""
 
     loss: torch.Tensor
     logits_B: torch.Tensor
@@ -97,7 +97,7 @@ class Output(NamedTuple):
 
     @property
     def labels_B(self) -> torch.Tensor:
-        """Of the real samples, as `logits_B`."""
+        """Labels of the real samples, in the order of `logits_B`."""
         return self.batch.labels_B[: self.batch.span.rows]
 
 

@@ -10,6 +10,7 @@ from dlrm.assembly.build import build_model, build_search
 from dlrm.config.config import Config
 from dlrm.cost.hardware import ClusterShape, Hardware
 from dlrm.cost.optimizer_state import table_state_floats
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -58,8 +59,8 @@ class ClusterSearch:
         training = replace(config.training, seed=0, dense_execution="eager")
         runtime = Runtime(0, 0, shape.world_size, shape.devices_per_host, torch.device("meta"))
         with runtime.device:
-            self._model = build_model(replace(config, training=training), runtime, is_restored=True)
-        self._search = build_search(config, self._model, hardware(shape).device)
+            self._model = build_model(replace(config, training=training), runtime)
+        self._search = build_search(config, self._model, hotness_of(config), hardware(shape).device)
 
     def _cluster(self, hosts: int) -> Cluster:
         shape = replace(self._shape, hosts=hosts)

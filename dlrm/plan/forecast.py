@@ -13,7 +13,7 @@ from dlrm.cost.network import Collective, Network
 from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.cost.step import Step, StepWorkload, build_step
 from dlrm.cost.work import DEFAULT_CACHE_SHARE, FLOAT, Rates, TableWorkload
-from dlrm.loader.splits import hotness_of
+from dlrm.loader.run_data import hotness_of
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.constraints import constraints_of
 from dlrm.sharding.placement import Placement, TablePlacement

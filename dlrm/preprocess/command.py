@@ -11,8 +11,8 @@ from typing import Any
 
 from dlrm import __version__
 from dlrm.config.flags import parse_flags
+from dlrm.dataset.manifest import read_manifest
 from dlrm.dataset.name_order import source_names
-from dlrm.dataset.verify import read_manifest
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess.config import PreprocessConfig, Resources
 from dlrm.preprocess.layout import Layout

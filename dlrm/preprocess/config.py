@@ -10,8 +10,8 @@ import psutil
 import tyro
 
 from dlrm.config.config import optional
+from dlrm.dataset.manifest import check_vocabulary, read_manifest
 from dlrm.dataset.name_order import order_files
-from dlrm.dataset.verify import check_vocabulary, read_manifest
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.preprocess.raw import USUAL_WINDOW_BYTES
 from dlrm.schema.criteo import CATEGORICAL_NAMES

@@ -155,6 +155,6 @@ def _tell_trained(run: Run, digests: Mapping[str, str]) -> None:
         if digest in trained:
             print(
                 f"Warning: {name} has the rows of {trained[digest]}, on which models of {run.config.vocabulary} were "
-                "trained: scores on them say nothing of new rows.",
+                "trained: scores on them say nothing about new rows.",
                 flush=True,
             )

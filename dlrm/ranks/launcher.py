@@ -25,7 +25,7 @@ _FIRST_PORT, _NUM_PORTS = 15_000, 16_000
 
 @dataclass(frozen=True)
 class _Started:
-    """What a launcher says of this process. `size_variable` is the one that says how many there are."""
+    """The variables by which a launcher tells a process its rank. `size_variable` holds the number of ranks."""
 
     launcher: str
     size_variable: str
@@ -67,7 +67,7 @@ def adopt_launcher() -> None:
 
 
 def note_separate_launchers() -> str | None:
-    """What to say if srun has started several torchruns that know nothing of each other; None else.
+    """A warning if srun has started several torchruns that know nothing of each other; None otherwise.
 
     It may be meant: of an elastic job, hosts may be gone.
     """
@@ -162,7 +162,7 @@ def _read_number(environment: Mapping[str, str], name: str) -> int:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank says that it sits. `host` names what its processes share; the numbers may be left open."""
+    """A rank's place, as it says itself. `host` names what its processes share; the numbers may be left open."""
 
     host: str
     container: str

@@ -36,7 +36,7 @@ _CONTROL_TIMEOUT = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands in the job. `rank` is global, `local_rank` picks the device.
+    """This process among the others of the job. `rank` is global, `local_rank` picks the device.
 
     `host_memory_bytes` was free when the process joined, before any rank of the host took its part. `links` says what
     tensors travel by. `host_sizes` are the ranks of each host; empty where all hosts are as this one.
@@ -84,7 +84,7 @@ def count(number: int, noun: str) -> str:
 
 @contextmanager
 def start_runtime() -> Iterator[Runtime]:
-    """Joins the launcher's process group, or makes one of a single process where there is no launcher.
+    """Joins the launcher's process group, or makes one of a single process if there is no launcher.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them, or what srun and mpirun set. Without
     the local two, host names tell which ranks share a host. A group that the caller has already initialized is used and
@@ -160,7 +160,7 @@ class _Ranks:
 
 
 def _read_launcher() -> _Ranks:
-    """What the launcher says; a single process where none of its variables is set."""
+    """This rank, as the launcher's variables say; a single process if none of them is set."""
     names = ("RANK", "WORLD_SIZE")
     given = [name for name in names if name in os.environ]
     if not given:
@@ -174,7 +174,7 @@ def _read_launcher() -> _Ranks:
 
 
 def _read_group() -> _Ranks:
-    """What the caller's process group says."""
+    """This rank, as the caller's process group says."""
     return _with_local(_Ranks(dist.get_rank(), dist.get_world_size()))
 
 

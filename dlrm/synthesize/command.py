@@ -20,6 +20,7 @@ import tyro
 from dlrm.config.config import optional
 from dlrm.config.flags import parse_flags
 from dlrm.config.recipes import FULL_SIZE_ROWS
+from dlrm.dataset.days import num_validation_rows
 from dlrm.errors import ConfigError, DatasetError
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 from dlrm.system.console import Progress, show_bytes
@@ -272,7 +273,7 @@ def expected_auroc(clicks_R: Floats) -> float:
 
 def measure(logits_R: Floats, labels_R: npt.NDArray[np.uint8]) -> dict[str, float | None]:
     """Metrics of the true probabilities on the held-out day, whole and split as the trainer does."""
-    middle = -(-len(labels_R) // 2)
+    middle = num_validation_rows(len(labels_R))
     parts = {"": slice(None), "val_": slice(0, middle), "test_": slice(middle, None)}
     truth: dict[str, float | None] = {}
     for prefix, part in parts.items():

@@ -1,7 +1,7 @@
 """How this process's memory is allocated, and how its threads wait. Call before torch is imported: it reads both once.
 
-A step's large tensors live for milliseconds. By default glibc maps each of them anew and unmaps it after use, and the
-kernel then fills each page with zeros at its first touch, which can take as long as all that is computed.
+A step's large tensors live for milliseconds. By default glibc maps each of them and unmaps it after use. The kernel
+then fills each page with zeros at its first touch, which can take as long as all that is computed.
 """
 
 import ctypes

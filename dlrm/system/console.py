@@ -151,7 +151,7 @@ class Progress:
 
 @contextmanager
 def signs_of_life(what: str) -> Iterator[None]:
-    """Says on stderr that `what` goes on, where no one can tell how far it is: after seconds, then ever less often."""
+    """Says on stderr that `what` still runs, if nobody can tell how far it is: after seconds, then ever less often."""
     over = threading.Event()
     started = time.monotonic()
 

@@ -1,6 +1,6 @@
 """How a process ends: what a user can fix is one line on stderr and exit code 2, on one process and on each of many.
 
-No torch here: what is asked of torch.distributed is asked only where it has been loaded.
+No torch here: torch.distributed is asked only if somebody else has loaded it.
 """
 
 import os

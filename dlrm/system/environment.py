@@ -25,7 +25,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of this source tree, with `-dirty` where it has changes; None outside a checkout."""
+    """Commit of this source tree, with `-dirty` if it has changes; None outside a checkout."""
     try:
         git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]  # killed, it would leave its lock
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a finished one says of itself."""
+"""Files that are there whole or not at all, and headers and digests of finished ones."""
 
 import errno
 import hashlib
@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -22,8 +22,6 @@ from dlrm.system.console import is_stdout, print_result
 _HEADER_ERRORS = (
     OSError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError, OverflowError, tokenize.TokenError,
 )  # fmt: skip
-MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -106,33 +104,6 @@ def write_result(path: str | Path, content: Mapping[str, Any]) -> None:
 def is_stream(path: str | Path) -> bool:
     """Whether a name stands for standard output, standard error or another open file of this process."""
     return is_stdout(path) or re.fullmatch(r"/dev/stderr|(/dev|/proc/self)/fd/\d+", str(path)) is not None
-
-
-def last_day(names: Iterable[str]) -> str:
-    """The one of day_0, day_1, ... that is held out, in whatever order they stand."""
-    return max(names, key=lambda name: (len(name), name))
-
-
-def vocabulary_digest(manifest: Mapping[str, Any]) -> str | None:
-    """Digest of what ids and integers of a manifest's days mean; None if it does not tell.
-
-    That is the vocabulary, the largest index, and how integers were transformed. Days of one digest are for one model.
-    """
-    if manifest.get("kind") == "multi_hot_days":
-        return manifest.get("vocabulary_sha256")
-    try:
-        ids, integers = manifest["ids"], manifest["integers"]
-        files = {name: facts["sha256"] for name, facts in manifest["files"].items() if name.startswith("vocabulary/")}
-        facts = {
-            "files": files,
-            "max_embeddings": ids["max_embeddings"],
-            "minimum": integers["minimum"],
-            "missing": integers.get("missing", "zero"),
-            "transform": integers.get("transform"),
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    except (KeyError, TypeError, AttributeError):  # days of somebody else's making
-        return None
 
 
 def sync(path: Path) -> None:

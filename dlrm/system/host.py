@@ -1,4 +1,4 @@
-"""What this host has to give."""
+"""Cores and memory of this host that a process may take."""
 
 import ctypes
 import os
@@ -59,7 +59,7 @@ def usable_cores(cores: int, processes: int = 1) -> int:
 
 
 def chosen_threads() -> int | None:
-    """OMP_NUM_THREADS as the user set it; None where it is not set, or only torchrun set it.
+    """OMP_NUM_THREADS as the user set it; None if it is not set, or only torchrun set it.
 
     torchrun gives each of several workers OMP_NUM_THREADS=1 where nobody gave it one, which would leave cores idle.
     """
@@ -72,7 +72,7 @@ def chosen_threads() -> int | None:
 
 
 def _launcher_had(name: str) -> bool:
-    """Whether the parent process was started with this variable; True where that can't be read."""
+    """Whether the parent process was started with this variable; True if that can't be read."""
     try:
         variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:

@@ -34,7 +34,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 def free_memory_of_groups(root: Path = _ROOT) -> int | None:
     """Bytes that the control groups of this process leave free; None where nothing limits them.
 
-    Above `memory.high` a group is not killed, but slowed down until next to nothing goes on: it counts as a limit. Page
+    Above `memory.high` a group is not killed, but slowed down to a crawl: it counts as a limit. Page
     cache inside a group counts as free: the kernel gives it back.
     """
     free = []
@@ -49,7 +49,7 @@ def free_memory_of_groups(root: Path = _ROOT) -> int | None:
 
 
 def free_memory_of_process() -> int | None:
-    """Bytes that `ulimit -v` and `ulimit -d` leave this process; None where they are unlimited."""
+    """Bytes that `ulimit -v` and `ulimit -d` leave this process; None if they are unlimited."""
     memory = psutil.Process().memory_info()
     free = []
     for limit, used in ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.data)):
@@ -65,7 +65,7 @@ def open_files_limit() -> int:
 
 
 def allow_open_files(number: int, what: str) -> None:
-    """Raises this process's limit of open files, if need be, so that it can hold so many of one kind.
+    """Raises this process's limit of open files, if need be, so that it can hold `number` of one kind.
 
     Args:
         what: the files, for the error.

@@ -19,7 +19,7 @@ _SECONDS = 60.0
 _OWNER = ".owner"
 _IN_USE = "another run is using it"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What flock says on Lustre that is mounted without `-o flock`, on NFS without a lock service, and on some FUSE."""
+"""Errors of flock on Lustre that is mounted without `-o flock`, on NFS without a lock service, and on some FUSE."""
 
 
 class FileLock:
@@ -141,7 +141,7 @@ class FileLock:
         return None
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """What the file says; None without one."""
+        """The content of the lock's file; None if there is none."""
         with suppress(FileNotFoundError):
             try:
                 owner = json.loads(self._owner_path.read_text(encoding="utf-8"))
@@ -169,7 +169,7 @@ def _describe_this_process() -> dict[str, Any]:
 
 
 def _machine() -> str | None:
-    """What all processes have in common that see each other's numbers: one boot of one machine, and one container."""
+    """Names the processes that see each other's process numbers: those of one boot of one machine, in one container."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

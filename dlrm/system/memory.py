@@ -2,7 +2,7 @@
 
 
 class MemoryBudget:
-    """What a rank may still take of its host's memory. Each rank counts for itself, and for ranks like it.
+    """Memory of its host that a rank may still take. Each rank keeps the same account.
 
     Attributes:
         left: bytes for this rank. Below 0 if more was spent than there was.
@@ -24,9 +24,9 @@ class MemoryBudget:
         return self.left * self._ranks
 
     def spend(self, num_bytes: int) -> None:
-        """Takes so many bytes on each rank of the host."""
+        """Spends `num_bytes` on each rank of the host."""
         self.left -= num_bytes
 
     def spend_on_host(self, num_bytes: int) -> None:
-        """Takes so many bytes once, for all ranks of the host."""
+        """Spends `num_bytes` once, for all ranks of the host."""
         self.left -= num_bytes // self._ranks

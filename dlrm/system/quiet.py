@@ -1,4 +1,4 @@
-"""What libraries print that says nothing to a user of this one."""
+"""Silences what libraries print and a user of this one can't use."""
 
 import logging
 import warnings

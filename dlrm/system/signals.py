@@ -129,5 +129,5 @@ def say(text: str) -> None:
 
 
 def exit_code(number: signal.Signals) -> int:
-    """What shells and schedulers know as ended by this signal."""
+    """The exit code by which shells and schedulers know that a process was ended by this signal."""
     return 128 + number

@@ -62,7 +62,7 @@ class Stream(io.RawIOBase):
 
 @contextmanager
 def safe_streams() -> Iterator[Stream | None]:
-    """Has stdout and stderr take any text, whatever the terminal's encoding, and survive the loss of where they lead.
+    """Has stdout and stderr take any text, whatever the terminal's encoding, and survive the loss of what they lead to.
 
     What a terminal can't show is printed as \\xe4 or \\udce9. A stream that somebody has put in place of the process's
     own, as a notebook has, is left alone.

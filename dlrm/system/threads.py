@@ -14,7 +14,7 @@ def in_order(
 ) -> Iterator[tuple[T, R]]:
     """Results of `function`, run on threads, in the order of `items`, of which `ahead` are under way at most.
 
-    What is under way is waited for before an exception goes on, so that nothing writes after it.
+    Before an exception leaves, work that has begun is waited for, so that nothing writes after it.
     """
     pending: deque[tuple[T, Future[R]]] = deque()
     try:

@@ -31,7 +31,8 @@ def open_hooks(
     config, runtime = base.config.checkpoint, base.runtime
     watchdog = Watchdog(runtime, config.hang_timeout)
     checkpointer = None
-    if config.checkpoint_every != "never":
+    every = base.config.checkpoint_interval
+    if not every.is_never:
         own = start.source if start.is_own else None
         checkpointer = Checkpointer(
             open_store(on_main_rank(runtime, lambda: store_address(base.config, start.path))),
@@ -40,14 +41,14 @@ def open_hooks(
             config.checkpoint_mode == "async" and _copies_fit(base),
             start.data,
             directory.documents,
-            own.left_out if own is not None else (),
+            start.left_out,
             watchdog.note_written,
             last_step=None if own is None else start.position.step,
         )
     watchdog.start()
     try:
         with signals.saving() if checkpointer is not None else nullcontext():
-            yield RunHooks(config, runtime, checkpointer, signals, watchdog, journal)
+            yield RunHooks(every, runtime, checkpointer, signals, watchdog, journal)
     finally:
         if checkpointer is not None:
             checkpointer.settle(_SECONDS_TO_SETTLE)

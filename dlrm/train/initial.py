@@ -1,34 +1,37 @@
-"""A new training's first weights, from a checkpoint of another one: --init_from."""
+"""The first weights of a new training, from a checkpoint of another one: --init_from."""
 
 import hashlib
-import json
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from dlrm.assembly.foundation import Foundation
-from dlrm.checkpoint.find import read_file
+from dlrm.checkpoint import run_files
+from dlrm.checkpoint.checkpoint import Checkpoint
+from dlrm.checkpoint.find import locate
 from dlrm.checkpoint.manifest import MANIFEST, Manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import Source, find_given, restore
+from dlrm.checkpoint.restore import find_on_ranks, restore
 from dlrm.checkpoint.tensors import State, fill_optimizer_states, model_state, optimizer_state
 from dlrm.checkpoint.transfer import Transfer, check_tables
 from dlrm.config.config import Config
 from dlrm.errors import CheckpointError, MisfitError
-from dlrm.ranks.runtime import Runtime
+from dlrm.ranks.runtime import Runtime, on_main_rank
 from dlrm.system.console import plural
 
 
-def find_initial(config: Config, runtime: Runtime) -> Source:
+def find_initial(config: Config, runtime: Runtime) -> Checkpoint:
     """The checkpoint of --init_from. Collective.
 
     Raises:
         CheckpointError: if there is none, it is damaged, or the run can't begin with it.
     """
-    assert config.checkpoint.init_from is not None
+    address = config.checkpoint.init_from
+    assert address is not None
     try:
-        return find_given(config.checkpoint.init_from, runtime, partial(_check_fit, config), print)
+        location = on_main_rank(runtime, lambda: locate(address))
+        return find_on_ranks(location, runtime, partial(_check_fit, config), print)
     except CheckpointError as error:
         raise type(error)(f"--init_from: {error}").raised_everywhere() from None
 
@@ -44,8 +47,8 @@ def _check_fit(config: Config, manifest: Manifest, saved: Config) -> None:
         )
 
 
-def take_weights(foundation: Foundation, source: Source) -> tuple[Position, list[str]]:
-    """Fills a model with what fits of a checkpoint. Collective.
+def take_weights(foundation: Foundation, source: Checkpoint) -> tuple[Position, list[str]]:
+    """Fills a model with those tensors of a checkpoint that fit. Collective.
 
     Returns:
         Where training begins, and lines that say what was taken, drawn and left.
@@ -80,7 +83,7 @@ def take_weights(foundation: Foundation, source: Source) -> tuple[Position, list
 
 
 def _of_all_ranks(names: set[str], runtime: Runtime) -> set[str]:
-    """A fused table's state is known to the ranks that hold it."""
+    """The names on all ranks together: only the ranks that hold a fused table know of its state."""
     if runtime.world_size == 1:
         return names
     gathered: list[set[str]] = [set()] * runtime.world_size
@@ -92,23 +95,25 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe_origin(source: Source) -> dict[str, str]:
-    """What environment.json says of the checkpoint that the first weights are of.
+def describe_origin(source: Checkpoint) -> dict[str, str]:
+    """What environment.json says of the checkpoint that the first weights are from.
 
     Raises:
         CheckpointError: if it can't be read.
     """
-    manifest = read_file(source.open(), source.name, MANIFEST)
-    return {"init_checkpoint": source.address, "init_manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+    return {
+        "init_checkpoint": source.address,
+        "init_manifest_sha256": hashlib.sha256(source.read(MANIFEST)).hexdigest(),
+    }
 
 
-def read_origin(source: Source) -> dict[str, str]:
-    """The same, of the training that a checkpoint is of.
+def read_origin(source: Checkpoint) -> dict[str, str]:
+    """What `describe_origin` said when the training of a checkpoint began; empty if it was not begun from another one.
 
     Raises:
         CheckpointError: if it can't be read.
     """
-    if "environment.json" not in source.manifest.files:
+    if run_files.ENVIRONMENT not in source.manifest.files:
         return {}
-    environment = json.loads(read_file(source.open(), source.name, "environment.json"))
+    environment = source.read_environment()
     return {name: environment[name] for name in ("init_checkpoint", "init_manifest_sha256") if name in environment}

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from dlrm.checkpoint.run_files import trace_of
 from dlrm.config.config import PROFILE_WARM_UP_STEPS
 from dlrm.errors import RunDirectoryError, reason_of
 from dlrm.ranks.runtime import Runtime
@@ -22,7 +23,7 @@ class StepProfiler:
 
     def __init__(self, num_steps: int, folder: Path, runtime: Runtime) -> None:
         self.num_steps = num_steps
-        self.path = folder / f"trace_rank{runtime.rank}.json.gz"
+        self.path = folder / trace_of(runtime.rank)
         self._num_finished = 0
         activities = [ProfilerActivity.CPU]
         if runtime.device.type == "cuda":

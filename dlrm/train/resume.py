@@ -1,15 +1,17 @@
-"""Where a run begins: at its start, with weights that are drawn or another's, or at a checkpoint."""
+"""Where a run begins: at its start, with weights that are drawn or another run's, or at a checkpoint."""
 
 import dataclasses
 from functools import partial
 from pathlib import Path
 
 from dlrm.assembly.foundation import Foundation
+from dlrm.checkpoint import run_files
+from dlrm.checkpoint.checkpoint import Checkpoint, UnfinishedError
 from dlrm.checkpoint.compatibility import differences, misfits
-from dlrm.checkpoint.find import checkpoint_names, read_file
+from dlrm.checkpoint.find import Location, checkpoint_names, locate, names_to_leave
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import Source, find_given, find_newest, restore
+from dlrm.checkpoint.restore import Check, find_on_ranks, restore
 from dlrm.checkpoint.store import LocalStore, make_folder, open_store
 from dlrm.checkpoint.tensors import counts_of, fill_optimizer_states, restore_random_states
 from dlrm.checkpoint.vocabulary import compare_vocabulary
@@ -28,7 +30,7 @@ _SHOWN_DIFFERENCES = 6
 
 
 class FinishedError(DlrmError):
-    """A launcher has started a run again that had finished: a rank was lost after the last file was written."""
+    """A launcher has restarted a run that had finished: a rank was lost after the last file was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,20 @@ class Start:
     """Where and from what a run begins.
 
     Attributes:
-        source: the checkpoint that it is resumed from.
+        path: the run directory.
         data: the data's digest; None for random data.
+        source: the checkpoint that it is resumed from.
         is_own: whether `source` is of this very run.
-        initial: the checkpoint that a new training has its first weights from.
+        left_out: names of checkpoints beside `source` that this run does not continue from, if `source` is its own.
+        initial: the checkpoint that a new training takes its first weights from.
     """
 
     path: Path
-    source: Source | None
     data: str | None
+    source: Checkpoint | None = None
     is_own: bool = False
-    initial: Source | None = None
+    left_out: tuple[str, ...] = ()
+    initial: Checkpoint | None = None
 
     @property
     def position(self) -> Position:
@@ -64,8 +69,25 @@ class Start:
         return self.source is not None and self.source.manifest.data != self.data
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What rank 0 has found before any checkpoint is looked at.
+
+    Attributes:
+        path: the run directory.
+        data: the data's digest; None for random data.
+        resumes_own: whether the run continues from its own newest checkpoint, if there is one.
+        holds_run: whether the run directory holds a run that has not finished.
+    """
+
+    path: Path
+    data: str | None
+    resumes_own: bool
+    holds_run: bool
+
+
 def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
-    """Checks the run directory and finds the checkpoint to go on from. Collective.
+    """Checks the run directory and finds the checkpoint to continue from. Collective.
 
     Writes nothing but locks and, without --run_dir, an empty folder.
 
@@ -73,97 +95,121 @@ def find_start(config: Config, runtime: Runtime, locks: Locks) -> Start:
         locks: on rank 0, they take the run directory if it is there, and the folder of checkpoints.
 
     Raises:
+        FinishedError: if this process is a restart of a run that has finished.
         RunDirectoryError: if the run directory can't be used.
         CheckpointError: if the checkpoint does not fit, or is damaged.
         DatasetError: if the data can't be read, or has another vocabulary.
     """
-
-    def prepare() -> tuple[Path, bool, bool, str | None]:
-        path = RunDirectory.claim(RunDirectory.locate(config), config, locks)
-        is_restart = RunDirectory(path).is_of_this_launch()
-        if is_restart and (path / "summary.json").exists():
-            raise FinishedError(f"{path}: the run has finished.")
-        # A restart goes on from its own checkpoints, whatever the run itself was started from.
-        is_auto = is_restart or config.checkpoint.resume == "auto"
-        is_unfinished = RunDirectory.check(path, config, may_resume=is_auto)
-        if is_unfinished:
-            reported(path, lambda: locks.take(path, f"--run_dir {path}"))
-            RunDirectory.check(path, config, may_resume=is_auto)  # it may have finished while we waited
-        _prepare_store(config, path, locks, is_auto=is_auto)
-        return path, is_auto, is_unfinished, fingerprint(config.data)
-
-    path, is_auto, is_unfinished, data = on_main_rank(runtime, prepare)
-    check = partial(_check_fit, config, data)
-    source = initial = None
-    if is_auto:
-        source = find_newest(store_address(config, path), runtime, check, print)
-    is_own = source is not None
-    if source is None and config.checkpoint.resume not in ("auto", "never"):
-        source = find_given(config.checkpoint.resume, runtime, check, print)
-    if source is None and config.checkpoint.init_from is not None:
-        initial = find_initial(config, runtime)
-    if source is None and is_unfinished:
-        on_main_rank(runtime, lambda: _check_elsewhere(config, path))
-    note = ""
-    if (taken := source or initial) is not None:
-        note = on_main_rank(runtime, lambda: compare_vocabulary(taken, config, data)).text
-    if source is not None and config.output.mlperf_log:
-        raise ConfigError(
-            "--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out."
-        ).raised_everywhere()
-    start = Start(path, source, data, is_own, initial)
-    on_main_rank(runtime, lambda: _check_schedule(start, config.optimizer))
+    place = on_main_rank(runtime, lambda: _prepare(config, locks))
+    start = _choose(place, config, runtime)
+    notes = on_main_rank(runtime, lambda: _check_start(start, place, config))
     if runtime.is_main:
-        if source is not None:
-            _tell(source, start, config, runtime)
-        elif is_unfinished:
-            print(f"{path}: holds a run without a checkpoint. Starting anew; its files move to attempt-N.")
-        if note:
-            print(note)
+        if start.source is not None:
+            _tell(start.source, start, config, runtime)
+        print("".join(f"{note}\n" for note in notes), end="")
     return start
 
 
+def _prepare(config: Config, locks: Locks) -> _Place:
+    """Chooses, checks and locks the run directory and the folder of checkpoints, on rank 0."""
+    path = RunDirectory.claim(RunDirectory.locate(config), config, locks)
+    directory = RunDirectory(path)
+    is_restart = directory.is_of_this_launch()
+    if is_restart and directory.is_finished():
+        raise FinishedError(f"{path}: the run has finished.")
+    # A restart continues from its own checkpoints, whatever the run itself was started from.
+    resumes_own = is_restart or config.checkpoint.resume == "auto"
+    directory.check(config, may_resume=resumes_own)
+    if holds_run := directory.holds_run():
+        reported(path, lambda: locks.take(path, f"--run_dir {path}"))
+        directory.check(config, may_resume=resumes_own)  # it may have finished while we waited
+    _prepare_store(config, path, locks, may_resume=resumes_own)
+    return _Place(path, fingerprint(config.data), resumes_own, holds_run)
+
+
+def _choose(place: _Place, config: Config, runtime: Runtime) -> Start:
+    """Begins at the run's own newest checkpoint, else with --resume, else with --init_from, else new. Collective."""
+    check = partial(_check_fit, config, place.data)
+    if place.resumes_own and (own := _find_own(place, config, runtime, check)) is not None:
+        left_out = on_main_rank(runtime, lambda: names_to_leave(own, lambda one: check(one.manifest, one.config)))
+        return Start(place.path, place.data, own, is_own=True, left_out=left_out)
+    if config.checkpoint.resume not in ("auto", "never"):
+        location = on_main_rank(runtime, lambda: locate(config.checkpoint.resume))
+        return Start(place.path, place.data, find_on_ranks(location, runtime, check, print))
+    if config.checkpoint.init_from is not None:
+        return Start(place.path, place.data, initial=find_initial(config, runtime))
+    return Start(place.path, place.data)
+
+
+def _find_own(place: _Place, config: Config, runtime: Runtime, check: Check) -> Checkpoint | None:
+    """The newest sound checkpoint of this run; None if it has finished none. Collective."""
+    try:
+        return find_on_ranks(Location(store_address(config, place.path)), runtime, check, print)
+    except UnfinishedError:
+        return None
+
+
+def _check_start(start: Start, place: _Place, config: Config) -> list[str]:
+    """Refuses a start that would lose or spoil something; returns notes for the user.
+
+    Raises:
+        CheckpointError: if the run's checkpoints are elsewhere, or the learning rate has decayed.
+        ConfigError: if MLPerf's log is asked of a run that is resumed.
+        DatasetError: if the data has another vocabulary.
+    """
+    notes = []
+    if start.source is None and place.holds_run:
+        _check_elsewhere(config, start.path)
+        notes.append(f"{start.path}: holds a run without a checkpoint. Starting again; its files move to attempt-N.")
+    if (taken := start.source or start.initial) is not None:
+        notes.append(compare_vocabulary(taken, config, start.data).text)
+    if start.source is not None and config.output.mlperf_log:
+        raise ConfigError("--mlperf_log: MLPerf times a run in one piece, and this one would be resumed. Leave it out.")
+    _check_schedule(start, config.optimizer)
+    return [note for note in notes if note]
+
+
 def store_address(config: Config, path: Path) -> str:
-    """Where the run's checkpoints go."""
-    return config.checkpoint.checkpoint_dir or str(path / "checkpoints")
+    """The address of the folder that the run's checkpoints are written to."""
+    return config.checkpoint.checkpoint_dir or str(path / run_files.CHECKPOINTS)
 
 
 def _check_elsewhere(config: Config, path: Path) -> None:
-    """Refuses to start anew where the run that is there has its checkpoints in another place.
+    """Refuses to start again if the run in this run directory has its checkpoints in another place.
 
     Raises:
         CheckpointError: naming the place.
     """
     try:
-        elsewhere = store_address(Config.load(path / "config.json"), path)
+        elsewhere = store_address(Config.load(path / run_files.CONFIG), path)
         names = checkpoint_names(open_store(elsewhere)) if elsewhere != store_address(config, path) else []
     except (OSError, ValueError, DlrmError):  # a run that did not come to its first step
         return
     if names:
         raise CheckpointError(
-            f"{path}: the checkpoints of this run are in {elsewhere}. Give --checkpoint_dir {elsewhere} to go on, or "
-            "another --run_dir to start anew."
+            f"{path}: the checkpoints of this run are in {elsewhere}. Give --checkpoint_dir {elsewhere} to continue, "
+            "or another --run_dir to start a new training."
         )
 
 
-def _prepare_store(config: Config, path: Path, locks: Locks, *, is_auto: bool) -> None:
-    """Finds out whether checkpoints can be written where they are to go, and takes a folder that has been named.
+def _prepare_store(config: Config, path: Path, locks: Locks, *, may_resume: bool) -> None:
+    """Checks that checkpoints can be written, and locks the folder of --checkpoint_dir.
 
     Raises:
-        CheckpointError: if they can't, or another training's are there.
+        CheckpointError: if they can't, or if another training's are there.
         RunDirectoryError: if another run is using the folder.
     """
-    if config.checkpoint.checkpoint_every == "never":
+    if config.checkpoint_interval.is_never:
         return
     address = store_address(config, path)
     store = open_store(address)
     if isinstance(store, LocalStore) and RunDirectory(path).has_file(store.root):
         raise CheckpointError(f"--checkpoint_dir {address}: is where the run writes a file. Choose another folder.")
     others = checkpoint_names(store)
-    if others and not is_auto:
+    if others and not may_resume:
         raise CheckpointError(
-            f"{address}: holds {others[0]} of another training. Choose another --checkpoint_dir, or go on from it with "
-            "--resume auto."
+            f"{address}: holds {others[0]} of another training. Choose another --checkpoint_dir, or continue from it "
+            "with --resume auto."
         )
     try:
         store.check_writable()
@@ -188,8 +234,8 @@ def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Conf
         shown = ", ".join(map(str, found[:_SHOWN_DIFFERENCES]))
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         raise MisfitError(
-            f"it was written with {shown}{more}. Give the same flags, or start anew in another --run_dir, and another "
-            "--checkpoint_dir where one is given"
+            f"it was written with {shown}{more}. Give the same flags, or start a new training in another --run_dir, "
+            "and another --checkpoint_dir if one is given"
         )
     if manifest.data != data and not config.checkpoint.allow_changed_data:
         raise MisfitError(
@@ -199,7 +245,7 @@ def _check_fit(config: Config, data: str | None, manifest: Manifest, saved: Conf
 
 
 def _check_schedule(start: Start, optimizer: OptimizerConfig) -> None:
-    """Refuses new data for a training whose learning rate has decayed to its end: it would change next to nothing.
+    """Refuses new data if the learning rate has decayed to its end: training would change next to nothing.
 
     Raises:
         CheckpointError: with the step at which the decay ended.
@@ -213,7 +259,7 @@ def _check_schedule(start: Start, optimizer: OptimizerConfig) -> None:
         )
 
 
-def _tell(source: Source, start: Start, config: Config, runtime: Runtime) -> None:
+def _tell(source: Checkpoint, start: Start, config: Config, runtime: Runtime) -> None:
     position = start.position
     where = f"step {position.step:,}, epoch {position.epoch}, row {position.row:,}"
     new = ""
@@ -242,7 +288,7 @@ def _show_digest(data: str | None) -> str:
 def check_left(foundation: Foundation, start: Start) -> None:
     """Refuses a checkpoint after which nothing is left to train.
 
-    A run whose own training had ended is completed all the same: its test or its summary may be missing.
+    A run that continues from its own last checkpoint is completed all the same: its test or its summary may be missing.
 
     Raises:
         CheckpointError: saying why.
@@ -269,15 +315,8 @@ def check_left(foundation: Foundation, start: Start) -> None:
     ).raised_everywhere()
 
 
-def with_seed_of(config: Config, source: Source | None) -> Config:
-    """The config with the checkpoint's seed."""
-    if source is None:
-        return config
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=source.config.training.seed))
-
-
-def restore_training(foundation: Foundation, source: Source, position: Position) -> bytes:
-    """Fills the model and the optimizer from a checkpoint; gives the metrics of its run up to there. Collective.
+def restore_training(foundation: Foundation, source: Checkpoint, position: Position) -> bytes:
+    """Fills the model and the optimizer from a checkpoint; returns its metrics.jsonl. Collective.
 
     Raises:
         CheckpointError: if its tensors are not this model's, or its validations have other metrics.
@@ -294,4 +333,4 @@ def restore_training(foundation: Foundation, source: Source, position: Position)
             EvaluationResult(**validation)
     except TypeError as error:
         raise CheckpointError(f"{source.address}: its validations have other metrics ({error})") from None
-    return on_main_rank(runtime, lambda: read_file(source.open(), source.name, "metrics.jsonl"))
+    return on_main_rank(runtime, lambda: source.read(run_files.METRICS))

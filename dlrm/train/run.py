@@ -1,15 +1,14 @@
 """Data, plan, model, training, summary: a run's steps, in order. Nothing is written before all of it is checked."""
 
-import dataclasses
 import importlib.util
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 from dlrm.assembly.foundation import Foundation, lay_foundation
+from dlrm.checkpoint import run_files
 from dlrm.checkpoint.position import Position
 from dlrm.config.config import Config
 from dlrm.config.frozen import DENSE
@@ -24,11 +23,12 @@ from dlrm.sharding.placement import Placement
 from dlrm.system.console import plural, some
 from dlrm.system.lock import Locks
 from dlrm.system.signals import StopSignals
+from dlrm.train.environment import describe_environment
 from dlrm.train.guard import open_hooks
 from dlrm.train.initial import describe_origin, read_origin, take_weights
 from dlrm.train.profiling import StepProfiler
-from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training, with_seed_of
-from dlrm.train.run_directory import RunDirectory, describe_environment
+from dlrm.train.resume import FinishedError, Start, check_left, find_start, restore_training
+from dlrm.train.run_directory import RunDirectory
 from dlrm.train.summary import describe_samples, explain_target, summarize
 from dlrm.train.trainer import Trainer
 
@@ -37,11 +37,10 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
     """Trains, validates and tests. Collective. `started` is when, in seconds since the epoch, the process began.
 
     Raises:
-        DlrmError: for what the user can mend.
+        DlrmError: if the user can fix it.
         Stopped: when a signal has ended training; what it had reached is saved.
     """
     on_main_rank(runtime, lambda: _check_output(config))
-    config = _with_interval(config)
     with Locks() as locks:
         try:
             start = find_start(config, runtime, locks)
@@ -49,14 +48,15 @@ def run(config: Config, runtime: Runtime, started: float, signals: StopSignals) 
             if runtime.is_main:
                 print(finished, flush=True)
             return
-        config = on_main_rank(runtime, lambda: _with_seed(with_seed_of(config, start.source)))
-        _run_from(start, config, runtime, started, signals, locks)
+        saved = None if start.source is None else start.source.config
+        resolved = on_main_rank(runtime, lambda: config.resolve(saved))  # one rank draws the seed of all
+        _run_from(start, resolved, runtime, started, signals, locks)
 
 
 def _run_from(
     start: Start, config: Config, runtime: Runtime, started: float, signals: StopSignals, locks: Locks
 ) -> None:
-    """A run from where it begins, to its summary."""
+    """Runs from `start` to the summary."""
     if runtime.is_main:
         _note_idle_flags(config, runtime)
         _note_other_ranks(config, runtime)
@@ -132,7 +132,7 @@ def _fill(base: Foundation, start: Start) -> tuple[Position, bytes | None, list[
 def _open_sinks(
     config: Config, runtime: Runtime, directory: RunDirectory, rows: dict[Stage, int], started: float, opened: float
 ) -> Iterator[Sink]:
-    """What the run's lines go to: on rank 0 metrics.jsonl and the views of it that the flags ask for. Collective."""
+    """Opens what lines of metrics are written to: on rank 0 metrics.jsonl, and what the flags add. Collective."""
     with ExitStack() as stack:
 
         def open_all() -> list[Sink]:
@@ -140,14 +140,14 @@ def _open_sinks(
             if config.output.tensorboard:
                 from dlrm.metrics.tensorboard import TensorBoardSink
 
-                drawn = TensorBoardSink(directory.path / "tensorboard")
+                drawn = TensorBoardSink(directory.path / run_files.TENSORBOARD)
                 for line in directory.lines():  # of a run that is resumed
                     drawn.append_metrics(line)
                 sinks.append(drawn)
             if config.output.mlperf_log:
                 device = runtime.device_name
                 facts = describe_run(config, device, runtime.world_size, rows["train"], rows["val"])
-                log = MlperfLog(directory.path / "mlperf_log.txt", facts, started, opened)
+                log = MlperfLog(directory.path / run_files.MLPERF_LOG, facts, started, opened)
                 sinks.append(stack.enter_context(closing(log)))
             return sinks
 
@@ -165,25 +165,14 @@ def _check_output(config: Config) -> None:
         raise ConfigError("--tensorboard: the package tensorboard is not installed. Install it, or leave the flag out.")
 
 
-def _with_interval(config: Config) -> Config:
-    """The config, with how often checkpoints are written."""
-    every = config.checkpoint.checkpoint_every or ("never" if config.is_random else "30m")
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, checkpoint_every=every))
-
-
-def _with_seed(config: Config) -> Config:
-    """The config with a seed, drawn if it has none."""
-    seed = config.training.seed
-    drawn = dataclasses.replace(config.training, seed=secrets.randbits(31) if seed is None else seed)
-    return dataclasses.replace(config, training=drawn)
-
-
 def _note_other_ranks(config: Config, runtime: Runtime) -> None:
-    """The number of ranks is the launcher's and in no config: says so where a run is started again with another one."""
+    """Notes if a run is repeated on another number of ranks: the launcher sets that, not config.json."""
     if config.config is None:
         return
     try:
-        ranks = json.loads(Path(config.config).with_name("environment.json").read_text(encoding="utf-8"))["world_size"]
+        ranks = json.loads(Path(config.config).with_name(run_files.ENVIRONMENT).read_text(encoding="utf-8"))[
+            "world_size"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if ranks != runtime.world_size:

@@ -1,13 +1,11 @@
-"""The run directory: what was asked for, on what it ran, and what came out."""
+"""The run directory: what was asked for, what it ran on, and what came out."""
 
-import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,40 +13,42 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from dlrm.checkpoint import run_files
 from dlrm.checkpoint.manifest import step_of
 from dlrm.config.config import Config
-from dlrm.dataset.cautions import Folded
-from dlrm.dataset.manifest import read_vocabulary
-from dlrm.errors import DatasetError, RunDirectoryError
+from dlrm.errors import RunDirectoryError
 from dlrm.metrics.sinks import reported, unwritable
-from dlrm.ranks.runtime import Runtime
-from dlrm.system.environment import describe_software
-from dlrm.system.files import MANIFEST_NAME, write_atomically, write_json
+from dlrm.system.files import write_atomically, write_json
 from dlrm.system.lock import LOCK, Locks
+from dlrm.train.environment import launch_id
 
-_FILES = ("config.json", "environment.json", "plan.json", "metrics.jsonl", "multi_hot_freqs.npz", "summary.json")
-_OTHERS = ("mlperf_log.txt", "tensorboard", "trace_rank0.json.gz")
-DOCUMENTS = ("config.json", "environment.json", "plan.json", "metrics.jsonl")
-"""What a checkpoint holds a copy of."""
+# Launchers and schedulers count the restarts of a run in these variables.
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes the files of a run, on rank 0. The others know where it is."""
+    """A run's folder. Rank 0 writes its files; the other ranks only know where it is.
+
+    In the order of a run: `locate` and `claim` choose the folder, `check` refuses one that can't be used, `open` writes
+    what is known before training, `append_metrics` and the other writers what comes out of it.
+    """
 
     path: Path
 
     @staticmethod
     def locate(config: Config) -> Path:
-        """The folder that a run uses: what the flag says, that of the launch that this process is a restart of, or a
-        new one named by the time."""
+        """The folder that a run uses.
+
+        That is --run_dir; without it the folder of this very launch, if the process is a restart; else a new one named
+        by the time.
+        """
         if config.output.run_dir is not None:
             return Path(config.output.run_dir)
-        if (launch := launch_id()) is not None:
+        if launch_id() is not None:
             for path in sorted(Path("runs").glob("*/"), reverse=True):
-                if RunDirectory(path)._launch() == launch:
+                if RunDirectory(path)._was_begun_by_this_launch():
                     return path
         name = config.recipe or ("random" if config.is_random else config.data.dataset_name)
         return Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
@@ -57,13 +57,13 @@ class RunDirectory:
     def claim(path: Path, config: Config, locks: Locks) -> Path:
         """Makes the folder if its name is the default one, with -2, -3, ... if other runs begin in the same second.
 
-        A folder that is named, or that this launch has begun, stays as it is. One that is still empty when `locks` are
-        given back is removed.
+        A folder that --run_dir names, or that this launch has begun, stays as it is. A folder that is still empty when
+        `locks` are given back is removed.
 
         Raises:
             RunDirectoryError: if it can't be made.
         """
-        if config.output.run_dir is not None or RunDirectory(path)._is_this_launchs():
+        if config.output.run_dir is not None or RunDirectory(path)._was_begun_by_this_launch():
             return path
         _check_place(path)
         names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
@@ -75,51 +75,66 @@ class RunDirectory:
         return claimed
 
     def is_of_this_launch(self) -> bool:
-        """Whether this process is a launcher's or a scheduler's restart of a run.
+        """Whether this process is a launcher's or a scheduler's restart of the run in this folder.
 
-        Launchers count restarts of their own host. One that others make necessary, as a host that is lost does, they do
-        not count: then the folder tells.
+        A launcher counts the restarts that its own host makes necessary. It does not count those that another host
+        does, for example one that is lost: then environment.json tells.
         """
-        names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        if any(os.environ.get(name, "0") != "0" for name in names):
+        if any(os.environ.get(name, "0") != "0" for name in _RESTART_COUNTS):
             return True
-        return self._is_this_launchs()
+        return self._was_begun_by_this_launch()
 
-    def _is_this_launchs(self) -> bool:
-        return (launch := launch_id()) is not None and self._launch() == launch
-
-    def _launch(self) -> str | None:
+    def _was_begun_by_this_launch(self) -> bool:
+        launch = launch_id()
+        if launch is None:
+            return False
         with suppress(OSError, ValueError, AttributeError):
-            return json.loads((self.path / "environment.json").read_text(encoding="utf-8")).get("launch")
-        return None
+            text = (self.path / run_files.ENVIRONMENT).read_text(encoding="utf-8")
+            return json.loads(text).get("launch") == launch
+        return False
 
-    @staticmethod
-    def check(path: Path, config: Config, *, may_resume: bool) -> bool:
-        """Whether the folder holds a run that has not finished. Makes nothing.
+    def check(self, config: Config, *, may_resume: bool) -> None:
+        """Refuses a folder that this run can't use. Makes nothing.
+
+        Args:
+            may_resume: whether the folder may hold a run that has not finished.
 
         Raises:
             RunDirectoryError: if it can't be written, holds a finished run, or one that is not to be resumed.
         """
+        path = self.path
         if any(step_of(part) is not None for part in Path(os.path.realpath(path)).parts):
             raise RunDirectoryError(
-                f"--run_dir {path}: is or lies in a checkpoint. To train on from one: --resume, and another --run_dir."
+                f"--run_dir {path}: is or lies in a checkpoint. To continue training from one: --resume, and another "
+                "--run_dir."
             )
-        taken = reported(path, lambda: [name for name in (*_FILES, *_OTHERS) if os.path.lexists(path / name)])
+        taken = self._files()
         if taken and not may_resume:
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a run already ({taken[0]}). Choose another folder, move this one away, or "
-                "go on with --resume auto."
+                "continue with --resume auto."
             )
-        if "summary.json" in taken:
+        if run_files.SUMMARY in taken:
             raise RunDirectoryError(
                 f"--run_dir {path}: holds a finished run (summary.json). Choose another folder, or move this one away. "
-                "To train on from it: --resume PATH, and another --run_dir."
+                "To continue training from it: --resume PATH, and another --run_dir."
             )
         folders = (config.data.in_memory_binary_criteo_path, config.data.synthetic_multi_hot_criteo_path)
         if any(folder is not None and os.path.realpath(path) == os.path.realpath(folder) for folder in folders):
             raise RunDirectoryError(f"--run_dir {path}: is the data's folder. Choose another one.")
         _check_place(path)
-        return bool(taken)
+
+    def holds_run(self) -> bool:
+        """Whether there is a run, finished or not."""
+        return bool(self._files())
+
+    def is_finished(self) -> bool:
+        """Whether there is a run that has finished."""
+        return (self.path / run_files.SUMMARY).exists()
+
+    def _files(self) -> list[str]:
+        """Those of a run's files that are there, links that lead nowhere included."""
+        return [name for name in run_files.ALL if os.path.lexists(self.path / name)]
 
     @staticmethod
     def open(
@@ -132,81 +147,81 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Makes the folder with config.json, environment.json and plan.json.
 
-        What a run without a checkpoint has left there is moved into attempt-1, attempt-2, ...
+        The files of an earlier run without a checkpoint are moved into attempt-1, attempt-2, ...
 
         Args:
-            locks: what this process has of folders. A folder that was there already is among them; a new one joins.
-            metrics: lines of metrics.jsonl that a checkpoint brings; None for a new run.
+            locks: the folders that this process has locked. A folder that was there already is among them; a new one is
+                added.
+            metrics: the lines of metrics.jsonl that a checkpoint has kept; None for a new run.
 
         Raises:
-            RunDirectoryError: if it can't be written, or another run has taken it.
+            RunDirectoryError: if it can't be written, or if another run has taken it.
         """
-
-        is_new = not locks.holds(path)
-
-        def write() -> "RunDirectory":
+        directory, is_new = RunDirectory(path), not locks.holds(path)
+        try:
             path.mkdir(parents=True, exist_ok=True)
-            directory = RunDirectory(path)
             if is_new:
-                locks.take(path, f"--run_dir {path}")
-                if (path / "config.json").exists():
-                    raise RunDirectoryError(
-                        f"--run_dir {path}: another run has just begun there. Choose another folder."
-                    )
+                directory._lock(locks)
             if metrics is None:
                 directory._move_aside()
             else:
-                write_atomically(path / "metrics.jsonl", lambda file: file.write(metrics))
-                shutil.rmtree(path / "tensorboard", ignore_errors=True)
-            write_json(path / "config.json", config.to_json())
-            write_json(path / "environment.json", environment)
-            write_json(path / "plan.json", plan)
-            return directory
-
-        try:
-            return write()
+                directory._go_back_to(metrics)
+            write_json(path / run_files.CONFIG, config.to_json())
+            write_json(path / run_files.ENVIRONMENT, environment)
+            write_json(path / run_files.PLAN, plan)
         except OSError as error:
             if metrics is None and is_new:
-                RunDirectory(path).discard()
+                directory.discard()
             raise unwritable(path, error) from None
+        return directory
+
+    def _lock(self, locks: Locks) -> None:
+        """Locks a folder that was not there when the run was checked."""
+        locks.take(self.path, f"--run_dir {self.path}")
+        if (self.path / run_files.CONFIG).exists():
+            raise RunDirectoryError(f"--run_dir {self.path}: another run has just begun there. Choose another folder.")
 
     def _move_aside(self) -> None:
-        """Files of an earlier attempt, so that none of them is lost or taken for this one's."""
-        old = [name for name in (*_FILES, *_OTHERS) if os.path.lexists(self.path / name)]
+        """Moves files of an earlier attempt, so that none of them is lost or taken for this one's."""
+        old = self._files()
         if not old:
             return
-        attempt = next(
-            folder
-            for folder in (self.path / f"attempt-{number}" for number in itertools.count(1))
-            if not folder.exists()
-        )
+        folders = (self.path / f"attempt-{number}" for number in itertools.count(1))
+        attempt = next(folder for folder in folders if not folder.exists())
         attempt.mkdir()
         for name in old:
             (self.path / name).rename(attempt / name)
 
+    def _go_back_to(self, metrics: bytes) -> None:
+        """Drops what was measured after the checkpoint that the run is resumed from."""
+        write_atomically(self.path / run_files.METRICS, lambda file: file.write(metrics))
+        shutil.rmtree(self.path / run_files.TENSORBOARD, ignore_errors=True)
+
     def has_file(self, path: Path) -> bool:
         """Whether a path is one of the files that a run writes, or lies below one."""
         own, other = Path(os.path.realpath(self.path)), Path(os.path.realpath(path))
-        return any(other.is_relative_to(own / name) for name in (*_FILES, *_OTHERS))
+        return any(other.is_relative_to(own / name) for name in run_files.ALL)
 
     def discard(self) -> None:
-        """Removes what a run has written that can't begin, so that the folder can be used again."""
+        """Removes what was written by a run that can't begin, so that the folder can be used again."""
         with suppress(OSError):
-            for name in (*_FILES, "mlperf_log.txt", LOCK):  # `check` saw none of them: what is there is ours
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            for name in (*run_files.ALL, LOCK):  # `check` saw none of them: what is there is ours
+                if (path := self.path / name).is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def documents(self) -> dict[str, bytes]:
-        """Files that a checkpoint holds a copy of.
+        """The files that a checkpoint holds a copy of.
 
         Raises:
             RunDirectoryError: if one can't be read.
         """
-        return reported(self.path, lambda: {name: (self.path / name).read_bytes() for name in DOCUMENTS})
+        return reported(self.path, lambda: {name: (self.path / name).read_bytes() for name in run_files.DOCUMENTS})
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
+        """The lines of metrics.jsonl; none if the file is not there."""
+        path = self.path / run_files.METRICS
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -215,21 +230,8 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
-
         text = (json.dumps(line, allow_nan=False) + "\n").encode()
-
-        def write() -> None:
-            with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
-                whole = file.tell()
-                left = memoryview(text)
-                try:
-                    while left:
-                        left = left[file.write(left) :]
-                except OSError:
-                    file.truncate(whole)
-                    raise
-
-        reported(self.path, write)
+        reported(self.path, lambda: _append(self.path / run_files.METRICS, text))
 
     def write_frequencies(self, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
         """Writes multi_hot_freqs.npz.
@@ -237,7 +239,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
-        path = self.path / "multi_hot_freqs.npz"
+        path = self.path / run_files.FREQUENCIES
         reported(self.path, lambda: write_atomically(path, lambda file: np.savez(file, **counts)))  # type: ignore[arg-type]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -246,22 +248,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: if the disk is full or the folder is gone.
         """
-        reported(self.path, lambda: write_json(self.path / "summary.json", summary))
-
-
-def launch_id() -> str | None:
-    """What the ranks of one torchrun on this host have in common, restarts included; None without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    with suppress(OSError):
-        started = (
-            Path(f"/proc/{os.getppid()}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()[19]
-        )
-        return f"{platform.node()} {os.getppid()} {started}"
-    return None
+        reported(self.path, lambda: write_json(self.path / run_files.SUMMARY, summary))
 
 
 def _check_place(path: Path) -> None:
@@ -289,40 +276,14 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def describe_environment(
-    runtime: Runtime, config: Config, data: str | None, folded: Sequence[Folded] = ()
-) -> dict[str, Any]:
-    """What a reader needs to tell this machine, software and data from another.
-
-    Args:
-        folded: shares of ids beyond their tables, in each part of the data.
-    """
-    return {
-        **describe_software(),
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads_per_rank": torch.get_num_threads(),
-        "launch": launch_id(),
-        "world_size": runtime.world_size,
-        "local_world_size": runtime.local_world_size,
-        "device": runtime.device_name,
-        "data_fingerprint": data,
-        "data_manifest_sha256": _manifest_digest(config.data.in_memory_binary_criteo_path),
-        "multi_hot_manifest_sha256": _manifest_digest(config.data.synthetic_multi_hot_criteo_path),
-        "vocabulary_sha256": _vocabulary(config.data.folder),
-        "folded_ids": {part.name: [round(share, 4) for share in part.shares_F.tolist()] for part in folded},
-    }
-
-
-def _vocabulary(folder: str | None) -> str | None:
-    with suppress(DatasetError):
-        return None if folder is None else read_vocabulary(Path(folder))
-    return None
-
-
-def _manifest_digest(folder: str | None) -> str | None:
-    if folder is None:
-        return None
-    manifest = Path(folder, MANIFEST_NAME)
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
+def _append(path: Path, text: bytes) -> None:
+    """Adds all of `text` to a file, or none of it if the disk gets full."""
+    with path.open("ab", buffering=0) as file:
+        whole = file.tell()
+        left = memoryview(text)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(whole)
+            raise

@@ -1,4 +1,4 @@
-"""What a run comes to: summary.json, and the last lines on the screen."""
+"""The end of a run: summary.json, and the last lines on the screen."""
 
 import time
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def describe_samples(position: Position, start: Start) -> str:
 def summarize(
     config: Config, runtime: Runtime, trainer: Trainer, journal: Journal, test: EvaluationResult | None
 ) -> dict[str, Any]:
-    """What summary.json holds. Collective: memory is the largest over ranks."""
+    """The content of summary.json. Collective: it takes the largest memory over ranks."""
     peak = torch.tensor(peak_memory_gib(runtime.device), dtype=torch.float64, device=runtime.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     position, seconds = trainer.position, trainer.train_seconds
@@ -73,6 +73,6 @@ def summarize(
 
 
 def _precision(config: Config, runtime: Runtime) -> str:
-    """What matrix products were computed in: a CPU has no tf32."""
+    """The number format of matrix products: a CPU has no tf32."""
     asked = config.training.arithmetic
     return "fp32" if asked == "tf32" and runtime.device.type != "cuda" else asked

@@ -32,7 +32,7 @@ class Trainer:
     """Trains, validates and tests. Every rank has one, and calls the same methods in the same order.
 
     Attributes:
-        position: where training stands, but for times and losses that are not reported yet: `snapshot` has these too.
+        position: steps, rows and validations so far. `snapshot` adds the times, and the losses not reported yet.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Trainer:
         batches = self._hooks.watched(split.batches(self.position.epoch), "training")
         label, done = f"Epoch {self.position.epoch}", self.position.epoch_step
         with closing(Progress(label, steps, "steps", self._shows, done)) as progress:
-            self._validate_if_due(steps, progress)  # where a checkpoint was written just before one
+            self._validate_if_due(steps, progress)  # if the run was resumed just before one
             for stop in self._segments(steps):
                 self._train_segment(batches, stop, steps, progress)
                 self._validate_if_due(steps, progress)
@@ -205,7 +205,7 @@ class Trainer:
         return result
 
     def snapshot(self) -> tuple[State, Position]:
-        """All of the training's state: its tensors as views, and where it stands. Collective.
+        """All of the training's state: its tensors, as views, and its position. Collective.
 
         Raises:
             DivergedError: if a loss that is not reported yet is not finite.

@@ -26,6 +26,7 @@ from dlrm.config.config import (
     ShardingConfig,
     TrainingConfig,
 )
+from dlrm.config.interval import Interval
 from dlrm.evaluate.config import parse_evaluate
 from dlrm.evaluate.run import score_checkpoint
 from dlrm.ranks.runtime import Runtime, on_main_rank, start_runtime
@@ -70,7 +71,7 @@ class Case:
             optimizer=OptimizerConfig(learning_rate=0.05, optimizer=self.optimizer),
             training=TrainingConfig(seed=5),
             evaluation=EvaluationConfig(validation_freq_within_epoch=4),
-            checkpoint=CheckpointConfig(checkpoint_every="3", keep=9),
+            checkpoint=CheckpointConfig(checkpoint_every=Interval("3"), keep=9),
             output=OutputConfig(run_dir=str(folder / self.name), print_progress=False, log_every=1),
         )
 

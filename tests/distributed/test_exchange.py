@@ -26,7 +26,7 @@ from dlrm.kernels.native import has_native
 from dlrm.model.dense import ReluMLP
 from dlrm.sharding.host.gradients import replace_averages
 from dlrm.sharding.host.lookups import HostTables
-from dlrm.sharding.host.pooled_rows import HostPooledDist
+from dlrm.sharding.host.pooled_rows import SharedMemoryPooledDist
 from tests.launching import MAIN, ROOT, TINY, launch, run_main, take_port
 from tests.unit.test_kernels import RATE, make_tables
 
@@ -86,7 +86,9 @@ def compare_collectives() -> None:
         part[rank::world] = 10 * other + rank
     torch.ops.dlrm.meet(memory.boxed()).wait()
     assert torch.equal(memories[rank], 10 * rank + torch.arange(100.0) % world)
-    with pytest.raises(RuntimeError, match=r"rank \d asked for \d+ bytes of memory, this rank for|another rank can't"):
+    with pytest.raises(
+        RuntimeError, match=r"rank \d asked for \d+ bytes of memory, this rank for|another rank could not"
+    ):
         torch.ops.dlrm.share_memory(memory.boxed(), 400 + 64 * rank)
     with pytest.raises(ValueError, match="expected one that exchanges in memory"):
         torch.ops.dlrm.share_memory(sockets.boxed(), 400)
@@ -146,7 +148,7 @@ def compare_pooled(dtype: torch.dtype) -> None:
     expected.backward(gradient)
     ours = pooled.clone().requires_grad_()
     exchange: Any = TwPooledEmbeddingDist(memory, columns, [])
-    HostPooledDist.make_of(exchange)
+    SharedMemoryPooledDist.make_of(exchange)
 
     context = EmbeddingShardingContext(batch_size_per_rank=batches)
     for is_in_place in (False, True):
@@ -172,7 +174,7 @@ def keep_pooled(dtype: torch.dtype) -> None:
     columns, batches = [8] * world, [3 + other for other in range(world)]
     context = EmbeddingShardingContext(batch_size_per_rank=batches)
     exchange: Any = TwPooledEmbeddingDist(memory, columns, [])
-    HostPooledDist.make_of(exchange)
+    SharedMemoryPooledDist.make_of(exchange)
     theirs = PooledEmbeddingsAllToAll(sockets, columns)
     torch.manual_seed(rank)
     inputs = [torch.randn(sum(batches), 8).to(dtype).requires_grad_() for _ in range(5)]
@@ -236,7 +238,7 @@ def look_up_for_all(late: int) -> None:
         host_tables=LateTables(cast(Any, tables[-1]), 0.02 * (rank == late)),
         gradient_scale=0.5,
     )
-    exchange = HostPooledDist.make_of(TwPooledEmbeddingDist(memory, dims, []), cast(Any, bags), 1)
+    exchange = SharedMemoryPooledDist.make_of(TwPooledEmbeddingDist(memory, dims, []), cast(Any, bags), 1)
     context = EmbeddingShardingContext(batch_size_per_rank=batches)
     first = sum(batches[:rank])
     for _ in range(6):

@@ -48,7 +48,7 @@ def train_losses(config: Config, rows_at_once: int | None = None) -> list[float]
     with start_runtime() as runtime:
         foundation = lay_foundation(config, runtime, is_quiet=True)
         if rules := config.sharding.table_constraints:
-            assert {table.sharding_type for table in foundation.placement.tables} == {rules.split()[-1]}
+            assert {table.sharding for table in foundation.placement.tables} == {rules.split()[-1]}
         sink = Lines()
         trainer = Trainer(foundation, Journal(sink))
         trainer.train()

@@ -15,7 +15,7 @@ import torch
 
 from dlrm.assembly.foundation import lay_foundation
 from dlrm.checkpoint.checkpointer import Checkpointer
-from dlrm.checkpoint.find import check_files, complete_checkpoints
+from dlrm.checkpoint.find import complete_checkpoints
 from dlrm.checkpoint.manifest import Manifest
 from dlrm.checkpoint.store import open_store
 from dlrm.config.config import (
@@ -29,6 +29,7 @@ from dlrm.config.config import (
     ShardingConfig,
     TrainingConfig,
 )
+from dlrm.config.interval import Interval
 from dlrm.fault_tolerance import agreement as control
 from dlrm.fault_tolerance.hooks import Stopped
 from dlrm.metrics.journal import Journal
@@ -119,7 +120,7 @@ class Case:
             ),
             training=TrainingConfig(seed=5, pipeline=self.pipeline, epochs=2),
             evaluation=EvaluationConfig(validation_freq_within_epoch=17),
-            checkpoint=CheckpointConfig(checkpoint_every="5", checkpoint_mode=self.mode, keep=1),
+            checkpoint=CheckpointConfig(checkpoint_every=Interval("5"), checkpoint_mode=self.mode, keep=1),
             output=OutputConfig(run_dir=str(run_dir), log_every=7, print_progress=False),
         )
 
@@ -172,9 +173,9 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 def newest(run_dir: Path) -> Manifest:
     store = open_store(str(run_dir / "checkpoints"))
-    name, manifest = complete_checkpoints(store)[0]
-    check_files(store, name, manifest, manifest.files)
-    return manifest
+    found = complete_checkpoints(store)[0]
+    found.verify(found.manifest.files)
+    return found.manifest
 
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:
@@ -204,7 +205,7 @@ def link_config(optimizer: str, link: int, folder: Path, ranks: int) -> Config:
         config,
         data=replace(config.data, multi_hot_sizes=(2, *(1,) * 25), collect_multi_hot_freqs_stats=True),
         training=replace(config.training, epochs=1),
-        checkpoint=replace(config.checkpoint, checkpoint_every="1000"),
+        checkpoint=replace(config.checkpoint, checkpoint_every=Interval("1000")),
     )
 
 

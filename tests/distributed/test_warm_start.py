@@ -19,6 +19,7 @@ from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.store import open_store
 from dlrm.config.config import Config, OptimizerConfig
 from dlrm.config.frozen import DENSE
+from dlrm.config.interval import Interval
 from dlrm.kernels import native
 from dlrm.ranks.runtime import Runtime, start_runtime
 from dlrm.schema.criteo import TABLE_NAMES
@@ -47,7 +48,7 @@ def settled(case: Case, days: Path, run_dir: Path, runtime: Runtime) -> Config:
     return replace(
         config,
         training=replace(config.training, epochs=1),
-        checkpoint=replace(config.checkpoint, checkpoint_every="1000"),
+        checkpoint=replace(config.checkpoint, checkpoint_every=Interval("1000")),
     )
 
 

@@ -27,6 +27,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from dlrm.assembly.build import build_model, make_sharder, plan_run
 from dlrm.config.config import Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
 from dlrm.kernels.interaction import dot_interaction
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import start_runtime
 from dlrm.schema.criteo import CATEGORICAL_NAMES
 from dlrm.sharding.cluster import Cluster
@@ -107,7 +108,8 @@ def tables_follow_the_dense_reference(optimizer: OptimizerConfig) -> None:
     with start_runtime() as runtime:
         model = build_model(config, runtime)
         cluster = Cluster.detect(runtime, config.sharding)
-        sharded = shard_model(model, plan_run(config, cluster, model), make_sharder(config), runtime.device, 1)
+        plan = plan_run(config, cluster, model, hotness_of(config))
+        sharded = shard_model(model, plan, make_sharder(config), runtime.device, 1)
         collection = next(m for n, m in sharded.named_modules() if n.endswith("embedding_bag_collection"))
         reference = DenseTables(read_tables(sharded), optimizer)
         generator = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""Days scored with a model of others: a later day, one of another vocabulary, one of ids that are no indices."""
+"""Days scored with a model of others: a later day, one of another vocabulary, one of ids that are not indices."""
 
 import contextlib
 import io
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.checkpoint import vocabulary as same_vocabulary_module
-from dlrm.checkpoint.restore import Source
+from dlrm.checkpoint.checkpoint import Checkpoint
+from dlrm.checkpoint.find import find, locate
+from dlrm.checkpoint.vocabulary import trained_vocabulary
 from dlrm.cli import main as dlrm
 from dlrm.config.flags import parse_args
 from dlrm.errors import DlrmError
@@ -194,19 +195,18 @@ def test_a_held_out_day_of_ids_that_are_no_indices(folder: Path) -> None:
     words = "100% in val, test of the ids lie beyond their tables, and 0% in day_0"
     assert words in said_of(folder, "hashed model")
     assert f"{words} of the training." in said_of(folder, "only the hashed day")
-    assert "ids that are no indices" not in said_of(folder, "model") + said_of(folder, "later")
+    assert "ids that are not indices" not in said_of(folder, "model") + said_of(folder, "later")
 
 
 def test_a_checkpoint_of_an_older_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its days tell the vocabulary, as long as they are there and what they were."""
     environment = json.loads((folder / "model" / "environment.json").read_text())
     expected = environment.pop("vocabulary_sha256")
-    monkeypatch.setattr(same_vocabulary_module, "read_file", lambda *_: json.dumps(environment).encode())
-    config = parse_args([*FLAGS, "--in_memory_binary_criteo_path", str(folder / "days")])
-    source = Source(str(folder / "model" / "checkpoints"), "any", None, config)  # type: ignore[arg-type]
-    assert same_vocabulary_module.trained_vocabulary(source) == expected
+    monkeypatch.setattr(Checkpoint, "read_environment", lambda _: environment)
+    checkpoint = find(locate(str(folder / "model")), print)
+    assert trained_vocabulary(checkpoint) == expected
     environment["data_manifest_sha256"] = "of other days"
-    assert same_vocabulary_module.trained_vocabulary(source) is None
+    assert trained_vocabulary(checkpoint) is None
 
 
 def test_rows_that_are_wrong_end_training_with_what_it_has_reached_saved(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.checkpoint.find import check_files, read_manifest
+from dlrm.checkpoint.checkpoint import read_checkpoint
 from dlrm.checkpoint.store import open_store
 from dlrm.errors import RunDirectoryError
 from dlrm.train.run_directory import RunDirectory
@@ -116,8 +116,8 @@ def test_a_full_disk_under_checkpoints(folder: Path, small_disk: Callable[[str],
     assert names
     assert all(name.startswith("step_") for name in names)  # nothing partial
     for name in names:
-        manifest = read_manifest(store, name)
-        check_files(store, name, manifest, manifest.files)
+        checkpoint = read_checkpoint(store, name)
+        checkpoint.verify(checkpoint.manifest.files)
     small_disk("size=4m")
     done = train(folder, "full", *flags)
     assert f"Resuming from {disk / 'checkpoints'}/{names[-1]}" in done.stdout
@@ -343,7 +343,7 @@ def test_another_batch_size_is_told(folder: Path) -> None:
 
 def test_a_second_signal_ends_at_once(folder: Path) -> None:
     """The first one comes while a batch is read that never arrives, so that there is no step at which to save."""
-    running = start(folder, "twice", changes={"dlrm.loader.splits.build_batch": _never})
+    running = start(folder, "twice", changes={"dlrm.loader.split.build_batch": _never})
     wait_until(lambda: (folder / "twice" / "metrics.jsonl").exists())
     time.sleep(0.2)
     running.send(signal.SIGTERM)
@@ -367,7 +367,7 @@ def _never(*_: Any, **__: Any) -> None:
         (["--checkpoint_dir", "nosuch://place"], "nosuch://place: Protocol not known: nosuch"),
         (["--checkpoint_dir", "s3://bucket/run", "--resume", "never"], "s3://bucket/run: Install s3fs"),
         (["--checkpoint_dir", "/dev/null/here"], "/dev/null/here: can't be written (Not a directory)"),
-        (["--checkpoint_dir", "memory://here"], "memory://here: is gone when the process is"),
+        (["--checkpoint_dir", "memory://here"], "memory://here: an in-memory store is lost when the process ends"),
         (["--checkpoint_dir", "{run}/metrics.jsonl/here"], "is where the run writes a file"),
     ],
 )

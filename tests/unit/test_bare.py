@@ -162,7 +162,7 @@ def test_a_list_beside_the_folder_and_what_md5sum_itself_writes(days, tmp_path, 
     (tmp_path / "list").write_text(written)
     assert "notes: sha256 " in refusal(capsys, days, "--sums", str(tmp_path / "list"))
     (tmp_path / "list").write_text("no list\n")
-    assert "list: line 1 is no checksum and name" in refusal(capsys, days, "--sums", str(tmp_path / "list"))
+    assert "list: line 1 is not a checksum and a name" in refusal(capsys, days, "--sums", str(tmp_path / "list"))
     (tmp_path / "list").write_text("")
     assert "list: lists no file" in refusal(capsys, days, "--sums", str(tmp_path / "list"))
     assert "nowhere: can't be read" in refusal(capsys, days, "--sums", str(tmp_path / "nowhere"))

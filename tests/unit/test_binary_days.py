@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dlrm.dataset.binary_days import open_splits
+from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.errors import DatasetError
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
-from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
 
 KAGGLE = {"names": ["train"]}
 
@@ -162,7 +162,7 @@ FAULTS = {
     "empty folder": (lambda f: [path.unlink() for path in f.iterdir()], "days: no day_0_dense.npy"),
     "ids of dlrm materialize": (
         lambda f: [path.unlink() for path in f.iterdir()] + [(f / "day_0_sparse_multi_hot.npz").touch()],
-        "days: holds ids alone, .* as --synthetic_multi_hot_criteo_path, and the days .* as --in_memory_binary_criteo",
+        "days: holds only ids, .* as --synthetic_multi_hot_criteo_path, and the days .* as --in_memory_binary_criteo",
     ),
     "one day": (lambda f: [path.unlink() for path in f.glob("day_[12]*")], r"one day only \(day_0\)"),
     "a gap": (lambda f: [path.unlink() for path in f.glob("day_1*")], "day_1_dense.npy is missing"),

@@ -8,9 +8,9 @@ import pytest
 
 from dlrm.dataset.binary_days import open_splits
 from dlrm.dataset.cautions import compare_folded, describe_days, find_copies, measure_each_part, note_unknown_folding
+from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.errors import DatasetError
-from dlrm.loader.splits import open_run_splits
-from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION
+from dlrm.loader.run_data import RunData, build_splits
 from tests.unit.test_splits import config_of, runtime_of
 
 TABLE_ROWS = np.full(26, 1000)
@@ -76,7 +76,7 @@ def test_ids_that_are_no_indices(most, words, tmp_path):
     assert words in said
     assert bool(said) == bool(words)
     if said:
-        assert said.startswith("WARNING: ids that are no indices. Of cat_0, cat_1, cat_2, cat_3 and 22 more, ")
+        assert said.startswith("WARNING: ids that are not indices. Of cat_0, cat_1, cat_2, cat_3 and 22 more, ")
 
 
 def test_few_rows_tell_nothing(tmp_path):
@@ -107,5 +107,5 @@ def test_held_out_rows_on_disk_are_checked_before_training(fault, stage, tmp_pat
     np.save(tmp_path / f"day_1_{name}.npy", array)
     config = config_of(tmp_path, batch_size=4, mmap_mode=True)
     with pytest.raises(DatasetError, match=f"day_1_{name}.npy: .* at row {19 if stage == 'val' else 39}"):
-        open_run_splits(config, runtime_of(1, 2))
-    open_run_splits(config, runtime_of(0, 2))
+        build_splits(RunData.open(config), runtime_of(1, 2))
+    build_splits(RunData.open(config), runtime_of(0, 2))

@@ -6,21 +6,13 @@ import fsspec
 import pytest
 import torch
 
-from dlrm.checkpoint.find import (
-    RemovedError,
-    best_of,
-    check_files,
-    complete_checkpoints,
-    locate,
-    read_file,
-    read_manifest,
-)
+from dlrm.checkpoint.checkpoint import RemovedError, UnfinishedError, read_checkpoint
+from dlrm.checkpoint.find import Location, best_of, complete_checkpoints, locate, names_to_leave, read_newest
 from dlrm.checkpoint.manifest import Chunk, Manifest, Tensor, name_of
-from dlrm.checkpoint.pick import read_newest
-from dlrm.checkpoint.restore import MisfitError, find_given, find_newest
+from dlrm.checkpoint.restore import find_on_ranks
 from dlrm.checkpoint.store import open_store
 from dlrm.config.config import CheckpointConfig, Config, TrainingConfig
-from dlrm.errors import CheckpointError
+from dlrm.errors import CheckpointError, MisfitError
 from dlrm.ranks.runtime import Runtime
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
@@ -82,18 +74,23 @@ def of_seed(seed):
 
 def newest(store, seed=0):
     notes = []
-    return find_newest(store.address, RUNTIME, of_seed(seed), notes.append), notes
+    return find_on_ranks(Location(store.address), RUNTIME, of_seed(seed), notes.append), notes
+
+
+def found_at(address, check=None, note=print):
+    return find_on_ranks(locate(str(address)), RUNTIME, check or of_seed(0), note)
 
 
 def test_none_is_there(store):
-    assert newest(store) == (None, [])
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(UnfinishedError, match="no checkpoint there is sound"):
+        newest(store)
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint|no such folder"):
         locate(store.address)
 
 
 def test_an_address_that_has_no_folders():
     with pytest.raises(CheckpointError, match="data://x: no address at which a folder can be listed"):
-        find_newest("data://x", RUNTIME, of_seed(0), print)
+        find_on_ranks(Location("data://x"), RUNTIME, of_seed(0), print)
 
 
 def test_the_newest_is_taken(store):
@@ -103,7 +100,7 @@ def test_the_newest_is_taken(store):
     assert (source.name, source.manifest.step, source.config.training.seed) == ("step_0000000100", 100, 0)
     assert source.address == f"{store.address}/step_0000000100"
     assert notes == []
-    assert [name for name, _ in complete_checkpoints(store)] == [name_of(100), name_of(20), name_of(5)]
+    assert [found.name for found in complete_checkpoints(store)] == [name_of(100), name_of(20), name_of(5)]
 
 
 def test_of_a_step_that_was_saved_twice_the_second_is_taken(store):
@@ -134,7 +131,7 @@ def test_a_damaged_one_is_left_out_by_auto_and_refused_by_name(store, file, chan
     assert notes[0].startswith(f"Left out {store.address}/step_0000000010: ")
     assert words in notes[0]
     with pytest.raises(CheckpointError, match=words) as caught:
-        find_given(f"{store.address}/{damaged}", RUNTIME, of_seed(0), notes.append)
+        found_at(f"{store.address}/{damaged}", note=notes.append)
     assert str(caught.value).startswith(f"{store.address}/step_0000000010: ")
     assert caught.value.everywhere
 
@@ -146,7 +143,7 @@ def test_a_file_that_is_missing(store):
     else:
         store.root.joinpath("step_0000000005", "rank_0.bin").unlink()
     with pytest.raises(CheckpointError, match=r"step_0000000005: rank_0.bin"):
-        find_newest(store.address, RUNTIME, of_seed(0), print)
+        newest(store)
 
 
 def test_nothing_but_damaged_ones_is_an_error_and_not_a_new_beginning(store):
@@ -157,14 +154,13 @@ def test_nothing_but_damaged_ones_is_an_error_and_not_a_new_beginning(store):
     ):
         newest(store)
     with pytest.raises(CheckpointError, match="no checkpoint there is sound"):
-        find_given(store.address, RUNTIME, of_seed(0), print)
+        found_at(store.address)
 
 
 def test_nothing_but_unfinished_ones_is_a_new_beginning(store):
     save(store, 5, finish=False)
-    source, notes = newest(store)
-    assert source is None
-    assert all("manifest.json is missing: it was not finished" in note for note in notes)  # a folder hides it
+    with pytest.raises(UnfinishedError):
+        newest(store)
 
 
 def test_one_of_another_training(store):
@@ -176,7 +172,7 @@ def test_one_of_another_training(store):
     with pytest.raises(MisfitError, match=r"step_0000000010: seed 1\.$"):
         newest(store, seed=2)
     with pytest.raises(MisfitError, match=r"step_0000000010: seed 1\.$"):
-        find_given(f"{store.address}/step_0000000010", RUNTIME, of_seed(0), print)
+        found_at(f"{store.address}/step_0000000010")
 
 
 def test_older_ones_of_another_training_are_known(store):
@@ -187,7 +183,8 @@ def test_older_ones_of_another_training_are_known(store):
     rewrite(store, save(store, 20), "rank_0.bin", flip)
     source, notes = newest(store)
     assert source.name == "step_0000000010"
-    assert source.left_out == ("step_0000000020", "step_0000000005")
+    left = names_to_leave(source, lambda found: of_seed(0)(found.manifest, found.config))
+    assert left == ("step_0000000020", "step_0000000005")
     assert len(notes) == 1
 
 
@@ -197,7 +194,7 @@ def test_one_that_was_renamed(store):
         manifest = opened.read()
     rewrite(store, save(store, 6), "manifest.json", lambda _: manifest)
     with pytest.raises(CheckpointError, match=r"manifest\.json is that of step 5: the folder was renamed"):
-        find_given(f"{store.address}/step_0000000006", RUNTIME, of_seed(0), print)
+        found_at(f"{store.address}/step_0000000006")
 
 
 def test_a_run_directory_whose_checkpoints_are_elsewhere(tmp_path):
@@ -206,7 +203,7 @@ def test_a_run_directory_whose_checkpoints_are_elsewhere(tmp_path):
     config = Config(checkpoint=CheckpointConfig(checkpoint_dir=store.address))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_json()))
-    assert find_given(str(tmp_path / "run"), RUNTIME, of_seed(0), print).address == f"{store.address}/step_0000000005"
+    assert found_at(tmp_path / "run").address == f"{store.address}/step_0000000005"
 
 
 def test_what_an_address_means(store):
@@ -214,12 +211,12 @@ def test_what_an_address_means(store):
         save(store, step)
     run = store.address.removesuffix("/checkpoints")
     for address in (run, f"{run}/", store.address, f"{store.address}/"):
-        source = find_given(address, RUNTIME, of_seed(0), print)
+        source = found_at(address)
         assert source.manifest.step == 10
     for address in (f"{store.address}/step_0000000005", f"{store.address}/step_0000000005/"):
-        assert find_given(address, RUNTIME, of_seed(0), print).manifest.step == 5
+        assert found_at(address).manifest.step == 5
     with pytest.raises(CheckpointError, match=r"step_0000000007.: no such folder|step_0000000007: no such checkpoint"):
-        find_given(f"{store.address}/step_0000000007", RUNTIME, of_seed(0), print)
+        found_at(f"{store.address}/step_0000000007")
 
 
 def test_a_link_is_named_and_not_followed(tmp_path):
@@ -236,17 +233,17 @@ def test_the_folder_of_checkpoints_may_be_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large disk")
     for address in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
-        assert find_given(str(address), RUNTIME, of_seed(0), print).manifest.step == 5
+        assert found_at(address).manifest.step == 5
 
 
 def test_files_that_the_manifest_does_not_name(store):
     name = save(store, 5)
-    manifest = read_manifest(store, name)
-    check_files(store, name, manifest, manifest.files)
+    checkpoint = read_checkpoint(store, name)
+    checkpoint.verify(checkpoint.manifest.files)
     with pytest.raises(CheckpointError, match=r"manifest.json does not name plan.json"):
-        check_files(store, name, manifest, ["plan.json"])
+        checkpoint.verify(["plan.json"])
     with pytest.raises(CheckpointError, match=r"plan.json is missing"):
-        read_file(store, name, "plan.json")
+        checkpoint.read("plan.json")
 
 
 def test_the_best(store):
@@ -254,7 +251,7 @@ def test_the_best(store):
     names = [save(store, step, val_auroc=auroc) for step, auroc in ((5, 0.7), (10, 0.8), (15, 0.8), (20, None))]
     there = complete_checkpoints(store)
     assert best_of(there) == names[1]
-    assert best_of([(name, replace(manifest, val_auroc=None)) for name, manifest in there]) is None
+    assert best_of([replace(found, manifest=replace(found.manifest, val_auroc=None)) for found in there]) is None
 
 
 def removing(store, name):
@@ -271,15 +268,15 @@ def removing(store, name):
 def test_of_one_that_is_removed_while_it_is_read_the_next_is_taken(store):
     save(store, 10)
     name = save(store, 20)
-    found = find_given(store.address, RUNTIME, removing(store, name), print)
-    assert (found.manifest.step, found.left_out) == (40, ())
+    found = found_at(store.address, removing(store, name))
+    assert found.manifest.step == 40
 
 
 def test_one_that_is_named_and_removed_while_it_is_read(store):
     save(store, 10)
     name = save(store, 20)
     with pytest.raises(RemovedError) as refused:
-        find_given(f"{store.address}/{name}", RUNTIME, removing(store, name), print)
+        found_at(f"{store.address}/{name}", removing(store, name))
     assert str(refused.value) == (
         f"{store.address}/{name}: the checkpoint was removed while it was read. A run keeps its newest ones (--keep): "
         "give the run directory, or a copy."
@@ -290,10 +287,10 @@ def test_what_is_read_of_one_that_goes_is_read_of_the_newest(store):
     save(store, 10)
     name, notes = save(store, 20), []
 
-    def read(picked):
+    def read(checkpoint):
         removing(store, name)()
-        check_files(store, picked.name, picked.manifest, ["rank_0.bin"])
-        return picked.manifest.step
+        checkpoint.verify(["rank_0.bin"])
+        return checkpoint.manifest.step
 
     assert read_newest(store.address, notes.append, read) == 40
     assert notes == [f"{store.address}/{name} was removed while it was read. Taking the newest one."]

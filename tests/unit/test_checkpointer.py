@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from dlrm.checkpoint import checkpointer as checkpointers
 from dlrm.checkpoint import dcp as storage
+from dlrm.checkpoint.checkpoint import read_checkpoint
 from dlrm.checkpoint.checkpointer import Checkpointer
-from dlrm.checkpoint.find import check_files, complete_checkpoints, read_manifest
+from dlrm.checkpoint.find import complete_checkpoints
 from dlrm.checkpoint.position import Position
 from dlrm.checkpoint.store import LocalStore
 from dlrm.checkpoint.tensors import Part, Parts
@@ -52,7 +53,7 @@ def save(checkpointer, *steps, auroc=None):
 
 
 def steps_in(store):
-    return [manifest.step for _, manifest in complete_checkpoints(store)]
+    return [found.manifest.step for found in complete_checkpoints(store)]
 
 
 def test_the_newest_stay_and_the_best(store):
@@ -138,8 +139,9 @@ def test_what_is_saved_is_what_was_there_then(store, copies, monkeypatch):
     assert steps_in(store) == ([] if copies else [5])
     may_write.set()
     checkpointer.finish()
-    manifest = read_manifest(store, "step_0000000005")
-    check_files(store, "step_0000000005", manifest, manifest.files)
+    checkpoint = read_checkpoint(store, "step_0000000005")
+    manifest = checkpoint.manifest
+    checkpoint.verify(manifest.files)
     assert sorted(manifest.files) == ["config.json", "rank_0.bin"]
     (chunk,) = manifest.tensors["dense.w"].chunks
     with store.open("step_0000000005", "rank_0.bin") as file:
@@ -224,5 +226,5 @@ def test_bytes_are_counted(store):
     checkpointer = make(store)
     save(checkpointer, 1)
     (saved,) = checkpointer.drain()
-    manifest = read_manifest(store, "step_0000000001")
+    manifest = read_checkpoint(store, "step_0000000001").manifest
     assert saved.num_bytes == sum(file.num_bytes for file in manifest.files.values()) == 32 + len("{}")

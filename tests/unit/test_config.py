@@ -287,7 +287,7 @@ def test_files_that_cannot_be_written_are_refused(name: str, why: str, tmp_path:
     Path("nowhere").symlink_to("gone")
     Path("device").symlink_to("/dev/null")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=rf"^--json {name}: can't be written \({why}\)\. Expected a file's name in"):
+    with pytest.raises(ConfigError, match=rf"^--json {name}: can't be written \({why}\)\. Expected a file in a folder"):
         check_output_file("json", name)
     assert sorted(tmp_path.rglob("*")) == before
 

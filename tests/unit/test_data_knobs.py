@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from dlrm.config.config import Config, DataConfig, ModelConfig, OutputConfig, TrainingConfig
-from dlrm.dataset.binary_days import Stage
+from dlrm.dataset.binary_days import STAGES, Stage
 from dlrm.errors import DatasetError
-from dlrm.loader.splits import STAGES, Split, draw_run_companions, open_run_splits
+from dlrm.loader.expansion import Companions
+from dlrm.loader.run_data import RunData, budget_of, build_splits, draw_run_companions
+from dlrm.loader.split import Split
 from dlrm.materialize.command import MaterializeConfig, materialize
 from dlrm.ranks.runtime import Runtime
 
@@ -35,8 +37,14 @@ def config_of(folder, *, seed: int = 1, table_rows=TABLE_ROWS, **data: object) -
 
 def open_splits_of(config: Config, runtime: Runtime) -> dict[Stage, Split]:
     """As a run does, with companions that were drawn by a host's one rank."""
-    companions = draw_run_companions(config, dataclasses.replace(runtime, rank=0, world_size=1, local_world_size=1))
-    return open_run_splits(config, runtime, companions)
+    data = RunData.open(config)
+    return build_splits(data, runtime, draw_companions(data, runtime))
+
+
+def draw_companions(data: RunData, runtime: Runtime) -> Companions | None:
+    """As the one rank of a host does."""
+    alone = dataclasses.replace(runtime, rank=0, world_size=1, local_world_size=1)
+    return draw_run_companions(data, alone, budget_of(alone))
 
 
 def steps_of(config: Config, world_size: int, stage: str = "train", epoch: int = 0) -> list[list]:
@@ -151,7 +159,7 @@ def test_undersampled_rows_are_the_same_in_memory_and_mapped(world_size, days):
     rows = [row for step in loaded for row in rows_of(step)]
     alone = steps_of(config_of(folder, batch_size=12, undersampling_rate=0.4), 1)
     assert rows == [row for step in alone for row in rows_of(step)] == sorted(rows)
-    splits = open_run_splits(config_of(folder, **data), runtime_of(0, world_size))
+    splits = build_splits(RunData.open(config_of(folder, **data)), runtime_of(0, world_size))
     assert splits["train"].partition.num_rows == len(rows) < NUM_TRAIN
     assert [splits[stage].partition.num_rows for stage in ("val", "test")] == [21, 20]
     assert (written.labels_B[rows] == 1).sum() == (written.labels_B[:NUM_TRAIN] == 1).sum()
@@ -175,7 +183,7 @@ def test_ids_made_on_the_fly_are_those_of_materialized_days(shuffles, mmap_mode,
                 assert torch.equal(ours.sparse_features.values(), theirs.sparse_features.values())
                 assert ours.sparse_features.length_per_key() == theirs.sparse_features.length_per_key()
                 assert torch.equal(ours.dense_BI, theirs.dense_BI)
-                assert ours.sparse_features.length_per_key() == [ours.num_rows * size for size in SIZES]
+                assert ours.sparse_features.length_per_key() == [ours.span.rows * size for size in SIZES]
 
 
 def test_sizes_of_one_are_one_hot(days):
@@ -277,23 +285,23 @@ def test_compressed_and_cut_multi_hot_days(days, multi_hot):
         np.savez_compressed(path, **{name: file[name] for name in file.files})
     config = config_of(days[0], synthetic_multi_hot_criteo_path=str(multi_hot))
     with pytest.raises(DatasetError, match="member 0 is compressed, so it can't be mapped"):
-        open_run_splits(config, runtime_of(0, 1))
+        build_splits(RunData.open(config), runtime_of(0, 1))
     for cut in (content[:-100], content[: len(content) // 2], b""):
         path.write_bytes(cut)
         with pytest.raises(DatasetError, match=r"day_1_sparse_multi_hot.npz: not a multi-hot day"):
-            open_run_splits(config, runtime_of(0, 1))
+            build_splits(RunData.open(config), runtime_of(0, 1))
 
 
 def test_a_manifest_of_other_tables_and_other_sizes_are_refused(days, multi_hot):
     path = {"synthetic_multi_hot_criteo_path": str(multi_hot)}
     with pytest.raises(DatasetError, match=r"manifest.json: ids were drawn for tables of 1000,3,50,.* expected 7,7,7"):
-        open_run_splits(config_of(days[0], table_rows=(7,) * 26, **path), runtime_of(0, 1))
+        build_splits(RunData.open(config_of(days[0], table_rows=(7,) * 26, **path)), runtime_of(0, 1))
     config = config_of(days[0], multi_hot_sizes=(2,) * 26, **path)
     with pytest.raises(DatasetError, match=r"3,1,2,7,.* expected 2,2,.* as --multi_hot_sizes says"):
-        open_run_splits(config, runtime_of(0, 1))
+        build_splits(RunData.open(config), runtime_of(0, 1))
     with pytest.raises(DatasetError, match=r"expected 2,2,.* as --multi_hot_sizes \(or the recipe mlperf_v2\) says"):
-        open_run_splits(dataclasses.replace(config, recipe="mlperf_v2"), runtime_of(0, 1))
-    open_run_splits(config_of(days[0], multi_hot_sizes=SIZES, **path), runtime_of(0, 1))
+        build_splits(RunData.open(dataclasses.replace(config, recipe="mlperf_v2")), runtime_of(0, 1))
+    build_splits(RunData.open(config_of(days[0], multi_hot_sizes=SIZES, **path)), runtime_of(0, 1))
 
 
 def test_ids_of_other_days_are_refused(days, tmp_path):
@@ -305,10 +313,10 @@ def test_ids_of_other_days_are_refused(days, tmp_path):
         MaterializeConfig(str(days[0]), str(folder), multi_hot_sizes=SIZES, num_embeddings_per_feature=TABLE_ROWS)
     )
     config = config_of(days[0], synthetic_multi_hot_criteo_path=str(folder))
-    open_run_splits(config, runtime_of(0, 1))
+    build_splits(RunData.open(config), runtime_of(0, 1))
     manifest.write_text('{"version": 1, "files": {}, "seed": 7}')
     with pytest.raises(DatasetError, match=r"made/manifest.json: ids were made from other days than those in"):
-        open_run_splits(config, runtime_of(0, 1))
+        build_splits(RunData.open(config), runtime_of(0, 1))
 
 
 def test_random_data_with_a_distribution_has_the_companions_of_its_ids():
@@ -350,34 +358,33 @@ def test_memory_is_counted_before_it_is_taken(days):
 
 def test_headers_are_checked_before_companions_are_drawn(days, monkeypatch):
     config = config_of(days[0], multi_hot_sizes=SIZES)
-    companions = draw_run_companions(config, runtime_of(0, 1))
+    data = RunData.open(config)
+    companions = draw_companions(data, runtime_of(0, 1))
     assert [table.shape for table in companions.tables] == list(
         zip(TABLE_ROWS, [size - 1 for size in SIZES], strict=True)
     )
-    splits = open_run_splits(config, runtime_of(0, 1), companions)
+    splits = build_splits(data, runtime_of(0, 1), companions)
     assert all(splits[stage].source.companions is companions for stage in STAGES)
     (days[0] / "day_1_dense.npy").unlink()
     monkeypatch.setattr("dlrm.loader.expansion.draw_table", None)
     with pytest.raises(DatasetError, match=r"day_1_dense.npy: missing"):
-        draw_run_companions(config, runtime_of(0, 1))
+        open_splits_of(config, runtime_of(0, 1))
 
 
 @pytest.mark.parametrize("data", [{}, {"multi_hot_sizes": (1,) * 26}, {"synthetic_multi_hot_criteo_path": "d"}])
 def test_no_companions_where_none_are_needed(data, days):
-    assert draw_run_companions(config_of(days[0], **data), runtime_of(0, 1)) is None
-    assert draw_run_companions(config_of(None, multi_hot_sizes=SIZES), runtime_of(0, 1)) is None
+    assert RunData(config_of(days[0], **data), STAGES, {}).expansion is None
+    assert RunData.open(config_of(None, multi_hot_sizes=SIZES)).expansion is None
 
 
 def test_counts_are_those_of_what_was_taken(days):
     config = config_of(days[0], batch_size=10, multi_hot_sizes=SIZES, collect_multi_hot_freqs_stats=True)
     runtime = runtime_of(0, 1)
     split = open_splits_of(config, runtime)["train"]
-    batches = split.batches()
-    taken = [next(batches) for _ in range(9)]
-    for _ in range(7):  # a pipeline holds two more, not trained on yet
-        split.frequencies.count()
-    batches.close()
-    taken = ids_of(taken[:7])
+    taken = list(split.batches())[:7]
+    for batch in taken:
+        split.frequencies.count(batch)
+    taken = ids_of(taken)
     arrays = split.frequencies.total(runtime)
     assert len(arrays) == 52
     for feature, (ids, rows) in enumerate(zip(taken, TABLE_ROWS, strict=True)):

@@ -8,7 +8,7 @@ import torch
 
 from dlrm.config.config import Config, DataConfig, ModelConfig
 from dlrm.loader.dense_statistics import DenseStatistics, sample_rows
-from dlrm.loader.splits import measure_dense
+from dlrm.loader.run_data import RunData
 from dlrm.materialize.command import MaterializeConfig, materialize
 from dlrm.model.dense import BucketEmbeddings, StandardizedDense
 
@@ -106,6 +106,6 @@ def test_statistics_need_no_ids(tmp_path, write_days):
         ),
         model=ModelConfig(num_embeddings_per_feature=rows, standardize_dense=True, dense_buckets=3),
     )
-    statistics = measure_dense(config)
+    statistics = RunData.open(config).measure_dense()
     dense = np.load(tmp_path / "days/day_0_dense.npy")
     np.testing.assert_allclose(statistics.mean_I, [column[column != 0].mean() for column in dense.T], atol=1e-5)

@@ -15,6 +15,7 @@ from dlrm.config.config import (
     ShardingConfig,
     TrainingConfig,
 )
+from dlrm.config.interval import Interval
 from dlrm.errors import ConfigError
 from dlrm.evaluate.config import config_on_top, parse_evaluate
 from tests.unit.checkpoint_folders import write_checkpoint
@@ -34,7 +35,7 @@ SAVED = Config(
     optimizer=OptimizerConfig(optimizer="adam", weight_decay=0.1, lr_warmup_steps=5),
     training=TrainingConfig(epochs=3, seed=11, precision="bf16", dense_execution="compile"),
     evaluation=EvaluationConfig(validation_freq_within_epoch=3, validation_auroc=0.7, evaluate_on_epoch_end=False),
-    checkpoint=CheckpointConfig(checkpoint_every="5", keep=4, hang_timeout=99.0),
+    checkpoint=CheckpointConfig(checkpoint_every=Interval("5"), keep=4, hang_timeout=99.0),
     output=OutputConfig(run_dir="old", tensorboard=True, mlperf_log=True, print_progress=False),
     recipe="debug_cpu",
 )
@@ -155,7 +156,7 @@ def test_limits_of_a_set_that_is_not_scored(split, flag):
         (["--checkpoint", "{path}", "--split", "train"], "--split train: expected one of val, test, both"),
         (["--checkpoint", "{path}", "--test_batch_sise", "3"], "did you mean --test_batch_size"),
         (["--checkpoint", "{path}", "--test_batch_size", "0"], "--test_batch_size 0: expected more than 0"),
-        (["--checkpoint", "{path}", "--json", "{folder}"], "can't be written (is a folder). Expected a file's name"),
+        (["--checkpoint", "{path}", "--json", "{folder}"], "can't be written (is a folder). Expected a file in"),
         (["--checkpoint", "{path}", "--embedding_dim", "16"], "--embedding_dim 64 (here 16)"),
         (["--checkpoint", "{path}", "--epochs", "2"], "--epochs: changes nothing"),
         (["--checkpoint", "{link}"], "is a link, which is not followed"),

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from dlrm.checkpoint import saved_tables as tables
-from dlrm.checkpoint.pick import pick
+from dlrm.checkpoint.find import find, locate
 from dlrm.checkpoint.saved_tables import tables_of
 from dlrm.cli import main
 from dlrm.errors import CheckpointError
@@ -165,7 +165,7 @@ def test_a_folder_that_can_not_be_written(tmp_path, capsys, monkeypatch):
 
 
 def test_a_manifest_with_half_a_table(tmp_path):
-    manifest = pick(str(write_checkpoint(tmp_path)), print).manifest
+    manifest = find(locate(str(write_checkpoint(tmp_path))), print).manifest
     tensors = {name: tensor for name, tensor in manifest.tensors.items() if name != "tables.t_cat_2.weight"}
     with pytest.raises(CheckpointError, match="'t_cat_2' is no table"):
         tables_of(tensors)

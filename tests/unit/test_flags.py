@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config.config import CONFIG_VERSION, Config
-from dlrm.config.config import config as config_module
+from dlrm.config import config as config_module
+from dlrm.config.config import CONFIG_VERSION, CheckpointConfig, Config, OptimizerConfig, OutputConfig, TrainingConfig
 from dlrm.config.flags import parse_args
+from dlrm.config.interval import Interval
 from dlrm.config.recipes import MLPERF_ROWS, RECIPES
 from dlrm.errors import ConfigError
 
@@ -156,6 +157,51 @@ def test_a_file_that_is_no_config_is_named(content, words, tmp_path):
         parse_args(["--config", str(path)])
     assert str(refused.value).startswith(f"--config {path}: {words}")
     assert str(refused.value).endswith(". Expected the config.json of a run.")
+
+
+def test_a_run_is_repeated_without_what_belongs_to_it_alone(tmp_path):
+    path = tmp_path / "config.json"
+    checkpoint = CheckpointConfig(
+        checkpoint_every=Interval("30m"),
+        checkpoint_dir="old",
+        resume="old/step_0000000001",
+        allow_changed_data=True,
+        init_from="other",
+        allow_other_vocabulary=True,
+    )
+    saved = Config(checkpoint=checkpoint, output=OutputConfig(run_dir="old", print_lr=True))
+    path.write_text(json.dumps(saved.to_json()))
+    kept = CheckpointConfig(checkpoint_every=Interval("30m"), init_from="other")
+    expected = Config(checkpoint=kept, output=OutputConfig(print_lr=True), config=str(path))
+    assert parse_args(["--config", str(path)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("saved", "argv", "said"),
+    [
+        (Config(optimizer=OptimizerConfig(optimizer="adam")), ["--adagrad"], "adagrad"),
+        (Config(optimizer=OptimizerConfig(adagrad=True)), ["--optimizer", "adam"], "adam"),
+        (Config(training=TrainingConfig(precision="bf16")), ["--allow_tf32"], "tf32"),
+        (Config(training=TrainingConfig(allow_tf32=True)), ["--precision=bf16"], "bf16"),
+    ],
+)
+def test_of_two_names_for_one_thing_the_one_that_is_given_counts(saved, argv, said, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved.to_json()))
+    config = parse_args(["--config", str(path), *argv])
+    assert said in (config.optimizer.algorithm, config.training.arithmetic)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--adagrad", "--optimizer", "adam"], "--adagrad with --optimizer adam: give one of the two"),
+        (["--allow_tf32", "--precision", "bf16"], "--allow_tf32 with --precision bf16: give one of the two"),
+    ],
+)
+def test_two_names_for_one_thing_must_agree(argv, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_args(argv)
 
 
 @pytest.mark.parametrize("spelling", [["--num_embeddings", "77"], ["--num_embeddings=77"], ["--num-embeddings", "77"]])

@@ -10,7 +10,7 @@ import pytest
 
 from dlrm.bench.command import CASES
 from dlrm.cli import COMMANDS, main
-from dlrm.system.files import MANIFEST_NAME
+from dlrm.dataset.manifest import MANIFEST_NAME
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guides").glob("*.md"))]

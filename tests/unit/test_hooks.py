@@ -8,7 +8,7 @@ import torch
 
 from dlrm.checkpoint.checkpointer import Checkpointer, Saved
 from dlrm.checkpoint.position import Position
-from dlrm.config.config import CheckpointConfig
+from dlrm.config.interval import Interval
 from dlrm.errors import DatasetError
 from dlrm.fault_tolerance import hooks as hooks_module
 from dlrm.fault_tolerance.hooks import RunHooks
@@ -43,7 +43,7 @@ class Writer:
 def hooks_of(runtime: Runtime, writer: Writer) -> RunHooks:
     watchdog = Watchdog(ALONE, timeout=0.0)
     checkpointer = cast("Checkpointer", writer)
-    return RunHooks(CheckpointConfig(), runtime, checkpointer, StopSignals(), watchdog, Journal(Sinks([])))
+    return RunHooks(Interval("never"), runtime, checkpointer, StopSignals(), watchdog, Journal(Sinks([])))
 
 
 @pytest.mark.parametrize(

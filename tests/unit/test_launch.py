@@ -14,6 +14,7 @@ from torchx.specs import AppDef
 
 from dlrm.config.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, ShardingConfig
 from dlrm.config.flags import parse_args
+from dlrm.config.interval import Interval
 from dlrm.config.recipes import RANKS, RECIPES
 from dlrm.errors import LaunchError
 from dlrm.launch.components import train
@@ -171,7 +172,7 @@ def test_memory_is_that_of_tables_and_copies(optimizer, mode, gpus, copies):
     config = Config(
         model=ModelConfig(num_embeddings=2**20, embedding_dim=64),
         optimizer=OptimizerConfig(optimizer=optimizer),
-        checkpoint=CheckpointConfig(checkpoint_every="5", checkpoint_mode=mode),
+        checkpoint=CheckpointConfig(checkpoint_every=Interval("5"), checkpoint_mode=mode),
     )
     estimates = [estimate_host_gib(config, Shape(hosts, hosts, 1), gpus) for hosts in (1, 4)]
     processes = 6.0 if gpus else 1.5
@@ -182,7 +183,8 @@ def test_memory_is_that_of_tables_and_copies(optimizer, mode, gpus, copies):
 
 def test_memory_of_tables_that_gpus_can_not_hold():
     config = Config(
-        model=ModelConfig(num_embeddings=2**24, embedding_dim=64), checkpoint=CheckpointConfig(checkpoint_every="never")
+        model=ModelConfig(num_embeddings=2**24, embedding_dim=64),
+        checkpoint=CheckpointConfig(checkpoint_every=Interval("never")),
     )
     tables = 26 * 2**24 * 64 * 4 / 2**30
     large = dataclasses.replace(config, sharding=ShardingConfig(device_memory_gib=80.0))
@@ -198,7 +200,7 @@ def test_memory_of_rows(tmp_path):
             file.truncate(5 * 2**30)
     data = DataConfig(in_memory_binary_criteo_path=str(tmp_path))
     mapped = DataConfig(in_memory_binary_criteo_path=str(tmp_path), mmap_mode=True)
-    shape, checkpoint = Shape(2, 2, 1), CheckpointConfig(checkpoint_every="never")
+    shape, checkpoint = Shape(2, 2, 1), CheckpointConfig(checkpoint_every=Interval("never"))
     in_memory, on_disk = (
         estimate_host_gib(Config(data=one, checkpoint=checkpoint), shape, 0) for one in (data, mapped)
     )

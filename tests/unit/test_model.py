@@ -12,7 +12,7 @@ from dlrm.config.config import Config, DataConfig, DenseExecution, ModelConfig, 
 from dlrm.kernels.interaction import dot_interaction
 from dlrm.loader.batch import Batch, build_batch
 from dlrm.loader.partition import Partition, Span
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
@@ -50,7 +50,7 @@ RENAMED = (
 
 
 def make_batch(num_rows: int, padded_rows: int | None = None, start: int = 0, global_rows: int | None = None) -> Batch:
-    source = RandomSource(ROWS, (1,) * 26, 0.0, seed=7)
+    source = RandomRows(ROWS, (1,) * 26, 0.0, seed=7)
     span = Span(0, start, start + num_rows, padded_rows or num_rows, global_rows or num_rows)
     return build_batch(source.read(start, start + num_rows), span, (1,) * 26)
 
@@ -103,12 +103,12 @@ def test_tables_come_first_so_that_their_all_to_all_overlaps_with_the_dense_arch
 def test_padding_changes_neither_loss_nor_gradients() -> None:
     ours, _ = make_pair("original")
     train = DLRMTrain(ours, world_size=1)
-    plain_loss, (_, plain_logits_B, _) = train(make_batch(5))
+    plain_loss, plain_output = train(make_batch(5))
     plain = torch.autograd.grad(plain_loss, list(ours.parameters()))
-    padded_loss, (_, padded_logits_B, labels_B) = train(make_batch(5, padded_rows=6))
+    padded_loss, padded_output = train(make_batch(5, padded_rows=6))
     padded = torch.autograd.grad(padded_loss, list(ours.parameters()))
-    assert len(labels_B) == 5
-    torch.testing.assert_close(padded_logits_B, plain_logits_B, rtol=0, atol=1e-6)
+    assert len(padded_output.labels_B) == 5
+    torch.testing.assert_close(padded_output.logits_B, plain_output.logits_B, rtol=0, atol=1e-6)
     for one, other in zip(padded, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 

@@ -10,6 +10,7 @@ from dlrm.assembly.optimizers import build_optimizer
 from dlrm.config.config import Config, ModelConfig, OptimizerConfig, ShardingConfig, TrainingConfig
 from dlrm.config.flags import parse_args
 from dlrm.errors import ConfigError
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import start_runtime
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.shard import shard_model
@@ -29,7 +30,7 @@ def rates(optimizer: OptimizerConfig, sharding: str, step: int) -> dict[str, set
     with warnings.catch_warnings(), start_runtime() as runtime:
         warnings.simplefilter("ignore")
         model = build_model(config, runtime)
-        plan = plan_run(config, Cluster("cpu", 1, 1, GIB), model)
+        plan = plan_run(config, Cluster("cpu", 1, 1, GIB), model, hotness_of(config))
         sharded = shard_model(model, plan, make_sharder(config), runtime.device, 1)
         combined = build_optimizer(sharded, config.optimizer)
         LearningRateSchedule(combined, config.optimizer).begin_step(step)

@@ -6,6 +6,7 @@ from dlrm.assembly.optimizers import build_optimizer
 from dlrm.assembly.pipeline import build_pipeline, check_pipeline, table_kernels
 from dlrm.config.config import Config, ModelConfig, TrainingConfig
 from dlrm.errors import ConfigError
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import start_runtime
 from dlrm.sharding.cluster import Cluster
 from dlrm.sharding.placement import Placement, TablePlacement
@@ -39,7 +40,7 @@ def test_prefetch_starts_each_pass_with_no_cache_line_locked():
     config = Config(training=TrainingConfig(seed=0, pipeline="prefetch"), model=ModelConfig(num_embeddings=8))
     with start_runtime() as runtime:
         model = build_model(config, runtime)
-        plan = plan_run(config, Cluster("cpu", 1, 1, 2**30), model)
+        plan = plan_run(config, Cluster("cpu", 1, 1, 2**30), model, hotness_of(config))
         sharded = shard_model(model, plan, make_sharder(config), runtime.device, 0)
         kernels = list(table_kernels(sharded))
         assert kernels

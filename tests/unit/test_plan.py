@@ -17,6 +17,7 @@ from dlrm.config.recipes import RECIPES
 from dlrm.config.table_rules import SHARDING_TYPES
 from dlrm.cost.optimizer_state import table_state_floats
 from dlrm.errors import PlanError
+from dlrm.loader.run_data import hotness_of
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.placement import Placement
@@ -29,7 +30,7 @@ def make_plan(config: Config, cluster: Cluster) -> Placement:
     model = DLRM(config.model, torch.device("meta"))
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
     train = DLRMTrain(model, cluster.world_size)
-    plan = plan_run(config, cluster, train)
+    plan = plan_run(config, cluster, train, hotness_of(config))
     return describe_plan(plan, train, cluster.world_size, partial(table_state_floats, config))
 
 
@@ -136,7 +137,7 @@ def test_kernels_of_a_gpu_and_the_cache() -> None:
     config = constrained(rules)
     model = DLRM(config.model, torch.device("meta"))
     fuse_table_optimizer(model.embedding_bag_collection, config.optimizer)
-    plan = plan_run(config, gpus(8), DLRMTrain(model, 8))
+    plan = plan_run(config, gpus(8), DLRMTrain(model, 8), hotness_of(config))
     placed = next(iter(plan.plan.values()))
     assert placed["t_cat_0"].cache_params.load_factor == 0.1
     assert [placed[f"t_cat_{i}"].compute_kernel for i in range(3)] == ["fused_uvm_caching", "fused", "fused_uvm"]

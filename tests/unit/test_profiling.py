@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlrm.config.checks import check_profile
 from dlrm.config.config import PROFILE_WARM_UP_STEPS, Config, OutputConfig, TrainingConfig
 from dlrm.errors import ConfigError, RunDirectoryError
 from dlrm.ranks.runtime import Runtime
-from dlrm.train.profiling import StepProfiler, check_profile
+from dlrm.train.profiling import StepProfiler
 
 RUNTIME = Runtime(0, 0, 1, 1, torch.device("cpu"))
 

@@ -16,7 +16,7 @@ DECAY = OptimizerConfig(lr_decay_start=50, lr_decay_steps=50)
 
 def start_at(step: int, data: str) -> Start:
     manifest = SimpleNamespace(position=Position(step=step).to_json(), data="old")
-    return Start(Path("run"), cast(Any, SimpleNamespace(manifest=manifest)), data)
+    return Start(Path("run"), data, cast(Any, SimpleNamespace(manifest=manifest)))
 
 
 def test_new_data_after_the_learning_rate_has_decayed_is_refused() -> None:

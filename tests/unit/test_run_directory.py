@@ -15,16 +15,13 @@ from dlrm.config.config import Config, DataConfig, OutputConfig
 from dlrm.config.recipes import RECIPES
 from dlrm.errors import RunDirectoryError
 from dlrm.ranks.runtime import Runtime
-from dlrm.system import lock
+from dlrm.system import environment, lock
 from dlrm.system.environment import describe_software
 from dlrm.system.files import sha256_of
 from dlrm.system.lock import Locks
 from dlrm.train import run_directory
-from dlrm.train.run_directory import (
-    RunDirectory,
-    describe_environment,
-    launch_id,
-)
+from dlrm.train.environment import describe_environment, launch_id
+from dlrm.train.run_directory import RunDirectory
 
 RUNTIME = Runtime(3, 1, 4, 2, torch.device("cpu"))
 
@@ -36,7 +33,8 @@ def config_at(path) -> Config:
 def test_check_makes_nothing(tmp_path):
     path = tmp_path / "several" / "levels" / "down"
     assert RunDirectory.locate(config_at(path)) == path
-    assert not RunDirectory.check(path, Config(), may_resume=True)
+    RunDirectory(path).check(Config(), may_resume=True)
+    assert not RunDirectory(path).holds_run()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,14 +54,19 @@ def test_the_default_folder_says_what_and_when(config, name, tmp_path, monkeypat
 
 def test_a_folder_that_holds_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert not RunDirectory.check(tmp_path, Config(), may_resume=True)
+    directory = RunDirectory(tmp_path)
+    directory.check(Config(), may_resume=True)
+    assert not directory.holds_run()
     (tmp_path / "config.json").touch()
-    assert RunDirectory.check(tmp_path, Config(), may_resume=True)
+    directory.check(Config(), may_resume=True)
+    assert directory.holds_run()
+    assert not directory.is_finished()
     with pytest.raises(RunDirectoryError, match=f"--run_dir {tmp_path}: holds a run already"):
-        RunDirectory.check(tmp_path, Config(), may_resume=False)
+        directory.check(Config(), may_resume=False)
     (tmp_path / "summary.json").touch()
     with pytest.raises(RunDirectoryError, match=f"--run_dir {tmp_path}: holds a finished run"):
-        RunDirectory.check(tmp_path, Config(), may_resume=True)
+        directory.check(Config(), may_resume=True)
+    assert directory.is_finished()
 
 
 def test_the_folder_of_the_launch_that_is_started_again(tmp_path, monkeypatch):
@@ -163,8 +166,10 @@ def test_a_resumed_run_has_the_metrics_of_its_checkpoint(tmp_path):
 def test_a_checkpoint_is_no_run_directory(below, tmp_path):
     path = tmp_path / "checkpoints" / "step_0000000020" / below
     path.mkdir(parents=True)
-    with pytest.raises(RunDirectoryError, match=r"is or lies in a checkpoint\. To train on from one: --resume"):
-        RunDirectory.check(path, Config(), may_resume=True)
+    with pytest.raises(
+        RunDirectoryError, match=r"is or lies in a checkpoint\. To continue training from one: --resume"
+    ):
+        RunDirectory(path).check(Config(), may_resume=True)
 
 
 def test_a_restart_that_a_lost_host_makes_necessary_is_known_by_its_launch(tmp_path, monkeypatch):
@@ -190,7 +195,7 @@ def test_a_file_in_the_folders_place(below, tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / below
     with pytest.raises(RunDirectoryError, match=f"--run_dir {path}: {tmp_path / 'file'} is not a folder"):
-        RunDirectory.check(path, Config(), may_resume=True)
+        RunDirectory(path).check(Config(), may_resume=True)
     expected = rf"{path}: can't be written \(.+\). Fix that and start"
     with Locks() as locks, pytest.raises(RunDirectoryError, match=expected):
         RunDirectory.open(path, Config(), {}, {}, locks, None)
@@ -199,7 +204,7 @@ def test_a_file_in_the_folders_place(below, tmp_path):
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory.os, "access", lambda path, _: path != tmp_path)
     with pytest.raises(RunDirectoryError, match=f"no permission to write in {tmp_path}"):
-        RunDirectory.check(tmp_path / "run", Config(), may_resume=True)
+        RunDirectory(tmp_path / "run").check(Config(), may_resume=True)
 
 
 def test_open_writes_what_the_run_is(tmp_path):
@@ -213,7 +218,7 @@ def test_open_writes_what_the_run_is(tmp_path):
     assert json.loads((path / "environment.json").read_text()) == {"host": "here"}
     assert json.loads((path / "plan.json").read_text()) == {"tables": [1]}
     with pytest.raises(RunDirectoryError, match="holds a run already"):
-        RunDirectory.check(path, config, may_resume=False)
+        RunDirectory(path).check(config, may_resume=False)
 
 
 def test_metrics_are_lines_of_json(tmp_path):
@@ -262,10 +267,10 @@ def test_environment_identifies_the_data(tmp_path):
 
 def test_commit(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
-    module = tmp_path / "dlrm" / "run_directory.py"
+    module = tmp_path / "dlrm" / "environment.py"
     module.parent.mkdir()
     module.touch()
-    monkeypatch.setattr(run_directory, "__file__", str(module))
+    monkeypatch.setattr(environment, "__file__", str(module))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert describe_software()["commit"] is None
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "first"]):

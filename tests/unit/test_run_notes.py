@@ -7,7 +7,8 @@ import torch
 
 from dlrm.config.config import Config
 from dlrm.ranks.runtime import Runtime
-from dlrm.train.run import _explain_target, _note_other_ranks
+from dlrm.train.run import _note_other_ranks
+from dlrm.train.summary import explain_target
 
 
 @pytest.mark.parametrize(("environment", "told"), [({"world_size": 2}, True), ({"world_size": 1}, False), ({}, False)])
@@ -34,6 +35,6 @@ def test_a_config_from_elsewhere(tmp_path, capsys):
     ],
 )
 def test_a_target_that_was_not_reached(aurocs, words):
-    told = _explain_target(0.8, aurocs)
+    told = explain_target(0.8, aurocs)
     assert told.startswith("The target was not reached: --validation_auroc 0.8, ")
     assert told.endswith(words)

@@ -8,6 +8,7 @@ import torch
 
 from dlrm.assembly.build import build_model, make_sharder, plan_run
 from dlrm.config.config import Config, ModelConfig, ShardingConfig, TrainingConfig
+from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import derive_seed, start_runtime
 from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.sharding.shard import shard_model
@@ -43,7 +44,7 @@ def test_tables_are_drawn_once_by_seed_name_and_block(sharding):
         warnings.simplefilter("ignore")
         model = build_model(config, runtime)
         dense = {name: part.clone() for name, part in model.model.dense_arch.named_parameters()}
-        plan = plan_run(config, Cluster("cpu", 1, 1, GIB), model)
+        plan = plan_run(config, Cluster("cpu", 1, 1, GIB), model, hotness_of(config))
         state = torch.get_rng_state()
         sharded = shard_model(model, plan, make_sharder(config), runtime.device, 7)
         if sharding != "data_parallel":  # whose kernels draw by another way, for small tables

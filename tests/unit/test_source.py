@@ -7,8 +7,8 @@ from dlrm.errors import DatasetError
 from dlrm.loader import sources as source_module
 from dlrm.loader.partition import Partition
 from dlrm.loader.permutation import Permutation
-from dlrm.loader.random_source import RandomSource
-from dlrm.loader.sources import MappedSplit, RandomSplit, ShuffledSplit, fold_ids, load_split
+from dlrm.loader.random_rows import RandomRows
+from dlrm.loader.sources import MappedSource, RandomSource, ShuffledSource, fold_ids, load_rows
 from dlrm.ranks.runtime import derive_seed
 
 TABLE_ROWS = np.array([2**31 - 1, 2**24 + 3, 1000, 7, 1] + [50] * 21, dtype=np.int64)
@@ -30,9 +30,9 @@ def test_memory_and_mapped_rows_are_the_same(
     written = write_days(tmp_path, [12, 11, 6], sparse_dtype=sparse_dtype)
     rows = open_splits(tmp_path, "criteo_1t")["train"]
     partition = Partition(rows.num_rows, batch_size, world_size)
-    mapped = MappedSplit(rows, TABLE_ROWS)
+    mapped = MappedSource(rows, TABLE_ROWS)
     for rank in range(world_size):
-        loaded = load_split(rows, partition, rank, TABLE_ROWS, "")
+        loaded = load_rows(rows, partition, rank, TABLE_ROWS, "")
         assert len(loaded.rows.labels_B) == sum(span.rows for span in partition.spans(rank)) <= -(-23 // world_size)
         for span in partition.spans(rank):
             own = slice(span.start, span.stop)
@@ -46,8 +46,8 @@ def test_memory_and_mapped_rows_are_the_same(
 def test_a_limit_loads_only_what_is_used(tmp_path, write_days):
     write_days(tmp_path, [12, 11, 6])
     rows = open_splits(tmp_path, "criteo_1t")["train"]
-    assert len(load_split(rows, Partition(23, 3, 2, limit=2), 1, TABLE_ROWS, "").rows.labels_B) == 6
-    assert len(load_split(rows, Partition(23, 3, 2, drop_last=True), 1, TABLE_ROWS, "").rows.labels_B) == 9
+    assert len(load_rows(rows, Partition(23, 3, 2, limit=2), 1, TABLE_ROWS, "").rows.labels_B) == 6
+    assert len(load_rows(rows, Partition(23, 3, 2, drop_last=True), 1, TABLE_ROWS, "").rows.labels_B) == 9
 
 
 def test_loading_reads_no_rows_of_other_ranks(tmp_path, write_days):
@@ -59,9 +59,9 @@ def test_loading_reads_no_rows_of_other_ranks(tmp_path, write_days):
     rows = open_splits(tmp_path, "criteo_1t")["train"]
     partition = Partition(9, 3, 3)
     for rank in (0, 2):
-        load_split(rows, partition, rank, TABLE_ROWS, "")
+        load_rows(rows, partition, rank, TABLE_ROWS, "")
     with pytest.raises(DatasetError, match="label 7 at row 4"):
-        load_split(rows, partition, 1, TABLE_ROWS, "")
+        load_rows(rows, partition, 1, TABLE_ROWS, "")
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_ids_within_their_tables_stay(dtype):
 
 
 def test_random_epochs_follow_on_each_other():
-    random = RandomSource((50,) * 26, (1,) * 26, 0.0, seed=4)
+    random = RandomRows((50,) * 26, (1,) * 26, 0.0, seed=4)
     partition = Partition(12, 3, 2)
-    split = RandomSplit(random, partition.num_rows)
+    split = RandomSource(random, partition.num_rows)
     for epoch in range(3):
         for rank in range(2):
             spans = list(partition.spans(rank))
@@ -103,7 +103,7 @@ def test_random_epochs_follow_on_each_other():
 def test_shuffled_rows_are_the_same_however_many_spans_are_read_at_once(batch_size, tmp_path, write_days):
     write_days(tmp_path, [12, 11, 6])
     rows = open_splits(tmp_path, "criteo_1t")["train"]
-    shuffled = ShuffledSplit(rows, TABLE_ROWS, seed=3)
+    shuffled = ShuffledSource(rows, TABLE_ROWS, seed=3)
     spans = [span for rank in range(2) for span in Partition(rows.num_rows, batch_size, 2).spans(rank)]
     assert spans[-1].rows < spans[0].padded_rows
     for span, together in zip(spans, shuffled.read(spans, epoch=1), strict=True):

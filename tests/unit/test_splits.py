@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dlrm.config.config import Config, DataConfig, ModelConfig, TrainingConfig
+from dlrm.dataset.binary_days import STAGES
 from dlrm.errors import DatasetError
 from dlrm.loader.prefetch import prefetch
-from dlrm.loader.sources import MappedSplit, MemorySplit
-from dlrm.loader.splits import STAGES, Split, open_run_splits
+from dlrm.loader.run_data import RunData, build_splits
+from dlrm.loader.sources import MappedSource, MemorySource
+from dlrm.loader.split import Split
 from dlrm.ranks.runtime import Runtime, derive_seed
 
 TABLE_ROWS = (2**31 - 1, 2**24 + 3, 1000, 7, 1) + (50,) * 21
@@ -32,7 +34,7 @@ def config_of(path=None, *, seed: int = 1, **data: object) -> Config:
 
 
 def open_ranks(config: Config, world_size: int) -> list[dict[str, Split]]:
-    return [open_run_splits(config, runtime_of(rank, world_size)) for rank in range(world_size)]
+    return [build_splits(RunData.open(config), runtime_of(rank, world_size)) for rank in range(world_size)]
 
 
 def rows_of(batch) -> list[int]:
@@ -49,7 +51,7 @@ def assert_same(first, second) -> None:
     assert torch.equal(first.labels_B, second.labels_B)
     assert torch.equal(first.sparse_features.values(), second.sparse_features.values())
     assert torch.equal(first.sparse_features.lengths(), second.sparse_features.lengths())
-    assert (first.num_rows, first.global_rows) == (second.num_rows, second.global_rows)
+    assert first.span == second.span
 
 
 @pytest.fixture
@@ -88,10 +90,10 @@ def test_memory_and_mmap_give_the_same_batches(shuffle_batches, drop_last_traini
     )
     mapped_config = replace(config, data=replace(config.data, mmap_mode=True))
     for rank in range(2):
-        loaded, mapped = (open_run_splits(each, runtime_of(rank, 2)) for each in (config, mapped_config))
+        loaded, mapped = (build_splits(RunData.open(each), runtime_of(rank, 2)) for each in (config, mapped_config))
         for stage in STAGES:
-            assert isinstance(loaded[stage].source, MemorySplit)
-            assert isinstance(mapped[stage].source, MappedSplit)
+            assert isinstance(loaded[stage].source, MemorySource)
+            assert isinstance(mapped[stage].source, MappedSource)
             for pair in zip(loaded[stage].batches(1), mapped[stage].batches(1), strict=True):
                 assert_same(*pair)
 
@@ -112,9 +114,9 @@ def test_rows_are_picked_by_global_rank(mmap_mode, days):
     """Two hosts of two ranks: by local rank, both hosts would train on the same rows."""
     config = config_of(days[0], batch_size=3, mmap_mode=mmap_mode)
     for rank in range(4):
-        splits = open_run_splits(config, runtime_of(rank, 4, ranks_per_host=2))
+        splits = build_splits(RunData.open(config), runtime_of(rank, 4, ranks_per_host=2))
         assert rows_of(next(iter(splits["train"].batches()))) == [3 * rank, 3 * rank + 1, 3 * rank + 2]
-    random = [open_run_splits(config_of(), runtime_of(rank, 4, ranks_per_host=2)) for rank in range(4)]
+    random = [build_splits(RunData.open(config_of()), runtime_of(rank, 4, ranks_per_host=2)) for rank in range(4)]
     firsts = [next(iter(splits["train"].batches())).dense_BI for splits in random]
     assert len(torch.cat(firsts).unique(dim=0)) == 4 * 32
 
@@ -123,39 +125,41 @@ def test_sizes_and_limits(days):
     config = config_of(
         days[0], batch_size=3, test_batch_size=2, limit_train_batches=2, limit_val_batches=1, limit_test_batches=5
     )
-    splits = open_run_splits(config, runtime_of(0, 2))
+    splits = build_splits(RunData.open(config), runtime_of(0, 2))
     assert [len(batch.labels_B) for batch in splits["train"].batches()] == [3, 3]
     assert [len(batch.labels_B) for batch in splits["val"].batches()] == [2]
     assert [len(batch.labels_B) for batch in splits["test"].batches()] == [2, 1]
-    splits = open_run_splits(config_of(days[0], batch_size=3, drop_last_training_batch=True), runtime_of(0, 2))
+    splits = build_splits(
+        RunData.open(config_of(days[0], batch_size=3, drop_last_training_batch=True)), runtime_of(0, 2)
+    )
     assert [batch.span.global_rows for batch in splits["train"].batches()] == [6, 6, 6]
     assert [batch.span.global_rows for batch in splits["val"].batches()] == [6, 1]
 
 
 def test_a_training_set_that_fills_no_batch_is_refused(days):
     fits = config_of(days[0], batch_size=11, drop_last_training_batch=True)
-    assert len(list(open_run_splits(fits, runtime_of(0, 2))["train"].batches())) == 1
+    assert len(list(build_splits(RunData.open(fits), runtime_of(0, 2))["train"].batches())) == 1
     config = config_of(days[0], batch_size=12, drop_last_training_batch=True)
     with pytest.raises(DatasetError, match=f"{days[0]}: 23 training rows fill no batch of 24 over all ranks"):
-        open_run_splits(config, runtime_of(0, 2))
+        build_splits(RunData.open(config), runtime_of(0, 2))
 
 
 def test_rows_beyond_the_hosts_memory_are_refused_before_they_are_loaded(days):
     """36 rows of 160 bytes over 3 ranks of 2 to a host: 1,920 bytes each, so a host needs twice that."""
     needed = 36 * 160 // 3 * 2
     runtime = runtime_of(1, 3, ranks_per_host=2)
-    open_run_splits(config_of(days[0], batch_size=4), replace(runtime, host_memory_bytes=needed))
+    build_splits(RunData.open(config_of(days[0], batch_size=4)), replace(runtime, host_memory_bytes=needed))
     tight = replace(runtime, host_memory_bytes=needed - 2)
     with pytest.raises(DatasetError, match=f"{days[0]}: .*B of rows a rank, .* Use --mmap_mode"):
-        open_run_splits(config_of(days[0], batch_size=4), tight)
-    open_run_splits(config_of(days[0], batch_size=4, mmap_mode=True), tight)
+        build_splits(RunData.open(config_of(days[0], batch_size=4)), tight)
+    build_splits(RunData.open(config_of(days[0], batch_size=4, mmap_mode=True)), tight)
 
 
 def test_shuffle_permutes_within_each_batch(days):
-    plain = open_run_splits(config_of(days[0], batch_size=8), runtime_of(1, 2))
-    shuffled = open_run_splits(config_of(days[0], batch_size=8, shuffle_batches=True), runtime_of(1, 2))
-    again = open_run_splits(config_of(days[0], batch_size=8, shuffle_batches=True), runtime_of(1, 2))
-    other = open_run_splits(config_of(days[0], batch_size=8, shuffle_batches=True, seed=2), runtime_of(1, 2))
+    plain = build_splits(RunData.open(config_of(days[0], batch_size=8)), runtime_of(1, 2))
+    shuffled = build_splits(RunData.open(config_of(days[0], batch_size=8, shuffle_batches=True)), runtime_of(1, 2))
+    again = build_splits(RunData.open(config_of(days[0], batch_size=8, shuffle_batches=True)), runtime_of(1, 2))
+    other = build_splits(RunData.open(config_of(days[0], batch_size=8, shuffle_batches=True, seed=2)), runtime_of(1, 2))
     written = days[1]
     orders = []
     for epoch in range(2):
@@ -176,13 +180,15 @@ def test_shuffle_permutes_within_each_batch(days):
 
 
 def test_random_splits_have_10_batches_unless_limited():
-    splits = open_run_splits(config_of(batch_size=8, test_batch_size=4, limit_val_batches=3), runtime_of(0, 2))
+    splits = build_splits(
+        RunData.open(config_of(batch_size=8, test_batch_size=4, limit_val_batches=3)), runtime_of(0, 2)
+    )
     sizes = {stage: [len(batch.labels_B) for batch in splits[stage].batches()] for stage in STAGES}
     assert sizes == {"train": [8] * 10, "val": [4] * 3, "test": [4] * 10}
 
 
 def test_random_rows_do_not_depend_on_the_world_size():
-    alone = open_run_splits(config_of(batch_size=12), runtime_of(0, 1))
+    alone = build_splits(RunData.open(config_of(batch_size=12)), runtime_of(0, 1))
     ranks = open_ranks(config_of(batch_size=3), 4)
     for stage in STAGES:
         for whole, *parts in zip(alone[stage].batches(1), *(splits[stage].batches(1) for splits in ranks), strict=True):
@@ -192,10 +198,10 @@ def test_random_rows_do_not_depend_on_the_world_size():
 
 
 def test_random_rows_are_fresh_in_every_step_epoch_and_split():
-    splits = open_run_splits(config_of(batch_size=8), runtime_of(0, 1))
+    splits = build_splits(RunData.open(config_of(batch_size=8)), runtime_of(0, 1))
     dense = [batch.dense_BI for stage in STAGES for epoch in range(2) for batch in splits[stage].batches(epoch)]
     assert len(torch.cat(dense).unique(dim=0)) == 3 * 2 * 10 * 8
-    repeated = open_run_splits(config_of(batch_size=8), runtime_of(0, 1))
+    repeated = build_splits(RunData.open(config_of(batch_size=8)), runtime_of(0, 1))
     assert torch.equal(torch.cat([batch.dense_BI for batch in repeated["train"].batches()]), torch.cat(dense[:10]))
 
 
@@ -213,7 +219,11 @@ def test_generated_batches_come_round(world_size, batch_size):
 def test_multi_hot_random_batches():
     hotness = (3, 1, 2) + (1,) * 23
     batch = next(
-        iter(open_run_splits(config_of(batch_size=4, multi_hot_sizes=hotness), runtime_of(0, 1))["val"].batches())
+        iter(
+            build_splits(RunData.open(config_of(batch_size=4, multi_hot_sizes=hotness)), runtime_of(0, 1))[
+                "val"
+            ].batches()
+        )
     )
     assert batch.sparse_features.length_per_key() == [4 * size for size in hotness]
     ids = batch.sparse_features["cat_2"].values()
@@ -226,7 +236,7 @@ def test_multi_hot_random_batches():
 )
 def test_memory_is_pinned_for_a_gpu_only(pin_memory, device, pins, days):
     for path in (None, days[0]):
-        splits = open_run_splits(config_of(path, pin_memory=pin_memory), runtime_of(0, 1, device=device))
+        splits = build_splits(RunData.open(config_of(path, pin_memory=pin_memory)), runtime_of(0, 1, device=device))
         assert [splits[stage].pin_memory for stage in STAGES] == [pins] * 3
 
 

@@ -46,6 +46,25 @@ def watch(others, silent=(), beats=0, timeout=0.08):
     return watchdog
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(watchdogs, "_SECONDS_TO_WAKE", 0.1)
+
+
+def test_a_rank_that_only_stood_still_is_not_accused():
+    watchdog = watch({1: {"beats": 9, "doing": "training"}, 2: {"beats": 9, "doing": "training"}}, silent=[1, 2])
+    read, looks = watchdog._read_all, []
+
+    def read_and_wake():
+        looks.append(1)
+        watchdog._store._silent -= {str(len(looks) - 2)}  # rank 1 wakes at the third reading, rank 2 at the fourth
+        return read()
+
+    watchdog._read_all = read_and_wake
+    assert watchdog._judge() is None
+    assert len(looks) == 5
+
+
 def test_a_rank_that_publishes_nothing_is_the_one():
     text, accused = watch({1: {"beats": 9, "doing": "training"}}, silent=[1], beats=4)._judge()
     assert accused == [1]

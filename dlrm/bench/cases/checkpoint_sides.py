@@ -17,9 +17,11 @@ from dlrm.bench.harness.flags import WARM_UP_STEPS
 from dlrm.bench.harness.our_side import describe, lay_timed_foundation
 from dlrm.bench.harness.plain_side import build_optimizer, build_reference, shard_reference
 from dlrm.bench.harness.workers import Turns
+from dlrm.checkpoint import run_files
 from dlrm.checkpoint.checkpointer import Checkpointer, Saved
+from dlrm.checkpoint.find import Location
 from dlrm.checkpoint.position import Position
-from dlrm.checkpoint.restore import find_newest
+from dlrm.checkpoint.restore import find_on_ranks
 from dlrm.checkpoint.store import open_store
 from dlrm.checkpoint.tensors import State, blocks, training_state
 from dlrm.config.config import Config
@@ -44,7 +46,7 @@ def open_ours(config: Config, steps: int, folder: str) -> Iterator[Turns]:
     with start_runtime() as runtime:
         on_main_rank(runtime, lambda: shutil.rmtree(address, ignore_errors=True))  # of processes before these
         foundation, _ = lay_timed_foundation(config, runtime)
-        documents = {"config.json": json.dumps(config.to_json()).encode(), "metrics.jsonl": b""}
+        documents = {run_files.CONFIG: json.dumps(config.to_json()).encode(), run_files.METRICS: b""}
         checkpointer = Checkpointer(open_store(address), runtime, 1, True, None, lambda: documents)
         facts: dict[str, float] = {}
         position = Position()
@@ -64,9 +66,8 @@ def open_ours(config: Config, steps: int, folder: str) -> Iterator[Turns]:
 
         def load() -> dict[str, float]:
             started = time.perf_counter()
-            source = find_newest(address, runtime, lambda *_: None, print)
+            source = find_on_ranks(Location(address), runtime, lambda *_: None, print)
             checked = time.perf_counter()
-            assert source is not None
             restore_training(foundation, source, Position.from_json(source.manifest.position))
             return {"check": checked - started, "restore": time.perf_counter() - checked}
 

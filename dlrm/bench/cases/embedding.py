@@ -31,7 +31,7 @@ from dlrm.cost.least_work import least_embedding_work
 from dlrm.cost.work import ID, Work
 from dlrm.loader.batch import build_batch
 from dlrm.loader.partition import Partition
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, ONE_HOT
 from dlrm.sharding.host.lookups import HostTables, Lookup
 
@@ -137,7 +137,7 @@ def make_tables(config: Config) -> SplitTableBatchedEmbeddingBagsCodegen:
 
 def draw_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ids of ten batches, feature by feature, and where each bag begins and ends."""
-    source = RandomSource(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
+    source = RandomRows(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
     partition = Partition(NUM_CACHED_BATCHES * config.data.batch_size, config.data.batch_size, 1)
     batches = (
         build_batch(source.read(span.start, span.stop), span, ONE_HOT).sparse_features for span in partition.spans(0)

@@ -25,8 +25,8 @@ from dlrm.bench.harness.workers import Side, Turns
 from dlrm.config.config import Config
 from dlrm.cost.least_work import RECORD
 from dlrm.cost.work import Work
-from dlrm.loader.random_source import RandomSource
-from dlrm.loader.splits import open_run_splits
+from dlrm.loader.random_rows import RandomRows
+from dlrm.loader.run_data import RunData, build_splits
 from dlrm.ranks.runtime import start_runtime
 from dlrm.schema.criteo import ONE_HOT
 from dlrm.system.console import show_bytes
@@ -92,7 +92,7 @@ def make_loader_config(bench: LoaderBench, folder: Path) -> Config:
 def write_days(folder: Path, num_rows: int, shape: Shape) -> None:
     """A day of so many rows to train on, and a short one that is held out. Ids follow the shape's power law."""
     for day, rows in enumerate((num_rows, 2 * shape.batch_size)):
-        source = RandomSource(table_rows(shape), ONE_HOT, shape.exponent, seed=day)
+        source = RandomRows(table_rows(shape), ONE_HOT, shape.exponent, seed=day)
         arrays = [
             np.lib.format.open_memmap(folder / f"day_{day}_{part}.npy", "w+", dtype, (rows, columns))
             for part, dtype, columns in (("dense", np.float32, 13), ("sparse", np.int32, 26), ("labels", np.int32, 1))
@@ -109,7 +109,7 @@ def open_reader(config: Config) -> Iterator[Turns]:
     """Our side's turns: `load`, all rows, and `train`."""
     with start_runtime() as runtime:
         everything = replace(config, data=replace(config.data, limit_train_batches=None))
-        split = open_run_splits(everything, runtime)["train"]
+        split = build_splits(RunData.open(everything), runtime)["train"]
         turns = training_turns(*lay_timed_foundation(config, runtime))
         yield {**turns, "load": partial(read_pass, split.batches)}
 

@@ -27,7 +27,7 @@ from dlrm.bench.harness.workers import Side
 from dlrm.config.config import Config
 from dlrm.cost.least_work import least_training_work
 from dlrm.cost.work import Work
-from dlrm.loader.random_source import RandomSource
+from dlrm.loader.random_rows import RandomRows
 from dlrm.schema.criteo import ONE_HOT
 
 BYTES = {"fp32": 4, "bf16": 2, "int16": 4, "int8": 2}
@@ -114,6 +114,6 @@ def count_training(config: Config, shape: Shape) -> Work:
 
 def count_distinct_rows(config: Config, samples: int) -> int:
     """Table rows that a batch of so many samples names, each counted once."""
-    source = RandomSource(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
+    source = RandomRows(config.model.table_rows, ONE_HOT, config.data.zipf_exponent, seed=0)
     ids_BF = source.read(0, samples).ids_BN
     return sum(len(np.unique(ids_B)) for ids_B in ids_BF.T)

@@ -30,7 +30,7 @@ from dlrm.bench.harness.our_side import StepClock, describe
 from dlrm.bench.harness.shape import NUM_CACHED_BATCHES
 from dlrm.bench.harness.workers import Turns
 from dlrm.config.config import Config, ModelConfig, OptimizerConfig
-from dlrm.loader.splits import open_run_splits
+from dlrm.loader.run_data import RunData, build_splits
 from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_INTEGER_FEATURES, TABLE_NAMES
 
@@ -140,7 +140,8 @@ def draw_batches(config: Config) -> Iterator[Batch]:
 
 def _power_law_batches(config: Config) -> list[Batch]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    split = open_run_splits(config, Runtime(rank, rank, world_size, world_size, torch.device("cpu")))["train"]
+    runtime = Runtime(rank, rank, world_size, world_size, torch.device("cpu"))
+    split = build_splits(RunData.open(config), runtime)["train"]
     return [
         Batch(dense_features=batch.dense_BI, sparse_features=batch.sparse_features, labels=batch.labels_B.int())
         for batch in itertools.islice(split.batches(), NUM_CACHED_BATCHES)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dlrm.checkpoint.run_files import SUMMARY
 from dlrm.errors import DatasetError
 from dlrm.system.environment import describe_software
 from dlrm.system.files import is_stream
@@ -92,4 +93,4 @@ def cpu_model() -> str:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json of a finished run."""
-    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))

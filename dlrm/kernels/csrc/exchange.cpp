@@ -1,8 +1,7 @@
-// A process group's all-to-all and all-reduce through shared memory, all else as before.
+// A process group's backend whose all-to-all and all-reduce go through shared memory; see dlrm/kernels/exchange.py.
 #include <ATen/ATen.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
@@ -20,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "forwarding_backend.h"
 #include "lanes.h"
 
 namespace dlrm {
@@ -30,6 +30,7 @@ using c10d::Work;
 
 constexpr int64_t kReducedChunk = 2048;  // floats, which stay in L1
 
+// An exchange that was asked for, and what its caller waits for. A profile shows it as a span named `title`.
 class Exchange : public Work {
  public:
   Exchange(c10d::OpType type, const char* title, std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs,
@@ -49,7 +50,7 @@ class Exchange : public Work {
   intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
   std::vector<at::Tensor> result() override { return outputs_; }
 
-  // Carries it out, unless what came before has failed; returns how it went.
+  // Carries the exchange out, unless an earlier one has failed. Returns the first failure, or null.
   std::exception_ptr run(std::exception_ptr failure) {
     if (begin_span_) begin_span_();
     if (failure == nullptr) {
@@ -70,17 +71,18 @@ class Exchange : public Work {
   }
 
  private:
-  std::vector<at::Tensor> inputs_, outputs_;  // kept while others read and write them
+  std::vector<at::Tensor> inputs_, outputs_;  // keeps their memory alive during the exchange
   std::function<void()> run_, begin_span_;
   intrusive_ptr<c10::ivalue::Future> future_;
 };
 
-// Exchanges are carried out by a thread, one after the other, in the order in which they were asked for: the same on all
-// ranks.
-class SharedMemoryBackend : public c10d::Backend {
+// A thread carries the exchanges out, one after the other, in the order in which they were asked for. That order is the
+// same on all ranks, as their programs are, so the n-th exchange of one rank meets the n-th of the others. After a
+// failure all later exchanges fail with the same error, and the other ranks are told that this one has left.
+class SharedMemoryBackend : public ForwardingBackend {
  public:
   SharedMemoryBackend(intrusive_ptr<Backend> plain, std::unique_ptr<Lanes> lanes)
-      : Backend(plain->getRank(), plain->getSize()), plain_(std::move(plain)), lanes_(std::move(lanes)), thread_([this] { work(); }) {}
+      : ForwardingBackend(std::move(plain)), lanes_(std::move(lanes)), thread_([this] { work(); }) {}
   ~SharedMemoryBackend() override { stop(); }
 
   const std::string getBackendName() const override { return "shared_memory"; }
@@ -89,93 +91,26 @@ class SharedMemoryBackend : public c10d::Backend {
                                     std::vector<int64_t>& input_sizes, const c10d::AllToAllOptions& options) override;
   intrusive_ptr<Work> allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override;
 
-  // Done when all ranks have come to it: what they wrote before into shared memory is there then.
+  // A barrier. When it is done, all that other ranks wrote into shared memory before theirs can be read.
   intrusive_ptr<Work> meet();
-  // Collective. A new tensor of so many bytes for each rank, in memory that all ranks share.
+  // Collective. Gives a new tensor of `bytes` bytes for each rank, in memory that all ranks share.
   std::vector<at::Tensor> share_memory(int64_t bytes);
-  // Collective. Moves all that is in a tensor's storage to memory that all ranks share, unless it is there: all-reduces of it
-  // copy nothing from then on.
+  // Collective. Moves a tensor's whole storage to memory that all ranks share, unless it is there already. From then on
+  // an all-reduce of the tensor copies nothing.
   void share_storage(const at::Tensor& tensor);
 
-  intrusive_ptr<Options> getBackendOptions() override { return plain_->getBackendOptions(); }
-  void setTimeout(std::chrono::milliseconds timeout) override { plain_->setTimeout(timeout); }
-  intrusive_ptr<Work> broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override {
-    return plain_->broadcast(tensors, options);
-  }
-  intrusive_ptr<Work> allreduce_coalesced(std::vector<at::Tensor>& tensors,
-                                          const c10d::AllreduceCoalescedOptions& options) override {
-    return plain_->allreduce_coalesced(tensors, options);
-  }
-  intrusive_ptr<Work> allreduce_sparse(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) override {
-    return plain_->allreduce_sparse(tensors, options);
-  }
-  intrusive_ptr<Work> reduce(std::vector<at::Tensor>& tensors, const c10d::ReduceOptions& options) override {
-    return plain_->reduce(tensors, options);
-  }
-  intrusive_ptr<Work> allgather(std::vector<std::vector<at::Tensor>>& outputs, std::vector<at::Tensor>& inputs,
-                                const c10d::AllgatherOptions& options) override {
-    return plain_->allgather(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override {
-    return plain_->_allgather_base(output, input, options);
-  }
-  intrusive_ptr<Work> allgather_coalesced(std::vector<std::vector<at::Tensor>>& outputs, std::vector<at::Tensor>& inputs,
-                                          const c10d::AllgatherOptions& options) override {
-    return plain_->allgather_coalesced(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> allgather_into_tensor_coalesced(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
-                                                      const c10d::AllgatherOptions& options) override {
-    return plain_->allgather_into_tensor_coalesced(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> gather(std::vector<std::vector<at::Tensor>>& outputs, std::vector<at::Tensor>& inputs,
-                             const c10d::GatherOptions& options) override {
-    return plain_->gather(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> scatter(std::vector<at::Tensor>& outputs, std::vector<std::vector<at::Tensor>>& inputs,
-                              const c10d::ScatterOptions& options) override {
-    return plain_->scatter(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> reduce_scatter(std::vector<at::Tensor>& outputs, std::vector<std::vector<at::Tensor>>& inputs,
-                                     const c10d::ReduceScatterOptions& options) override {
-    return plain_->reduce_scatter(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
-                                           const c10d::ReduceScatterOptions& options) override {
-    return plain_->_reduce_scatter_base(output, input, options);
-  }
-  intrusive_ptr<Work> reduce_scatter_tensor_coalesced(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
-                                                      const c10d::ReduceScatterOptions& options) override {
-    return plain_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> alltoall(std::vector<at::Tensor>& outputs, std::vector<at::Tensor>& inputs,
-                               const c10d::AllToAllOptions& options) override {
-    return plain_->alltoall(outputs, inputs, options);
-  }
-  intrusive_ptr<Work> send(std::vector<at::Tensor>& tensors, int rank, int tag) override {
-    return plain_->send(tensors, rank, tag);
-  }
-  intrusive_ptr<Work> recv(std::vector<at::Tensor>& tensors, int rank, int tag) override {
-    return plain_->recv(tensors, rank, tag);
-  }
-  intrusive_ptr<Work> recvAnysource(std::vector<at::Tensor>& tensors, int tag) override {
-    return plain_->recvAnysource(tensors, tag);
-  }
-  intrusive_ptr<Work> barrier(const c10d::BarrierOptions& options) override { return plain_->barrier(options); }
-  void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override {
-    plain_->monitoredBarrier(options, wait_all_ranks);
-  }
-  void setSequenceNumberForGroup() override { plain_->setSequenceNumberForGroup(); }
-  uint64_t getSequenceNumberForGroup() override { return plain_->getSequenceNumberForGroup(); }
   void abort() override { stop(); }
   void shutdown() override { stop(); }
 
  private:
-  // Collective.
+  // Collective. Throws c10::Error on all ranks if one of them can't.
   std::shared_ptr<HostMemory> make_memory(int64_t bytes);
-  // from[r] to rank r, whose bytes come to to[r].
+  // Sends from[r] to rank r, and receives what that rank sends into to[r].
   void exchange(const std::vector<Bytes>& from, const std::vector<Bytes>& to);
   void wait_for_all();
+  // The sum over ranks, times `factor`, of `count` floats from float number `offset` of each rank's memory on.
   void reduce_in_place(const HostMemory& memory, int64_t offset, int64_t count, float factor);
+  // The sum over ranks of `count` floats that lie in memory of this rank's own.
   void reduce_by_lanes(char* values, int64_t count);
 
   intrusive_ptr<Work> start(intrusive_ptr<Exchange> exchange) {
@@ -214,13 +149,12 @@ class SharedMemoryBackend : public c10d::Backend {
     if (thread_.joinable()) thread_.join();
   }
 
-  const intrusive_ptr<Backend> plain_;
   const std::unique_ptr<Lanes> lanes_;
   std::mutex mutex_;
   std::condition_variable has_work_;
   std::deque<intrusive_ptr<Exchange>> queue_;
   bool is_stopped_ = false;
-  std::thread thread_;  // last: what it uses is there when it begins
+  std::thread thread_;  // the last member: it starts when all that it uses is there
 };
 
 void SharedMemoryBackend::exchange(const std::vector<Bytes>& from, const std::vector<Bytes>& to) {
@@ -237,16 +171,16 @@ void SharedMemoryBackend::exchange(const std::vector<Bytes>& from, const std::ve
 char* bytes_of(const at::Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
 void check_contiguous(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.is_contiguous() && tensor.layout() == at::kStrided && tensor.dim() > 0, name,
-                    ": expected a contiguous tensor on the CPU");
+  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.is_contiguous() && tensor.layout() == at::kStrided && tensor.dim() > 0,
+                    name, ": expected a contiguous tensor on the CPU");
 }
 
-// Each rank's part of a tensor: so many of its rows, or an equal share.
+// Each rank's part of a tensor: `sizes` rows, or an equal share if `sizes` is empty.
 std::vector<Bytes> parts_of(const at::Tensor& tensor, const std::vector<int64_t>& sizes, int world, const char* name) {
   check_contiguous(tensor, name);
   const int64_t rows = tensor.size(0), row = tensor.nbytes() / std::max<int64_t>(1, rows);
-  TORCH_CHECK_VALUE(!sizes.empty() || rows % world == 0, name, ": got ", rows, " rows, expected as many for each of ", world,
-                    " ranks");
+  TORCH_CHECK_VALUE(!sizes.empty() || rows % world == 0, name, ": got ", rows, " rows, expected a multiple of ", world,
+                    ", the number of ranks");
   TORCH_CHECK_VALUE(sizes.empty() || (static_cast<int>(sizes.size()) == world &&
                                       std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == rows),
                     name, ": got parts of [", sizes, "] rows, expected ", world, " parts, ", rows, " rows together");
@@ -261,15 +195,17 @@ std::vector<Bytes> parts_of(const at::Tensor& tensor, const std::vector<int64_t>
 
 intrusive_ptr<Work> SharedMemoryBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
                                                        std::vector<int64_t>& output_sizes,
-                                                       std::vector<int64_t>& input_sizes, const c10d::AllToAllOptions&) {
-  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), "all-to-all: got ", input.scalar_type(), " and an output of ",
-                   output.scalar_type(), ", expected one type");
-  std::vector<Bytes> from = parts_of(input, input_sizes, size_, "input"), to = parts_of(output, output_sizes, size_, "output");
-  TORCH_CHECK_VALUE(from[rank_].size == to[rank_].size, "all-to-all: got ", from[rank_].size, " and ", to[rank_].size,
-                    " bytes as this rank's part for itself, expected as many");
+                                                       std::vector<int64_t>& input_sizes,
+                                                       const c10d::AllToAllOptions&) {
+  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), "all-to-all: got ", input.scalar_type(),
+                   " and an output of ", output.scalar_type(), ", expected the same type");
+  std::vector<Bytes> from = parts_of(input, input_sizes, size_, "input");
+  std::vector<Bytes> to = parts_of(output, output_sizes, size_, "output");
+  TORCH_CHECK_VALUE(from[rank_].size == to[rank_].size, "all-to-all: this rank sends itself ", from[rank_].size,
+                    " bytes and expects ", to[rank_].size);
   auto run = [this, from = std::move(from), to = std::move(to)] { exchange(from, to); };
-  return start(c10::make_intrusive<Exchange>(c10d::OpType::ALLTOALL_BASE, "shared_memory:all_to_all",
-                                             std::vector<at::Tensor>{input}, std::vector<at::Tensor>{output}, std::move(run)));
+  return start(c10::make_intrusive<Exchange>(c10d::OpType::ALLTOALL_BASE, "shared_memory:all_to_all", Tensors{input},
+                                             Tensors{output}, std::move(run)));
 }
 
 void SharedMemoryBackend::wait_for_all() {
@@ -279,8 +215,8 @@ void SharedMemoryBackend::wait_for_all() {
 
 intrusive_ptr<Work> SharedMemoryBackend::meet() {
   auto run = [this] { wait_for_all(); };
-  return start(c10::make_intrusive<Exchange>(c10d::OpType::BARRIER, "shared_memory:meet", std::vector<at::Tensor>{},
-                                             std::vector<at::Tensor>{}, std::move(run)));
+  return start(c10::make_intrusive<Exchange>(c10d::OpType::BARRIER, "shared_memory:meet", Tensors{}, Tensors{},
+                                             std::move(run)));
 }
 
 SharedMemoryBackend* backend_of(const intrusive_ptr<c10d::ProcessGroup>& group) {
@@ -295,26 +231,27 @@ SharedMemoryBackend& require_backend(const intrusive_ptr<c10d::ProcessGroup>& gr
   return *backend;
 }
 
-// What a storage lies in that all ranks of a backend share.
+// The context of a storage's memory, by which a storage that all ranks of a backend share is told from others.
 struct SharedStorage {
   std::shared_ptr<HostMemory> memory;
   const SharedMemoryBackend* backend;
 
   static void drop(void* storage) { delete static_cast<SharedStorage*>(storage); }
-  // Or null.
+  // The memory that holds `tensor`; null if the ranks of `backend` do not share it.
   static std::shared_ptr<HostMemory> memory_of(const at::Tensor& tensor, const SharedMemoryBackend* backend) {
     const auto* shared = tensor.storage().data_ptr().cast_context<SharedStorage>(drop);
     return shared == nullptr || shared->backend != backend ? nullptr : shared->memory;
   }
 };
 
-// Each rank adds up a part for all, in a fixed order.
-intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) {
+// Each part of the tensor is summed by one rank, in a fixed order: all ranks get the same bits, in every run.
+intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tensors,
+                                                   const c10d::AllreduceOptions& options) {
   const auto kind = options.reduceOp.op_;
   const bool is_ours = tensors.size() == 1 && tensors[0].scalar_type() == at::kFloat && tensors[0].is_cpu() &&
                        tensors[0].layout() == at::kStrided && tensors[0].is_non_overlapping_and_dense() &&
                        (kind == c10d::ReduceOp::SUM || kind == c10d::ReduceOp::AVG);
-  if (!is_ours) return plain_->allreduce(tensors, options);
+  if (!is_ours) return ForwardingBackend::allreduce(tensors, options);
   const at::Tensor& values = tensors[0];
   const int64_t count = values.numel();
   std::function<void()> run;
@@ -330,6 +267,8 @@ intrusive_ptr<Work> SharedMemoryBackend::allreduce(std::vector<at::Tensor>& tens
                                              std::move(run)));
 }
 
+// After the first barrier all ranks have written their values. Then each rank sums its own part over all memories and
+// writes the result back to all of them; parts do not overlap. After the second barrier all parts are there.
 void SharedMemoryBackend::reduce_in_place(const HostMemory& memory, int64_t offset, int64_t count, float factor) {
   std::vector<float*> ranks;
   for (int r = 0; r < size_; ++r) ranks.push_back(reinterpret_cast<float*>(memory.of(r)) + offset);
@@ -348,6 +287,8 @@ void SharedMemoryBackend::reduce_in_place(const HostMemory& memory, int64_t offs
   wait_for_all();
 }
 
+// A reduce-scatter, then an all-gather: this rank receives and adds what the others have for its part, then sends them
+// the sum.
 void SharedMemoryBackend::reduce_by_lanes(char* values, int64_t count) {
   const auto start = [&](int rank) { return count * rank / size_ * static_cast<int64_t>(sizeof(float)); };
   const auto share = [&](int rank) { return Bytes{values + start(rank), start(rank + 1) - start(rank)}; };
@@ -363,8 +304,9 @@ void SharedMemoryBackend::reduce_by_lanes(char* values, int64_t count) {
   lanes_->transfer(std::move(sums), std::move(results));
 }
 
-// Collective. Makes a rank's memory known to all. Empty, or why that can't be: `failure`, or the system's or another
-// rank's reason. `memory` is null where there is a failure.
+// Collective. Maps each rank's memory on all ranks. `failure` says why this rank has no memory; `memory` is null then.
+//
+// Returns why some rank can't, or nothing; all ranks agree on which of these.
 std::string open_on_all(c10d::Backend& plain, HostMemory* memory, std::string failure) {
   const int world = plain.getSize();
   const auto gather = [&](std::vector<int64_t> own) {
@@ -387,14 +329,17 @@ std::string open_on_all(c10d::Backend& plain, HostMemory* memory, std::string fa
       failure = error.what();
     }
   }
-  // After this all have opened what they can, and none is gone before.
+  // Also a barrier: no rank closes its file before all others have opened it.
   for (const at::Tensor& one : gather({failure.empty()})) {
-    if (one[0].item<int64_t>() == 0) return failure.empty() ? "another rank can't" : failure;
+    if (one[0].item<int64_t>() == 0) {
+      return failure.empty() ? "another rank could not make or open its memory" : failure;
+    }
   }
   return "";
 }
 
-// Collective. Empty where the group exchanges through shared memory from now on, or why not: the same on all ranks.
+// Collective. Returns nothing if the group exchanges through shared memory from now on, or why not; all ranks agree on
+// which of these.
 std::string exchange_in_memory(const intrusive_ptr<c10d::ProcessGroup>& group) {
   const intrusive_ptr<c10d::Backend> plain = group->getBackend(c10::DeviceType::CPU);
   if (exchanges_in_memory(group)) return "";
@@ -422,7 +367,7 @@ std::shared_ptr<HostMemory> SharedMemoryBackend::make_memory(int64_t bytes) {
   }
   failure = open_on_all(*plain_, memory.get(), failure);
   TORCH_CHECK(failure.empty(), "memory shared by ranks: ", failure);
-  memory->close_files();  // all have opened them
+  memory->close_files();  // all ranks have opened them
   return memory;
 }
 
@@ -458,7 +403,8 @@ void share_storage(const intrusive_ptr<c10d::ProcessGroup>& group, const at::Ten
   require_backend(group).share_storage(tensor);
 }
 
-// A matrix at the beginning of a tensor's memory, with a storage of its own.
+// A matrix at the beginning of a tensor's memory, with a storage of its own. So `move_holders` can move it without
+// moving `tensor`, and it has no base: a view made in Python would keep one, which would count as a holder.
 at::Tensor alias_memory(const at::Tensor& tensor, int64_t rows, int64_t columns) {
   check_contiguous(tensor, "tensor");
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0 && rows * columns <= tensor.numel(), "tensor: got ", tensor.numel(),
@@ -466,8 +412,9 @@ at::Tensor alias_memory(const at::Tensor& tensor, int64_t rows, int64_t columns)
   return at::from_blob(tensor.mutable_data_ptr(), {rows, columns}, [tensor](void*) {}, tensor.options());
 }
 
-// Moves what is in a tensor's storage to memory of its own, where all tensors of this storage then find it. Without another
-// tensor than this one there is nobody to read it, and it stays; a thread that refers to one in passing costs a copy.
+// Moves a tensor's storage to private memory, together with all other tensors that share the storage. If there is no
+// other tensor, nobody can read the contents later, and nothing is copied. A thread that refers to one for a moment
+// costs a copy, but no correctness.
 void move_holders(const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.storage();
   if (storage.use_count() == 1) return;

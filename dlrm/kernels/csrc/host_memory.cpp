@@ -15,7 +15,9 @@
 namespace dlrm {
 namespace {
 
-std::runtime_error system_error(const std::string& what) { return std::runtime_error(what + ": " + std::strerror(errno)); }
+std::runtime_error system_error(const std::string& what) {
+  return std::runtime_error(what + ": " + std::strerror(errno));
+}
 
 constexpr int64_t kHugePage = 2 << 20;
 #if !defined(MADV_COLLAPSE)
@@ -29,7 +31,7 @@ struct flock whole_file() {
   return lock;
 }
 
-// As often as a signal ends it: a run that is asked to save and end is to get there.
+// Repeats a call that a signal interrupts: a run that is asked to save and end must not fail here.
 template <class Call>
 int unless_interrupted(Call call) {
   int result;
@@ -38,7 +40,8 @@ int unless_interrupted(Call call) {
   return result;
 }
 
-int64_t& token_of(char* map) { return *reinterpret_cast<int64_t*>(map); }  // which a file begins with
+// The random number at the beginning of a file.
+int64_t& token_of(char* map) { return *reinterpret_cast<int64_t*>(map); }
 
 }  // namespace
 
@@ -47,8 +50,8 @@ HostMemory::HostMemory(int rank, int world, int64_t bytes)
   const int file = memfd_create("dlrm", MFD_CLOEXEC);
   if (file < 0) throw system_error("memfd_create");
   files_[rank] = file;
-  // Allocated now: later there would be a SIGBUS in place of an error. The lock, which forked processes do not have, is this
-  // rank's sign of life.
+  // The file gets its pages now: if there were none at first use, that would be a SIGBUS instead of an error. The lock
+  // is this rank's sign of life: the kernel frees it when the process exits, and forked processes do not inherit it.
   struct flock lock = whole_file();
   if (unless_interrupted([&] { return ftruncate(file, file_bytes_); }) != 0 ||
       unless_interrupted([&] { return fallocate(file, 0, 0, file_bytes_); }) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
@@ -81,8 +84,8 @@ void HostMemory::close_files() {
 
 HostMemory::Address HostMemory::address() const { return {getpid(), files_[rank_], token_of(maps_[rank_])}; }
 
-// At a multiple of kHugePage, and in huge pages where the system can (Linux 6.1 or newer): columns of pooled rows are a page
-// apart, and the CPU remembers the addresses of so many only.
+// Maps a file at a multiple of kHugePage, and in huge pages if the system can (Linux 6.1 or newer): neighbouring
+// entries of a column of pooled rows lie about a page apart, and a CPU's TLB holds few small pages.
 char* HostMemory::map(int file) const {
   void* room = mmap(nullptr, file_bytes_ + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (room == MAP_FAILED) throw system_error("mmap");
@@ -97,7 +100,7 @@ char* HostMemory::map(int file) const {
   char* end = memory + (file_bytes_ + page - 1) / page * page;
   if (memory > start) munmap(start, memory - start);
   munmap(end, start + file_bytes_ + kHugePage - end);
-  madvise(memory, file_bytes_, MADV_COLLAPSE);  // or it stays as it is
+  madvise(memory, file_bytes_, MADV_COLLAPSE);  // a wish: if it is refused, the pages stay small
   return memory;
 }
 
@@ -105,7 +108,7 @@ void HostMemory::open(const std::vector<Address>& addresses) {
   for (int rank = 0; rank < static_cast<int>(files_.size()); ++rank) {
     if (rank == rank_) continue;
     const auto& [process, file, token] = addresses[rank];
-    if (file < 0) throw std::runtime_error("another rank can't");
+    if (file < 0) throw std::runtime_error("another rank could not make or open its memory");
     const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
     files_[rank] = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (files_[rank] < 0) throw system_error(path);

@@ -1,4 +1,4 @@
-// Memory of each rank of a host that all of them read and write.
+// Memory that the ranks of a host share: each rank makes a part, and all of them map all parts.
 #pragma once
 
 #include <cstdint>
@@ -10,30 +10,32 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 class HostMemory {
  public:
-  // Makes this rank's, zeros, a file in memory; the other ranks ask for as much.
+  // Makes this rank's part, a file in memory filled with zeros. All ranks must ask for the same size.
   //
-  // Throws std::runtime_error where there is no memory.
+  // Throws std::runtime_error if there is no memory.
   HostMemory(int rank, int world, int64_t bytes);
   HostMemory(const HostMemory&) = delete;
   ~HostMemory();
 
-  // This process, its file, and a number that no other file has: what other ranks need for `open`.
+  // What other ranks need to open this rank's part: its process, the file in it, and a random number by which the file
+  // proves to be the right one.
   struct Address {
     int64_t process = -1, file = -1, token = 0;
   };
   Address address() const;
 
-  // Maps the other ranks'.
+  // Maps the other ranks' parts.
   //
-  // Throws std::runtime_error where the system refuses that, a process's number means another one here, or a rank made
-  // memory of another size.
+  // Throws std::runtime_error if the system refuses, if a process number means another process here (containers), or if
+  // a rank's part has another size.
   void open(const std::vector<Address>& addresses);
-  // What is mapped stays so. Nobody else can open this rank's any more, nor ask whether it is there.
+  // Closes all files; what is mapped stays mapped. From then on no rank can open this part, and `has_ended` may not be
+  // called.
   void close_files();
 
-  // A rank's `bytes`, at a multiple of kLine.
+  // A rank's part, at a multiple of kLine; null if it is not mapped.
   char* of(int rank) const;
-  // Whether the rank's process is no more, or has closed its file.
+  // Whether the rank's process has exited or has closed its file.
   bool has_ended(int rank) const;
 
  private:

@@ -13,13 +13,13 @@ constexpr int kBlock = Operand<Int16>::kBlock;
 // 46340 = floor(sqrt(2^31)); rounding adds at most sqrt(kBlock) / 2 to a norm.
 constexpr float kMaxNorm = 46330.0f - 0.5f * 16;
 constexpr float kMaxEntry = 32767.0f;
-constexpr float kMaxFactor = 1e37f;  // what it is undone by is no subnormal
+constexpr float kMaxFactor = 1e37f;  // its inverse, the scale, is not subnormal
 
 __m512i to_int(__m512 x, __m512 factor) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, factor)); }
 
-// The factor by lane; 0 where all entries are 0.
+// The factor that each lane's entries are multiplied by; 0 if all of them are 0.
 __m512 quantizing_factors(__m512 largest, __m512 squares) {
-  // Squares of tiny or huge entries leave fp32's range: 16 times the largest entry bounds the norm then.
+  // Squares of tiny or huge entries leave fp32's range. Then 16 times the largest entry bounds the norm.
   const __mmask16 sound = _mm512_cmp_ps_mask(squares, _mm512_set1_ps(1e-30f), _CMP_GT_OQ) &
                           _mm512_cmp_ps_mask(squares, _mm512_set1_ps(1e37f), _CMP_LT_OQ);
   const __m512 most = _mm512_mask_mov_ps(_mm512_set1_ps(kMaxNorm / 16), sound, _mm512_set1_ps(kMaxNorm));
@@ -29,7 +29,7 @@ __m512 quantizing_factors(__m512 largest, __m512 squares) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ), factors);
 }
 
-// What the factors are undone by; NaN where an entry was infinite or NaN, so that it shows in the product.
+// The inverse of each factor; NaN if an entry is infinite or NaN, so that the product shows it.
 __m512 scales_of(__m512 factors, __m512 largest, __m512 squares) {
   const __mmask16 has_any = _mm512_cmp_ps_mask(factors, _mm512_setzero_ps(), _CMP_GT_OQ);
   const __m512 scales = _mm512_maskz_div_ps(has_any, _mm512_set1_ps(1.0f), factors);
@@ -38,6 +38,7 @@ __m512 scales_of(__m512 factors, __m512 largest, __m512 squares) {
   return _mm512_mask_mov_ps(scales, broken, _mm512_set1_ps(NAN));
 }
 
+// The largest magnitude and the sum of squares of a row. Prefetches the row that is quantized kTogether rows later.
 void measure_row(const float* source, int64_t stride, int64_t count, float& largest, float& squares) {
   __m512 top[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   int64_t i = 0;
@@ -62,7 +63,7 @@ void store_int16(__m512i q, int16_t* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(q));
 }
 
-// Writes zeros behind an odd last entry.
+// Writes a zero after an odd last entry.
 void quantize_row(const float* source, int64_t count, __m512 factors, int16_t* out) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -75,14 +76,14 @@ void quantize_row(const float* source, int64_t count, __m512 factors, int16_t* o
   }
 }
 
-// The pairs of row `at` and the next, 16 columns; zeros for rows that are not there.
+// Pairs of the row at `at` and the next one, for 16 columns. Rows from number `rows` on count as zeros.
 inline __m512i quantize_pairs(const float* at, int64_t stride, int64_t rows, __mmask16 live, __m512 factors) {
   const __m512i even = to_int(_mm512_maskz_loadu_ps(rows > 0 ? live : 0, at), factors);
   const __m512i odd = to_int(_mm512_maskz_loadu_ps(rows > 1 ? live : 0, at + stride), factors);
   return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16));
 }
 
-// Rows of up to kColumnGroup columns: the largest entry of each column, the sum of squares and the sum.
+// The largest magnitude, the sum of squares and the sum of each column, for up to kColumnGroup columns.
 void measure_columns(const float* source, int64_t stride, int64_t rows, int64_t columns, __m512* largest,
                      __m512* squares, __m512* sums) {
   const int64_t used = (columns + kLanes - 1) / kLanes;
@@ -111,7 +112,7 @@ void quantize_panel(const float* source, int64_t stride, int64_t rows, __mmask16
 
 }  // namespace
 
-// Factors of the vectors together, division being slow.
+// Computes the factors of all vectors at once, since divisions are slow.
 template <>
 void quantize_block<Int16>(const float* source, int64_t stride, int64_t vectors, int64_t count, Layout, int32_t* out,
                            float* scales, float*) {

@@ -1,7 +1,9 @@
 // Quantization of bfloat16 to int8, see integer.h. Compiled for AVX-512 with VNNI only.
 //
-// Largest and smallest entries are found in bfloat16's own bits: as unsigned numbers they are in the order of their
-// magnitude with all negative ones above, as signed ones all negative ones are below 0.
+// The largest and smallest entries are found by comparing bfloat16's bits as integers, without converting them. As
+// unsigned integers, entries of one sign are in the order of their magnitudes, and all negative ones are above all
+// others: the maximum is the most negative entry, if there is one. As signed integers, negative ones are below 0: the
+// maximum is the largest positive entry.
 #include <immintrin.h>
 
 #include <cmath>
@@ -12,15 +14,15 @@ namespace dlrm::integer {
 namespace {
 
 constexpr int kHalves = 2 * kLanes;     // bfloat16 in a register
-constexpr int64_t kRowsOfRange = 8;     // looked at together
-constexpr float kUnsigned = 254.4f;     // what stands for 0 is rounded up, so that entries come to 255 at most
+constexpr int64_t kRowsOfRange = 8;     // rows whose range is found at once
+constexpr float kUnsigned = 254.4f;     // less than 255, since the offset is rounded up
 constexpr float kSigned = 127.0f;
-constexpr float kMaxFactor = 1e37f;     // what it is undone by is no subnormal
-constexpr uint16_t kNotFinite = 0x7f80;  // from here on, without the sign
+constexpr float kMaxFactor = 1e37f;     // its inverse, the scale, is not subnormal
+constexpr uint16_t kNotFinite = 0x7f80;  // bits, without the sign, of infinity; NaN is above
 
 __mmask32 live_halves(int64_t rest) { return rest >= kHalves ? ~0u : rest <= 0 ? 0 : (1u << rest) - 1; }
 
-// Of bits: the largest as unsigned and as signed numbers; the latter at least 0.
+// The largest bits seen so far, as unsigned integers (top) and as signed ones (high, at least 0).
 struct Range {
   __m512i top = _mm512_setzero_si512(), high = _mm512_setzero_si512();
 
@@ -30,7 +32,7 @@ struct Range {
   }
 };
 
-// Of 32 columns' entries, the ones in the lower and in the higher half of each lane.
+// Sums of 32 columns: of the entries in the lower half of each lane, and of those in the higher half.
 struct Sums {
   __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
 
@@ -39,30 +41,32 @@ struct Sums {
     high = _mm512_add_ps(high, _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000))));
   }
 
-  // Of 16 columns next to each other: the first ones, or the next.
+  // The sums of the first 16 columns (which = 0) or of the next 16 (1).
   __m512 of(int which) const {
     const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     return _mm512_permutex2var_ps(low, _mm512_add_epi32(order, _mm512_set1_epi32(8 * which)), high);
   }
 };
 
+// The largest of 32 unsigned numbers.
 uint16_t reduce(__m512i halves) {
   const __m256i a = _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
   const __m128i b = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   return ~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(b, _mm_set1_epi32(-1))), 0);
 }
 
-// How 16 vectors are quantized: to entry * factor + offset, undone by scale.
+// How 16 vectors are quantized: an entry becomes entry * factor + offset, and (that - offset) * scale is the entry
+// again.
 struct Quantization {
   __m512 factor, offset, scale;
 };
 
-// Of 16 vectors' bits, in the lower half of each lane.
+// `top` and `high` are those of Range, for 16 vectors, in the lower half of each lane.
 Quantization quantization_of(__m512i top, __m512i high, bool is_signed) {
   const __mmask16 has_negative = _mm512_cmpge_epu32_mask(top, _mm512_set1_epi32(0x8000));
   const __m512 low = _mm512_maskz_mov_ps(has_negative, _mm512_castsi512_ps(_mm512_slli_epi32(top, 16)));
   const __m512 most = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-  // Of the unsigned range half, which is no infinity.
+  // Half of the range for unsigned integers: all of it could be infinite.
   const __m512 half = _mm512_set1_ps(0.5f), range = _mm512_fmsub_ps(most, half, _mm512_mul_ps(low, half));
   const __m512 span = is_signed ? _mm512_max_ps(most, _mm512_sub_ps(_mm512_setzero_ps(), low)) : range;
   const __m512 wanted = _mm512_set1_ps(is_signed ? kSigned : kUnsigned / 2);
@@ -83,10 +87,10 @@ __m512i to_int(__m512i bits, __m512 factor, __m512 offset) {
   return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_castsi512_ps(bits), factor, offset));
 }
 
-// The sum of 4 bytes a lane, added.
+// Adds the 4 bytes of each lane of `bytes` to that lane of `sum`.
 __m512i add_bytes(__m512i sum, __m512i bytes) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), bytes); }
 
-// Gives the sum of what it writes, as signed bytes.
+// Returns the sum of what it writes, as signed bytes.
 float quantize_row(const BFloat16* source, int64_t count, __m512 factor, __m512 offset, int8_t* out) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += kHalves) {
@@ -102,20 +106,22 @@ float quantize_row(const BFloat16* source, int64_t count, __m512 factor, __m512 
   return static_cast<float>(_mm512_reduce_add_epi32(sum));
 }
 
-// 16 lanes of 16 bits to 32 bits.
+// The first (which = 0) or the next (1) 16 of 32 halves, each widened to 32 bits.
 __m512i widen(const __m512i& halves, int which) {
   return _mm512_cvtepu16_epi32(which == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
 }
 
-// Rows `at`, ..., three more, of kPanels times 16 columns: 4 entries in each lane of a panel. Rows that are not there count
-// as zeros.
+// Quantizes 4 rows from `at` on, of kPanels times 16 columns: each lane of a panel gets the 4 entries of its column.
+// Rows from number `rows` on count as zeros.
 template <int kPanels>
 [[gnu::always_inline]] inline void quantize_fours(const BFloat16* at, int64_t stride, int64_t rows, __mmask32 live,
                                                   const Quantization* q, bool is_signed, __m512i* fours) {
   __m512i four[kPanels][4];
   for (int i = 0; i < 4; ++i) {
     const __m512i bits = _mm512_maskz_loadu_epi16(i < rows ? live : 0, at + i * stride);
-    for (int p = 0; p < kPanels; ++p) four[p][i] = to_int(_mm512_slli_epi32(widen(bits, p), 16), q[p].factor, q[p].offset);
+    for (int p = 0; p < kPanels; ++p) {
+      four[p][i] = to_int(_mm512_slli_epi32(widen(bits, p), 16), q[p].factor, q[p].offset);
+    }
   }
   const __m512i by_column = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
   for (int p = 0; p < kPanels; ++p) {
@@ -124,11 +130,12 @@ template <int kPanels>
   }
 }
 
-// Panels of 16 columns, a cache line of each row together. Gives the sums of the columns' entries, as signed bytes.
+// Quantizes kPanels panels of 16 columns at once, so that each row's cache line is read once. `sums` are the sums of
+// each column's integers, as signed bytes.
 template <int kPanels>
 void quantize_panels(const BFloat16* source, int64_t stride, int64_t rows, __mmask32 live, const Quantization* q,
                      Layout layout, int32_t* panels, __m512i* sums) {
-  constexpr int64_t kAhead = 8;  // rows; few, since those 2 KiB apart share two of L1's sets
+  constexpr int64_t kAhead = 8;  // rows fetched before their turn; few, since rows 2 KiB apart share two sets of L1
   const bool is_signed = layout == Layout::kWide;
   for (int p = 0; p < kPanels; ++p) sums[p] = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; r += 8) {
@@ -201,7 +208,9 @@ void quantize_columns(const BFloat16* source, int64_t part, const Operand<Int8>&
     const int64_t rest = columns - v * kHalves, first_of_v = at + v * kHalves;
     const int panels = rest > kLanes ? 2 : 1;
     Quantization q[2];
-    for (int p = 0; p < panels; ++p) q[p] = quantization_of(widen(ranges[v].top, p), widen(ranges[v].high, p), is_signed);
+    for (int p = 0; p < panels; ++p) {
+      q[p] = quantization_of(widen(ranges[v].top, p), widen(ranges[v].high, p), is_signed);
+    }
     __m512i sums[2];
     const auto run = panels == 2 ? quantize_panels<2> : quantize_panels<1>;
     run(source + v * kHalves, stride, rows, live_halves(rest), q, out.layout, out.dwords + first_of_v * kDwords, sums);

@@ -1,7 +1,8 @@
-// Matrix products through integers (AVX-512 VNNI): serial loops over a part of the work.
+// Matrix products through integers (AVX-512 VNNI). Each call does a part of the work on one thread.
 //
-// An operand is quantized in blocks of at most kBlock entries along the contracted dimension, one scale for each block of
-// a vector. Blocks are multiplied in int32, then scaled and added up in fp32. No sum overflows, whatever the data.
+// Each vector of an operand is cut into blocks of at most kBlock entries along the contracted dimension, and each block
+// is quantized with a scale of its own. Blocks are multiplied in int32, then scaled and summed in fp32. No sum
+// overflows, whatever the data.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +11,12 @@
 namespace dlrm::integer {
 
 #define DLRM_BLOCK_DWORDS 96
-constexpr int kDwords = DLRM_BLOCK_DWORDS;  // of a block: a tile of both operands stays in L1
+constexpr int kDwords = DLRM_BLOCK_DWORDS;  // of a block; few, so that a tile of both operands stays in L1
 constexpr int kLanes = 16;
-constexpr int kRowTile = 8;
-constexpr int kRowChunk = 128;     // of a part of a product at most
-constexpr int kColumnChunk = 240;  // 5 times 3 registers
-constexpr int kColumnGroup = 512;  // quantized at once: a block of them fits L2
+constexpr int kRowTile = 8;        // rows of a tile
+constexpr int kRowChunk = 128;     // rows of a part of a product, at most
+constexpr int kColumnChunk = 240;  // columns of a part of a product: 5 times 3 registers
+constexpr int kColumnGroup = 512;  // columns quantized at once: a block of them fits L2
 constexpr int kPartialFloats = kRowChunk * (kColumnChunk + kLanes);
 
 struct BFloat16 {
@@ -29,15 +30,15 @@ struct Int16 {
   static constexpr int kPerDword = 2;
 };
 
-// bfloat16 through vpdpbusd. Left operands are unsigned, with a number of their own that stands for 0 in each block; right
-// ones are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly. Behind a block's last entry left operands
-// may hold anything: right ones hold 0 there.
+// bfloat16 through vpdpbusd. Left operands are unsigned: each block has an offset, the number that stands for 0. Right
+// operands are signed. A sum is at most 384 * 255 * 127, which fp32 holds exactly. After a block's last entry left
+// operands may hold anything, since right ones hold 0 there.
 struct Int8 {
   using Source = BFloat16;
   static constexpr int kPerDword = 4;
 };
 
-// How dwords lie, each consecutive entries along the contracted dimension.
+// The order of an operand's dwords. A dword holds consecutive entries along the contracted dimension.
 enum class Layout : int {
   kRows,    // [block][vector][dword]: left operands
   kNarrow,  // [block][vector / 8][dword][8]: left operands
@@ -49,16 +50,16 @@ struct Operand {
   static constexpr int kBlock = kDwords * Format::kPerDword;
 
   Layout layout;
-  int64_t vectors;     // along the dimension that is kept
-  int64_t contracted;  // more than 0
-  int32_t* dwords;     // num_dwords()
-  float* scales;       // num_scales(): [block][vector]
-  float* offsets;      // the same, Int8 only: of left operands what stands for 0, of right ones the sum of the entries
-  float* sums;         // the same, kNarrow only: of the entries, not quantized
+  int64_t vectors;     // size of the dimension that is kept
+  int64_t contracted;  // size of the dimension that is summed over; more than 0
+  int32_t* dwords;     // num_dwords() of them
+  float* scales;       // [block][vector], num_scales() of them
+  float* offsets;      // likewise, Int8 only: what stands for 0 (left operands), the sum of the integers (right ones)
+  float* sums;         // likewise, kNarrow only: the sum of the entries before they are quantized
 
   int64_t padded() const { return (vectors + kLanes - 1) / kLanes * kLanes; }
   int64_t blocks() const { return (contracted + kBlock - 1) / kBlock; }
-  // Whole dwords, at most kBlock entries, and such that the last block is not empty.
+  // Entries of a block: whole dwords, at most kBlock, chosen so that the last block is not empty.
   int64_t block_length() const {
     return ((contracted + blocks() - 1) / blocks() + Format::kPerDword - 1) / Format::kPerDword * Format::kPerDword;
   }
@@ -67,17 +68,18 @@ struct Operand {
   int64_t num_dwords() const { return num_scales() * kDwords; }
 };
 
-// Source [vectors, contracted], contiguous, to kRows.
+// Quantizes source [vectors, contracted], contiguous, to the layout kRows.
 template <class Format>
 void quantize_rows(const typename Format::Source* source, const Operand<Format>& out);
-// The same to kWide: vectors 16 * part, ... of them.
+// The same to the layout kWide, for the 16 vectors from number 16 * part on.
 template <class Format>
 void quantize_wide_rows(const typename Format::Source* source, int64_t part, const Operand<Format>& out);
 template <class Format>
 int64_t wide_row_parts(const Operand<Format>& out) {
   return out.padded() / kLanes;
 }
-// Source [contracted, vectors], contiguous, to kNarrow or kWide: one block of kColumnGroup vectors.
+// Quantizes source [contracted, vectors], contiguous, to the layout kNarrow or kWide: one block of kColumnGroup
+// vectors.
 template <class Format>
 void quantize_columns(const typename Format::Source* source, int64_t part, const Operand<Format>& out);
 template <>
@@ -91,11 +93,11 @@ int64_t column_parts(const Operand<Format>& out) {
 
 enum class After : int {
   kNothing,
-  kRectify,  // the larger of it and 0
-  kMask,     // 0 where what `out` held is 0 or less
+  kRectify,  // ReLU
+  kMask,     // 0 where `out` held 0 or less: the gradient of a ReLU
 };
 
-// What becomes of the sums: scaled, then + bias, or added to what `out` holds (floats only), then `after`.
+// What happens to the sums: they are scaled; the bias, or what `out` holds (floats only), is added; then comes `after`.
 template <class Value>
 struct Output {
   Value* out;  // float or BFloat16
@@ -105,9 +107,9 @@ struct Output {
   bool adds = false;
 };
 
-// out = left right^T, of rows [first, stop), at most kRowChunk, of left, and columns [column, column_stop), at most
-// kColumnChunk, of right, which is kWide. `first` is a multiple of kRowTile, `column` of kLanes. `partial` is
-// kPartialFloats of the caller's, 64-byte aligned.
+// out = left right^T for a part of the product: rows [first, stop) of left, at most kRowChunk, by rows
+// [column, column_stop) of right, at most kColumnChunk. Right is kWide. `first` is a multiple of kRowTile, `column` of
+// kLanes. `partial` is scratch memory of kPartialFloats, aligned to 64 bytes.
 //
 // Compiled twice: with instructions that round to bfloat16, and without.
 #define DLRM_MULTIPLY                                                                                             \

@@ -1,6 +1,6 @@
 // Operators of linear layers whose matrix products go through int16 or int8, as PyTorch sees them; see integer.h.
 //
-// B samples, N outputs, K inputs of a layer.
+// Shapes: B samples, N outputs, K inputs of a layer.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -18,7 +18,7 @@
 namespace dlrm {
 namespace {
 
-// Whether DLRM_KERNELS names instructions that begin so, or none.
+// Whether DLRM_KERNELS is unset, or names an instruction set that begins with `instructions`.
 bool may_use(const char* instructions) {
   const char* asked = std::getenv("DLRM_KERNELS");
   return asked == nullptr || *asked == 0 || std::string(asked).rfind(instructions, 0) == 0;
@@ -28,8 +28,9 @@ bool has_vnni() {
 #if defined(__x86_64__)
   if (!may_use("AVX-512")) return false;
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 #else
   return false;
 #endif
@@ -42,14 +43,14 @@ void check_matrix(const at::Tensor& tensor, const char* name, at::ScalarType typ
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": got ", tensor.sizes(), ", expected a matrix");
 }
 
-// Matrices, of which dimension left_dim of one is as large as right_dim of the other.
+// Checks two matrices that are to be multiplied: dimension left_dim of one is as large as right_dim of the other.
 void check_pair(const at::Tensor& left, const char* left_name, int64_t left_dim, const at::Tensor& right,
                 const char* right_name, int64_t right_dim, at::ScalarType type) {
   check_matrix(left, left_name, type);
   check_matrix(right, right_name, type);
   TORCH_CHECK(has_vnni(), "integer products: this CPU has no AVX-512 VNNI, or DLRM_KERNELS names lesser instructions");
-  TORCH_CHECK_VALUE(left.size(left_dim) == right.size(right_dim), left_name, " and ", right_name, ": got ", left.sizes(), " and ",
-                    right.sizes(), ", which do not fit each other");
+  TORCH_CHECK_VALUE(left.size(left_dim) == right.size(right_dim), left_name, " and ", right_name, ": got ",
+                    left.sizes(), " and ", right.sizes(), ", which do not fit each other");
 }
 
 void check_bias(const at::Tensor& bias, const char* name, int64_t outputs) {
@@ -67,10 +68,13 @@ using integer::Operand;
 using integer::Output;
 
 constexpr int64_t kTasksPerThread = 2;
-constexpr int64_t kBlocksOfSlice = 32;  // of samples, at once in a weight's gradient: bounds the scratch memory
+constexpr int64_t kBlocksOfSlice = 32;  // blocks of samples multiplied at once for a weight's gradient: bounds memory
 
-// Calls prepare(task) for all its tasks, and when these are done multiply(slot, task) for all of its own, as threads come
-// free; calls at the same time have different slots. One parallel region: a thread that comes late is not waited for.
+// Calls prepare(task) for each of `preparations` tasks; when all are done, multiply(slot, task) for each of `products`
+// tasks. A thread takes the next task when it has done one. Calls that run at the same time have different slots.
+//
+// Both phases are one parallel region with one counter: a thread that starts late finds its tasks taken, and nobody
+// waits for it. Threads wait only while a preparation is still running.
 template <class Prepare, class Multiply>
 void share_out(int64_t preparations, Prepare prepare, int64_t products, Multiply multiply) {
   const int64_t tasks = preparations + products;
@@ -86,7 +90,7 @@ void share_out(int64_t preparations, Prepare prepare, int64_t products, Multiply
   });
 }
 
-// Rows of a part of a product, so that there are several parts for each thread.
+// Rows of a part of a product, such that there are several parts for each thread.
 int64_t rows_of_part(int64_t rows, int64_t parts_beside) {
   const int64_t wanted = std::max<int64_t>(1, kTasksPerThread * at::get_num_threads() / parts_beside);
   const int64_t tiles = rows / wanted / integer::kRowTile;
@@ -116,7 +120,7 @@ void multiply(const Operand<Format>& left, const Operand<Format>& right, int64_t
   integer::without_bf16::multiply(left, right, first, stop, column, column_stop, output, partial);
 }
 
-// An operand with the memory that it lies in.
+// An operand with its memory.
 template <class Format>
 struct Stored : Operand<Format> {
   at::Tensor memory;
@@ -133,8 +137,8 @@ struct Stored : Operand<Format> {
 
 at::Tensor partials() { return at::empty({at::get_num_threads(), integer::kPartialFloats}, at::kFloat); }
 
-// out = left right^T, where prepare(part) quantizes a part of right; rows of left are quantized a few at a time by the
-// thread that multiplies them.
+// out = left right^T. prepare(part) quantizes one of the `parts` of right; the rows of left are quantized by the thread
+// that multiplies them, a few at a time, so that they are in its caches.
 template <class Format, class Prepare, class Value>
 void multiply_rows(const at::Tensor& left, const Operand<Format>& right, int64_t parts, Prepare prepare,
                    const Output<Value>& output) {
@@ -176,7 +180,8 @@ void grad_input_into(at::Tensor& output, const at::Tensor& gradient, const at::T
                 Output<Value>{static_cast<Value*>(output.mutable_data_ptr()), weight.size(1), nullptr, after});
 }
 
-// out += gradient^T input of some samples, and bias += their gradients, or = of the first.
+// out += gradient^T input over some samples, and bias += the sum of their gradients; = for the first samples, if not
+// `adds`.
 template <class Format>
 void add_grad_parameters(float* out, float* bias, const typename Format::Source* gradient, int64_t outputs,
                          const typename Format::Source* input, int64_t inputs, int64_t samples, bool adds) {
@@ -191,7 +196,8 @@ void add_grad_parameters(float* out, float* bias, const typename Format::Source*
   share_out(parts, quantize, parts_of(outputs, own) * across, [&](int64_t slot, int64_t task) {
     const int64_t row = task / across * own, column = task % across * integer::kColumnChunk;
     multiply(left, right, row, std::min(outputs, row + own), column,
-             std::min<int64_t>(inputs, column + integer::kColumnChunk), Output<float>{out, inputs, nullptr, After::kNothing, adds},
+             std::min<int64_t>(inputs, column + integer::kColumnChunk),
+             Output<float>{out, inputs, nullptr, After::kNothing, adds},
              memory.mutable_data_ptr<float>() + slot * integer::kPartialFloats);
   });
   if (!adds) std::fill_n(bias, outputs, 0.0f);
@@ -208,8 +214,9 @@ void grad_parameters_into(at::Tensor& grad_weight, at::Tensor& grad_bias, const 
   const int64_t batch = input.size(0), outputs = gradient.size(1), inputs = input.size(1);
   for (int64_t first = 0; first < batch; first += kSlice) {
     add_grad_parameters<Format>(grad_weight.mutable_data_ptr<float>(), grad_bias.mutable_data_ptr<float>(),
-                                values<Value>(gradient) + first * outputs, outputs, values<Value>(input) + first * inputs,
-                                inputs, std::min(kSlice, batch - first), first > 0);
+                                values<Value>(gradient) + first * outputs, outputs,
+                                values<Value>(input) + first * inputs, inputs, std::min(kSlice, batch - first),
+                                first > 0);
   }
 }
 
@@ -227,7 +234,7 @@ void grad_parameters_into(at::Tensor&, at::Tensor&, const at::Tensor&, const at:
 template <class Format>
 constexpr at::ScalarType kType = std::is_same_v<Format, integer::Int8> ? at::kBFloat16 : at::kFloat;
 
-// input[B, K] weight[N, K]^T + bias[N], then where `rectified` the larger of it and 0.
+// Returns input[B, K] weight[N, K]^T + bias[N], with a ReLU if `rectified`.
 template <class Format>
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, bool rectified) {
   check_pair(input, "input", 1, weight, "weight", 1, kType<Format>);
@@ -238,7 +245,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   return output;
 }
 
-// gradient[B, N] weight[N, K]
+// Returns gradient[B, N] weight[N, K].
 template <class Format>
 at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
   check_pair(gradient, "gradient", 1, weight, "weight", 0, kType<Format>);
@@ -248,24 +255,26 @@ at::Tensor grad_input(const at::Tensor& gradient, const at::Tensor& weight) {
   return output;
 }
 
-// The same where output[B, K] is not 0 or less, else 0, over the output.
+// output[B, K] = gradient[B, N] weight[N, K], but 0 where output <= 0: the gradient before the ReLU that gave `output`.
 template <class Format>
 void masked_grad_input_(const at::Tensor& gradient, const at::Tensor& weight, at::Tensor output) {
   check_pair(gradient, "gradient", 1, weight, "weight", 0, kType<Format>);
   check_matrix(output, "output", kType<Format>);
-  TORCH_CHECK_VALUE(output.size(0) == gradient.size(0) && output.size(1) == weight.size(1), "output: got ", output.sizes(),
-                    ", expected [", gradient.size(0), ", ", weight.size(1), "]");
+  TORCH_CHECK_VALUE(output.size(0) == gradient.size(0) && output.size(1) == weight.size(1), "output: got ",
+                    output.sizes(), ", expected [", gradient.size(0), ", ", weight.size(1), "]");
   TORCH_CHECK_VALUE(weight.numel() > 0, "weight: got ", weight.sizes(), ", expected inputs and outputs");
   if (output.numel() > 0) grad_input_into<Format>(output, gradient, weight, After::kMask);
 }
 
 // grad_weight[N, K] = gradient[B, N]^T input[B, K], grad_bias[N] = the sum of the gradients
 template <class Format>
-void grad_parameters(const at::Tensor& gradient, const at::Tensor& input, at::Tensor grad_weight, at::Tensor grad_bias) {
+void grad_parameters(const at::Tensor& gradient, const at::Tensor& input, at::Tensor grad_weight,
+                     at::Tensor grad_bias) {
   check_pair(gradient, "gradient", 0, input, "input", 0, kType<Format>);
   check_matrix(grad_weight, "grad_weight", at::kFloat);
   TORCH_CHECK_VALUE(grad_weight.size(0) == gradient.size(1) && grad_weight.size(1) == input.size(1),
-                    "grad_weight: got ", grad_weight.sizes(), ", expected [", gradient.size(1), ", ", input.size(1), "]");
+                    "grad_weight: got ", grad_weight.sizes(), ", expected [", gradient.size(1), ", ", input.size(1),
+                    "]");
   check_bias(grad_bias, "grad_bias", gradient.size(1));
   if (gradient.size(0) == 0 || grad_weight.numel() == 0) {
     grad_weight.zero_();

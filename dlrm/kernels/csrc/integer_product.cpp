@@ -1,4 +1,4 @@
-// Products of integer.h. Compiled for AVX-512 with VNNI only: with BF16, and without.
+// The products that integer.h declares. Compiled for AVX-512 with VNNI only, twice: with BF16 and without.
 #include <immintrin.h>
 
 #include <type_traits>
@@ -8,13 +8,14 @@
 namespace dlrm::integer {
 namespace {
 
-// Where a tile's sums go. Blocks add up in `partial`, compact so that it stays in L2; the last goes out, in one of three ways.
+// Where a tile's sums go. The blocks are summed in `partial`, which is compact, so that it stays in L2. The last block
+// goes to the output in one of three ways.
 enum class End { kPartial, kPlain, kRectified, kMasked };
 
-// What a tile's sums are scaled with, and added to.
+// What a tile's sums are scaled by, and what they are added to.
 struct Finish {
   const float *left_scales, *left_offsets, *right_scales, *right_offsets;
-  const float* base;  // what is added to each row
+  const float* base;  // added to each row: the bias, the earlier blocks' sum, or the output
   int64_t base_stride;
   float* partial;
 };
@@ -30,7 +31,8 @@ inline void store(BFloat16* to, __mmask16 live, __m512 y) {
 #if defined(__AVX512BF16__)
   _mm256_mask_storeu_epi16(to, live, (__m256i)_mm512_cvtneps_pbh(y));  // subnormals become 0
 #else
-  const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(y);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);  // ties to even
   const __mmask16 is_nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
   const __m512i sound = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
@@ -38,21 +40,21 @@ inline void store(BFloat16* to, __mmask16 live, __m512 y) {
 #endif
 }
 
-// As few instructions as can be, none a branch within a row: so many wait here that the next tile's products, which this
-// runs beside, would have to wait for them to be read.
+// Finishes one row of a tile. It runs beside the next tile's products, in the same out-of-order window: each
+// instruction more delays these, so there are few, and no branch within a row.
 template <bool kHasZeros, End kEnd, int kVectors, class Value>
 inline void finish_row(const __m512i* sums, int row, const Finish& finish, const __mmask16* live, Value* out) {
   const __m512 left_scale = _mm512_set1_ps(finish.left_scales[row]), zero = _mm512_set1_ps(finish.left_offsets[row]);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    // Towards zero what overflows is the largest float, not infinity, with which a sum of 0 would become NaN.
+    // Rounded towards zero, a product that overflows is the largest float. With infinity a sum of 0 would become NaN.
     const __m512 scale = _mm512_mul_round_ps(left_scale, _mm512_loadu_ps(finish.right_scales + v * kLanes),
                                              _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
     __m512 sum = _mm512_cvtepi32_ps(sums[v]);
     if constexpr (kHasZeros) sum = _mm512_fnmadd_ps(zero, _mm512_loadu_ps(finish.right_offsets + v * kLanes), sum);
     const __m512 base = load(finish.base + row * finish.base_stride + v * kLanes, live[v]);
     __m512 y = _mm512_fmadd_ps(sum, scale, base);
-    // NaN stays NaN, in this order, and lets gradients pass.
+    // With the operands in this order NaN stays NaN; below, an output that is NaN lets gradients pass.
     if constexpr (kEnd == End::kRectified) y = _mm512_max_ps(_mm512_setzero_ps(), y);
     if constexpr (kEnd == End::kMasked) {
       const __m512 output = load(out + v * kLanes, live[v]);
@@ -66,14 +68,17 @@ inline void finish_row(const __m512i* sums, int row, const Finish& finish, const
   }
 }
 
-// The sums of one tile over `dwords` dwords. In assembly, since GCC moves sums between registers in the loop.
-// Row i, dword d of left lies at i * kRowStep + d * kDwordStep; right is [vector][dword][16].
-// Meanwhile the next tile's left rows are fetched, which follow this tile's.
+// The sums of one tile over `dwords` dwords: 8 rows by 1 to 3 registers of columns. In assembly, because GCC moves sums
+// between registers within the loop. Each turn of it loads one dword of the columns, broadcasts one dword of each row
+// in turn, and multiplies: 8 rows x 3 registers of sums + 3 of columns + 4 of broadcasts = 31 of the 32 registers.
+//
+// Row i, dword d of left lies at i * kRowStep + d * kDwordStep; right is [vector][dword][16]. Meanwhile the left rows
+// of the next tile, which follow this tile's, are prefetched.
 #define LOAD(vector, to) "vmovdqu64 " #vector "*" PANEL "(%%rcx), %%" to "\n\t"
 #define ZERO(to) "vpxord %" #to ", %" #to ", %" #to "\n\t"
 #define BROADCAST(row, to) "vpbroadcastd " #row "*%c[row](%%rax), %%" to "\n\t"
 #define WSSD(left, right, to) "vpdpwssd %%" left ", %%" right ", %" #to "\n\t"
-#define BUSD(left, right, to) "vpdpbusd %%" right ", %%" left ", %" #to "\n\t"  // the unsigned one is last but one
+#define BUSD(left, right, to) "vpdpbusd %%" right ", %%" left ", %" #to "\n\t"  // the last but one is unsigned
 #define ROW3(DOT, i, to, x, y, z) BROADCAST(i, to) DOT(to, "zmm0", x) DOT(to, "zmm1", y) DOT(to, "zmm2", z)
 #define ROW2(DOT, i, to, x, y) BROADCAST(i, to) DOT(to, "zmm0", x) DOT(to, "zmm1", y)
 #define TEXT(x) TEXT_(x)
@@ -127,7 +132,8 @@ inline __m512i dot(__m512i sums, __m512i left, __m512i right) {
 }
 
 template <class Format, int kVectors, int kRowStep, int kDwordStep>
-inline void add_products(const int32_t* left, const int32_t* right, int64_t dwords, __m512i (&sums)[kRowTile][kVectors]) {
+inline void add_products(const int32_t* left, const int32_t* right, int64_t dwords,
+                         __m512i (&sums)[kRowTile][kVectors]) {
   constexpr bool is_int8 = std::is_same_v<Format, Int8>;
   if constexpr (kVectors == 3 && is_int8) {
     TILE3(BUSD);
@@ -165,7 +171,7 @@ inline void add_products(const int32_t* left, const int32_t* right, int64_t dwor
 #undef LOOP_HEAD
 #undef LOOP_TAIL
 
-// One tile: kRowTile rows, live_rows of them stored, by kVectors registers of columns.
+// One tile: kRowTile rows by kVectors registers of columns. Only the first live_rows rows are stored.
 template <class Format, int kVectors, int kRowStep, int kDwordStep, End kEnd, class Value>
 void tile(const int32_t* left, const int32_t* right, int64_t dwords, int64_t live_rows, const __mmask16* live,
           const Finish& finish, Value* out, int64_t stride) {
@@ -183,7 +189,7 @@ void tile(const int32_t* left, const int32_t* right, int64_t dwords, int64_t liv
       finish_row<kHasZeros, kEnd, kVectors>(sums[i], i, finish, live, out + i * stride);
     }
   };
-  // Where no entry is negative, as behind a ReLU, there is nothing to take off.
+  // If no entry is negative, as after a ReLU, all offsets are 0 and nothing has to be subtracted.
   const __m256 zeros = _mm256_loadu_ps(finish.left_offsets);
   if (std::is_same_v<Format, Int8> && _mm256_cmp_ps_mask(zeros, _mm256_setzero_ps(), _CMP_NEQ_UQ) != 0) {
     finish_rows.template operator()<true>();
@@ -194,6 +200,7 @@ void tile(const int32_t* left, const int32_t* right, int64_t dwords, int64_t liv
 
 alignas(64) constexpr float kNothing[3 * kLanes] = {};
 
+// A strip of a product: rows [row, stop) by kVectors registers of columns, for one block.
 template <class Format, int kVectors, int kRowStep, int kDwordStep, class Value>
 void strip(const Operand<Format>& left, const Operand<Format>& right, int64_t block, int64_t row, int64_t stop,
            int64_t column, const Output<Value>& output, float* partial) {

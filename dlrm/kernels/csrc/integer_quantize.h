@@ -1,4 +1,4 @@
-// What quantization to int16 and to int8 share; int16_quantize.cpp and int8_quantize.cpp include it. For AVX-512 only.
+// What int16_quantize.cpp, int8_quantize.cpp and integer_product.cpp share. For AVX-512 only.
 #pragma once
 
 #include <immintrin.h>
@@ -7,9 +7,10 @@
 
 namespace dlrm::integer {
 
+// A mask of the first `rest` lanes.
 inline __mmask16 live_lanes(int64_t rest) { return rest >= kLanes ? 0xffff : rest <= 0 ? 0 : (1u << rest) - 1; }
 
-// A square of dwords: rows of 16 at `stride` to rows at kLanes.
+// Transposes a square of 16 x 16 dwords. Rows are `stride` apart in `rows`, kLanes apart in `out`.
 inline void transpose_square(const int32_t* rows, int64_t stride, int32_t* out) {
   __m512i a[kLanes], b[kLanes];
   for (int i = 0; i < kLanes; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
@@ -23,7 +24,7 @@ inline void transpose_square(const int32_t* rows, int64_t stride, int32_t* out) 
       a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + h + 2]);
     }
   }
-  // a[4 g + c]: of rows 4 g .. 4 g + 3, columns c, 4 + c, 8 + c, 12 + c.
+  // Now a[4 g + c] holds columns c, 4 + c, 8 + c and 12 + c of rows 4 g to 4 g + 3.
   for (int c = 0; c < 4; ++c) {
     const __m512i low_even = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
     const __m512i low_odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
@@ -36,7 +37,7 @@ inline void transpose_square(const int32_t* rows, int64_t stride, int32_t* out) 
   }
 }
 
-// Two consecutive dwords of 16 columns.
+// Stores two consecutive dwords of each of 16 columns into a block in the layout kNarrow or kWide.
 inline void store_dwords(__m512i first, __m512i second, Layout layout, int64_t dword, int32_t* panel) {
   if (layout == Layout::kNarrow) {
     panel += dword * kRowTile;
@@ -48,10 +49,10 @@ inline void store_dwords(__m512i first, __m512i second, Layout layout, int64_t d
   }
 }
 
-constexpr int kTogether = 4;  // vectors quantized together; few, since rows 4 KiB apart share L1's sets
+constexpr int kTogether = 4;  // vectors quantized at once; few, since rows 4 KiB apart share sets of L1
 
-// One block of up to kTogether vectors, `count` entries each at `stride`, to rows of kDwords, filled up to the end of a
-// dword as if with zeros.
+// Quantizes one block of up to kTogether vectors, `count` entries each, to rows of kDwords. Vectors are `stride` apart.
+// The last dword is filled as if zeros followed the entries.
 template <class Format>
 void quantize_block(const typename Format::Source* source, int64_t stride, int64_t vectors, int64_t count,
                     Layout layout, int32_t* out, float* scales, float* offsets);
@@ -82,7 +83,9 @@ void quantize_wide_rows(const typename Format::Source* source, int64_t part, con
                              std::min<int64_t>(kTogether, count - i), out.block_entries(block), out.layout,
                              rows + i * kDwords, out.scales + at + i, out.offsets + at + i);
     }
-    for (int64_t d = 0; d < kDwords; d += kLanes) transpose_square(rows + d, kDwords, out.dwords + at * kDwords + d * kLanes);
+    for (int64_t d = 0; d < kDwords; d += kLanes) {
+      transpose_square(rows + d, kDwords, out.dwords + at * kDwords + d * kLanes);
+    }
   }
 }
 

@@ -1,6 +1,7 @@
-// What the operators call: serial loops over a part of the work, compiled once for each instruction set.
+// The loops that the operators of ops.cpp call. Each call does a part of the work on one thread. The loops are compiled
+// once for each instruction set.
 //
-// B samples, F features, D columns of a table, V vectors that interact, P = V * (V - 1) / 2 pairs.
+// Shapes: B samples, F features, D columns of a table, V vectors that interact, P = V * (V - 1) / 2 pairs.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ enum class Scalar : int { kFloat, kBFloat16 };
 enum class Integer : int { kInt32, kInt64 };
 enum class Optimizer : int { kSgd, kAdagrad, kRowwiseAdagrad };
 
-// Ids of bag (f, b) are values[offsets[f * B + b]] to values[offsets[f * B + b + 1]], exclusive.
+// The ids of bag (f, b) are values[offsets[f * B + b]] to values[offsets[f * B + b + 1]], the latter excluded.
 struct Ids {
   const void* values;
   Integer value_type;
@@ -19,17 +20,18 @@ struct Ids {
   Integer offset_type;
 };
 
-// Tables end to end in one array of weights, one feature each. Pooled rows have total_dim columns.
+// Tables that lie one after the other in one array of weights, one for each feature. A pooled row has total_dim
+// columns.
 struct Tables {
   int64_t num_features;
   int64_t batch_size;
   int64_t total_dim;
-  const int64_t* weight_offsets;  // F: where a feature's table begins in the weights
-  const int64_t* rows;            // F
-  const int64_t* dim_offsets;     // F + 1: columns of a feature in the pooled rows
+  const int64_t* weight_offsets;  // F: where each feature's table begins in the weights
+  const int64_t* rows;            // F: rows of each feature's table
+  const int64_t* dim_offsets;     // F + 1: where each feature's columns begin in a pooled row
 };
 
-// An id outside its table; feature is -1 where there is none.
+// An id outside its table; `feature` is -1 if there is none.
 struct BadId {
   int64_t feature = -1;
   int64_t id = 0;
@@ -40,14 +42,14 @@ struct Update {
   float learning_rate;
   float eps;
   float* weights;
-  float* state;                  // squares: one for each weight (Adagrad), or for each row; null for SGD
-  const int64_t* state_offsets;  // F: where a table's begin
-  const void* const* gradients;  // B: each sample's row of total_dim
+  float* state;                  // sums of squares: one for each weight (Adagrad) or each row; null for SGD
+  const int64_t* state_offsets;  // F: where the state of each feature's table begins
+  const void* const* gradients;  // B: the gradient of each sample's pooled row, total_dim columns
   Scalar gradient_type;
-  float gradient_scale;  // gradients count so many times
+  float gradient_scale;  // gradients are multiplied by this
 };
 
-// A vector of a sample: column `column` and on of row b of a matrix `stride` wide.
+// A matrix with a row for each sample. Vector `v` of sample b begins at row b, column `v.column` of sources[v.source].
 struct Source {
   void* data;
   Scalar type;
@@ -67,21 +69,24 @@ struct Interaction {
 
 struct Kernels {
   const char* name;
-  // Pooled rows of samples [first, stop), to rows at `stride`.
+  // Writes the pooled rows of samples [first, stop): the first to `pooled`, the next ones `stride` numbers apart. Stops
+  // at an id outside its table.
   BadId (*pool)(const Tables&, const Ids&, const float* weights, void* pooled, Scalar, int64_t stride, int64_t first,
                 int64_t stop);
-  // Updates those rows of a feature's table whose number is `part` modulo `parts`, in the order of the bags.
+  // Updates those looked-up rows of a feature's table whose number is `part` modulo `parts`. A row's gradients are
+  // summed in the order of the bags, so the result is the same for any number of parts.
   void (*update)(const Tables&, const Ids&, const Update&, int64_t feature, int64_t part, int64_t parts);
-  // Rows [first, stop) of the output [B, D + P]: the dense vector, then each pair's dot product.
+  // Writes rows [first, stop) of the output [B, D + P]: the dense vector, then each pair's dot product.
   void (*interact)(const Interaction&, void* output, Scalar, int64_t first, int64_t stop);
-  // Gradients of the vectors, into `gradients`, of the same layout as interaction.sources.
+  // Writes the gradients of the vectors to `gradients`, which have the layout of interaction.sources.
   void (*interact_backward)(const Interaction&, const Source* gradients, const void* gradient, Scalar, int64_t first,
                             int64_t stop);
-  // values[i] += bias, then where `rectified` the larger of it and 0, for rows [first, stop) of a matrix `columns` wide.
-  void (*add_bias)(void* values, Scalar, const float* bias, bool rectified, int64_t columns, int64_t first, int64_t stop);
-  // gradient[i] = 0 where output[i] is not positive (unless output is null); sums over rows [first, stop) into sums.
+  // values += bias, then ReLU if `rectified`, for rows [first, stop) of a matrix that is `columns` wide.
+  void (*add_bias)(void* values, Scalar, const float* bias, bool rectified, int64_t columns, int64_t first,
+                   int64_t stop);
+  // gradient = 0 where output <= 0, unless `output` is null; then sums = the sum of the gradient's rows [first, stop).
   void (*mask)(void* gradient, const void* output, Scalar, float* sums, int64_t columns, int64_t first, int64_t stop);
-  // Uniform in [low, high): the floats that PyTorch's CPU generator gives from `seed`.
+  // Writes floats uniform in [low, high): those that PyTorch's CPU generator gives from `seed`.
   void (*draw)(float* values, int64_t size, uint32_t seed, float low, float high);
 };
 

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kOutboxBytes = 8 << 20;
 constexpr int64_t kMostSlotBytes = 512 << 10;
 constexpr uint32_t kSlots = 4;
-constexpr long kLookNanoseconds = 10'000'000;  // of sleep, until a rank looks whether the others are there
+constexpr long kLookNanoseconds = 10'000'000;  // of sleep, before a rank looks whether the others are alive
 
 long futex(std::atomic<uint32_t>* word, int operation, uint32_t value, const timespec* timeout) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), operation, value, timeout, nullptr, 0);
@@ -30,22 +30,23 @@ void add_floats(float* to, const float* from, int64_t count) {
 
 }  // namespace
 
-// What a slot belongs to: bytes of the whole part, and how many transfers were before.
+// What a slot belongs to, by which ranks find that they disagree: the bytes of the whole part, and the number of
+// transfers before this one.
 struct Label {
   int64_t size;
   uint32_t transfer;
 };
 
-// A writer's and a reader's number of slots so far, which may overflow.
+// How many slots were written and read so far, modulo 2^32.
 struct Lanes::Lane {
   alignas(kLine) std::atomic<uint32_t> written;
   alignas(kLine) std::atomic<uint32_t> read;
   alignas(kLine) Label labels[kSlots];
 };
 
-// What a rank's file begins with. Lanes and slots follow.
+// The beginning of a rank's memory. Its lanes follow, then their slots.
 struct Lanes::Outbox {
-  alignas(kLine) std::atomic<uint32_t> bell;  // rung whenever another rank has written or read for this one
+  alignas(kLine) std::atomic<uint32_t> bell;  // one more whenever another rank has written to or read from this one
   std::atomic<uint32_t> is_asleep, has_left;
 };
 
@@ -72,20 +73,21 @@ void Lanes::transfer(std::vector<Part> outgoing, std::vector<Part> incoming) {
     const uint32_t bell = outbox(rank_).bell.load();
     bool has_moved = false;
     for (Part& part : outgoing) has_moved |= !part.is_done && send(part);
-    bool adds = true;  // no sum that comes later before one that comes earlier
+    bool adds = true;  // while all earlier parts are added: sums are made in the order of the parts
     for (Part& part : incoming) {
       if (part.is_done || (part.adds && !adds)) continue;
       has_moved |= receive(part);
       adds &= !part.adds || part.is_done;
     }
-    if (std::all_of(outgoing.begin(), outgoing.end(), is_done) && std::all_of(incoming.begin(), incoming.end(), is_done)) {
+    if (std::all_of(outgoing.begin(), outgoing.end(), is_done) &&
+        std::all_of(incoming.begin(), incoming.end(), is_done)) {
       ++transfers_;
       return;
     }
     if (has_moved || sleep(bell)) continue;
     for (const auto* parts : {&outgoing, &incoming}) {
       for (const Part& part : *parts) {
-        // What a rank wrote before its end is there by now, so that the bell would have rung.
+        // If a rank wrote before it exited, the bell has rung: read that first.
         if (!part.is_done && outbox(rank_).bell.load() == bell) check_present(part.rank);
       }
     }
@@ -99,7 +101,7 @@ void Lanes::leave() {
   }
 }
 
-// One slot at a time, so that all lanes are kept busy. Whether there was room.
+// Writes one slot of `part`, so that all lanes get their turn. Returns whether there was room.
 bool Lanes::send(Part& part) {
   Lane& to = lane(rank_, part.rank);
   const uint32_t number = to.written.load(std::memory_order_relaxed);
@@ -114,15 +116,16 @@ bool Lanes::send(Part& part) {
   return true;
 }
 
-// Likewise. Whether there was something.
+// Reads one slot of `part`. Returns whether there was one.
 bool Lanes::receive(Part& part) {
   Lane& from = lane(part.rank, rank_);
   const uint32_t number = from.read.load(std::memory_order_relaxed);
   if (number == from.written.load(std::memory_order_acquire)) return false;
   const int64_t size = part.bytes.size, bytes = std::min(slot_bytes_, size - part.done);
   if (const Label sent = from.labels[number % kSlots]; sent.size != size || sent.transfer != transfers_) {
-    throw std::runtime_error("rank " + std::to_string(part.rank) + " sent " + std::to_string(sent.size) + " bytes, expected " +
-                             std::to_string(size) + ". Ranks must exchange the same things in the same order.");
+    throw std::runtime_error("rank " + std::to_string(part.rank) + " sent " + std::to_string(sent.size) +
+                             " bytes, expected " + std::to_string(size) +
+                             ". Ranks must exchange the same things in the same order.");
   }
   const char* source = slot(part.rank, rank_, number);
   char* target = part.bytes.at + part.done;
@@ -144,7 +147,7 @@ void Lanes::wake(int rank) {
   if (other.is_asleep.exchange(0) != 0) futex(&other.bell, FUTEX_WAKE, 1, nullptr);
 }
 
-// Until the bell is another one than it was: true, or it is time to look for the others: false.
+// Sleeps until the bell differs from `bell` (returns true), or until it is time to look for the others (false).
 bool Lanes::sleep(uint32_t bell) {
   Outbox& own = outbox(rank_);
   if (own.has_left) throw std::runtime_error("the group was shut down");

@@ -1,7 +1,17 @@
 // Bytes between the processes of a host, through memory that all of them map.
 //
-// Each rank has an outbox: a file in memory, with a lane to each other rank. A lane is a ring of slots with one writer and
-// one reader. A rank with nothing to do sleeps (futex) until another has written or read for it.
+// Each rank has an outbox: a file in memory, with a lane to each other rank. A lane is a ring of 4 slots with one
+// writer and one reader, so it needs no lock: each of them only advances its own counter. `written` - `read` slots are
+// full. A part that is larger than the free slots goes through in turns. Rank 0 sends 6 slots to rank 1:
+//
+//     rank 0   writes slots 0 1 2 3  rings 1's bell | no room: sleeps        | writes slots 4 5 (places 0 1) ...
+//     rank 1   has nothing to read: sleeps          | reads 0 1, rings 0's bell | reads 2 3 4 5, rings 0's bell
+//     written  0 ................................ 4 | 4                         | 6
+//     read     0 .................................. | 2                         | 6
+//
+// A rank sleeps on its own bell (a futex), only if the bell has not rung since it last looked at its lanes: so no ring
+// is missed. It does not spin, since ranks share cores. Every 10 ms asleep it looks whether the ranks it waits for are
+// alive.
 #pragma once
 
 #include <atomic>
@@ -17,33 +27,34 @@ struct Bytes {
   int64_t size;
 };
 
-// What goes to a rank, or comes from one; at most one of each in a transfer.
+// The bytes that go to a rank, or come from it. A transfer has at most one part to and one part from each rank.
 struct Part {
   int rank;
   Bytes bytes;
-  bool adds = false;  // what comes: floats, to what is there. Such parts are added in their order
-  int64_t done = 0;
-  bool is_done = false;  // an empty part takes a slot, too
+  bool adds = false;  // incoming floats are added to what is there, part after part in the order given
+  int64_t done = 0;   // bytes
+  bool is_done = false;  // not the same as done == size at first: an empty part takes a slot, too
 };
 
 class Lanes {
  public:
-  // Makes this rank's outbox, for `world` ranks.
+  // Makes the outbox of this rank, one of `world`.
   //
-  // Throws std::runtime_error where there is no memory.
+  // Throws std::runtime_error if there is no memory.
   Lanes(int rank, int world);
   Lanes(const Lanes&) = delete;
 
-  // Of which `open` must be called first.
+  // Call its `open` before the first transfer.
   HostMemory& memory() { return memory_; }
 
-  // Sends and receives all parts. Every rank calls this with parts that match, in the same order.
+  // Sends and receives all parts. All ranks call this the same number of times, with parts that match.
   //
-  // Throws std::runtime_error if a rank sent another number of bytes, or one that is waited for has ended or left, and after
-  // `leave`. No other call may follow then.
+  // Throws std::runtime_error if a rank sent another number of bytes than expected, if a rank we wait for has exited or
+  // left, or after `leave`. The object is unusable afterwards.
   void transfer(std::vector<Part> outgoing, std::vector<Part> incoming);
 
-  // Nothing is sent any more. Ends a `transfer` of another thread soon, and of ranks that wait for this one.
+  // Tells all ranks that this one sends nothing more. A `transfer` that runs in another thread soon throws, and so do
+  // those of other ranks that wait for this one.
   void leave();
 
  private:

@@ -1,5 +1,5 @@
-// All layers of an MLP one after the other, forward and backward; see dlrm/kernels/mlp.py. In C++, since each operator
-// takes the caches, and the interpreter then takes a while to say which is next.
+// All layers of an MLP, forward and backward; see dlrm/kernels/mlp.py. The loop over layers is in C++ because each
+// operator empties the caches, so that the Python interpreter would need a while to call the next one.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -12,9 +12,9 @@ namespace dlrm {
 namespace {
 
 using at::Tensor;
-using Formats = c10::List<std::string>;  // of each layer: the integers that its products go through, or nothing
+using Formats = c10::List<std::string>;  // for each layer: int16, int8, or empty for no integers
 
-// Operators are called by name, so that a profile has them one by one.
+// Operators are called through the dispatcher, so that a profile shows each of them.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("dlrm::" + name).c_str(), "").typed<Signature>();
@@ -35,18 +35,20 @@ struct IntegerProducts {
 
 const IntegerProducts& products_of(const std::string& format) {
   static const IntegerProducts int16("int16"), int8("int8");
-  TORCH_CHECK_VALUE(format == "int16" || format == "int8", "formats: got ", format, ", expected int16, int8 or nothing");
+  TORCH_CHECK_VALUE(format == "int16" || format == "int8", "formats: got ", format,
+                    ", expected int16, int8 or nothing");
   return format == "int16" ? int16 : int8;
 }
 
-// Neither autograd nor autocast is wanted by what runs inside.
+// While this lives, operators run without autograd and autocast.
 struct Below {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
 void check_list(size_t size, size_t expected, const char* name) {
-  TORCH_CHECK_VALUE(size > 0 && size == expected, name, ": got ", size, ", expected ", expected, ", for one layer or more");
+  TORCH_CHECK_VALUE(size > 0 && size == expected, name, ": got ", size, ", expected ", expected,
+                    ", for one layer or more");
 }
 
 void add_bias(Tensor& values, const Tensor& bias) {
@@ -54,13 +56,13 @@ void add_bias(Tensor& values, const Tensor& bias) {
   op.call(values, bias, true);
 }
 
-// The gradient's sum over the batch, after it became 0 where `output` is.
+// Sets the gradient to 0 where `output` <= 0, if there is one, and returns its sum over the batch.
 Tensor mask(const Tensor& gradient, const std::optional<Tensor>& output) {
   static const auto op = find<Tensor(Tensor, const std::optional<Tensor>&)>("mask_");
   return op.call(gradient, output);
 }
 
-// What comes out of each layer.
+// Returns the output of each layer.
 std::vector<Tensor> mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, const Formats& formats) {
   const Below below;
   check_list(biases.size(), weights.size(), "biases");
@@ -80,8 +82,11 @@ std::vector<Tensor> mlp(const Tensor& input, at::TensorList weights, at::TensorL
   return outputs;
 }
 
-// The input's gradient, or nothing. Those of the parameters go to `gradients`: weight and bias of each layer in turn.
-// Hidden outputs that products through integers used are written over, which their versions tell.
+// Returns the input's gradient if it is needed. Gradients of the parameters go to `gradients`: weight and bias of each
+// layer in turn.
+//
+// With integer products, the gradient before a hidden layer's ReLU is written over that layer's output, which backward
+// needs no more. The output's version is bumped, so that autograd refuses to use it again.
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, at::TensorList outputs,
                                  at::TensorList weights, at::TensorList gradients, const Formats& formats,
                                  bool needs_input) {
@@ -92,7 +97,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const Tensor &weight = gradients[2 * layer], &bias = gradients[2 * layer + 1];
     TORCH_CHECK_VALUE(weight.sizes() == weights[layer].sizes() && bias.sizes() == weights[layer].sizes().slice(0, 1),
-                      "gradients: got ", weight.sizes(), " and ", bias.sizes(), " for a weight of ", weights[layer].sizes());
+                      "gradients: got ", weight.sizes(), " and ", bias.sizes(), " for a weight of ",
+                      weights[layer].sizes());
   }
   Tensor gradient = grad_output.to(outputs.back().scalar_type(), false, /*copy=*/true, at::MemoryFormat::Contiguous);
   std::optional<Tensor> sums = mask(gradient, outputs.back());

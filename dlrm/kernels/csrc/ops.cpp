@@ -1,6 +1,6 @@
-// The operators, as PyTorch sees them: checks, and the work shared out among threads.
+// The operators of kernels.h, as PyTorch sees them: arguments are checked, and the work is shared among threads.
 //
-// B samples, F features, D columns of a table, V vectors that interact, P = V * (V - 1) / 2 pairs.
+// Shapes: B samples, F features, D columns of a table, V vectors that interact, P = V * (V - 1) / 2 pairs.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -20,7 +20,7 @@ constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kMostSamplesPerTask = 128;
 constexpr int64_t kRowsPerSum = 256;
 
-// The best that this CPU has, unless DLRM_KERNELS names less, as the tests do.
+// The loops for the best instruction set that this CPU has, or for the lesser one that DLRM_KERNELS names.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
@@ -42,13 +42,13 @@ const Kernels& kernels() {
 
 std::string instruction_set() { return kernels().name; }
 
-// Of a batch, so that there are several tasks for each thread.
+// Samples of a task, such that there are several tasks for each thread.
 int64_t samples_per_task(int64_t batch) {
   return std::clamp<int64_t>(batch / (kUnitsPerThread * at::get_num_threads()), 8, kMostSamplesPerTask);
 }
 
-// Calls body(first, stop) for tasks of [0, size), as threads come free: what else runs on one of the cores, such as the
-// building of the next batch, does not hold up all of them.
+// Calls body(first, stop) for tasks that cover [0, size). A thread takes the next task when it has done one, so that a
+// core that is busy with something else, such as the next batch, does not hold up the others.
 template <class Body>
 void share(int64_t size, int64_t per_task, Body body) {
   const int64_t tasks = (size + per_task - 1) / per_task;
@@ -74,14 +74,14 @@ void check_contiguous(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), name, ": expected a contiguous tensor on the CPU");
 }
 
-// Tables, ids and what they lie in, checked.
+// The tables and ids of a lookup, checked, with the tensors that hold them.
 struct Lookups {
   at::Tensor ids, offsets, weight_offsets, rows, dim_offsets;
   Tables tables;
   Ids all;
 
-  Lookups(const at::Tensor& ids_, const at::Tensor& offsets_, const at::Tensor& weights, const at::Tensor& weight_offsets_,
-          const at::Tensor& rows_, const at::Tensor& dim_offsets_)
+  Lookups(const at::Tensor& ids_, const at::Tensor& offsets_, const at::Tensor& weights,
+          const at::Tensor& weight_offsets_, const at::Tensor& rows_, const at::Tensor& dim_offsets_)
       : ids(ids_.contiguous()), offsets(offsets_.contiguous()), weight_offsets(weight_offsets_), rows(rows_),
         dim_offsets(dim_offsets_) {
     const int64_t features = rows.numel();
@@ -123,19 +123,22 @@ struct Lookups {
   }
 };
 
-// Rows of all samples in blocks that follow one another, each a matrix of its own whose rows need not be side by side.
+// The rows of all samples, cut into blocks: block k holds samples firsts[k] to firsts[k + 1]. Each is a matrix of its
+// own, whose rows may be any distance apart.
 struct Blocks {
   Scalar type;
   std::vector<at::Tensor> matrices;
-  std::vector<int64_t> firsts;  // each block's first sample, then the number of samples
+  std::vector<int64_t> firsts;  // the first sample of each block, then the number of samples
 
   Blocks(at::TensorList given, const Tables& tables, const char* name) : matrices(given.vec()), firsts{0} {
     TORCH_CHECK_VALUE(!matrices.empty(), name, ": expected one matrix or more");
     type = scalar_of(matrices[0], name);
     for (const at::Tensor& matrix : matrices) {
       TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(1) == tables.total_dim &&
-                            matrix.scalar_type() == matrices[0].scalar_type() && (tables.total_dim < 2 || matrix.stride(1) == 1),
-                        name, ": got ", matrix.sizes(), ", expected rows of ", tables.total_dim, " numbers of one type");
+                            matrix.scalar_type() == matrices[0].scalar_type() &&
+                            (tables.total_dim < 2 || matrix.stride(1) == 1),
+                        name, ": got ", matrix.sizes(), ", expected rows of ", tables.total_dim,
+                        " numbers of one type");
       firsts.push_back(firsts.back() + matrix.size(0));
     }
     TORCH_CHECK_VALUE(firsts.back() == tables.batch_size, name, ": got ", firsts.back(), " rows, expected ",
@@ -148,7 +151,7 @@ struct Blocks {
   }
 };
 
-// Into `pooled`, rows of one block after the other's.
+// Fills the blocks `pooled` with the sums of each bag's rows.
 void pool(const at::Tensor& weights, const at::Tensor& weight_offsets, const at::Tensor& rows,
           const at::Tensor& dim_offsets, const at::Tensor& ids, const at::Tensor& offsets, at::TensorList pooled) {
   const Lookups lookups(ids, offsets, weights, weight_offsets, rows, dim_offsets);
@@ -171,11 +174,12 @@ void pool(const at::Tensor& weights, const at::Tensor& weight_offsets, const at:
                     " is outside its table of ", bad_feature < 0 ? 0 : tables.rows[bad_feature], " rows");
 }
 
+// The rows of a feature's table whose number is `part` modulo `parts`.
 struct Unit {
   int64_t feature, part, parts;
 };
 
-// Parts of tables, several for each thread; no row is in two of them.
+// Units of nearly equal work, several for each thread. No row is in two of them, so threads need no locks.
 std::vector<Unit> units_of(const Lookups& lookups) {
   const Tables& tables = lookups.tables;
   const int64_t most = std::max<int64_t>(1, lookups.ids.numel() / (kUnitsPerThread * at::get_num_threads()));
@@ -200,10 +204,12 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
   const Blocks blocks(gradients, tables, "gradients");
   std::vector<const void*> rows_of_gradients(tables.batch_size);
   for (size_t block = 0; block < blocks.matrices.size(); ++block) {
-    for (int64_t b = blocks.firsts[block]; b < blocks.firsts[block + 1]; ++b) rows_of_gradients[b] = blocks.row(block, b);
+    for (int64_t b = blocks.firsts[block]; b < blocks.firsts[block + 1]; ++b) {
+      rows_of_gradients[b] = blocks.row(block, b);
+    }
   }
   TORCH_CHECK_VALUE((kind == Optimizer::kSgd) == !state.has_value() && state.has_value() == state_offsets.has_value(),
-                    "state: expected one, with its offsets, for all optimizers but SGD");
+                    "state: expected one, with its offsets, unless the optimizer is SGD");
   if (state.has_value()) {
     check_contiguous(*state, "state");
     check_contiguous(*state_offsets, "state_offsets");
@@ -212,7 +218,8 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
     for (int64_t f = 0; f < tables.num_features; ++f) {
       const int64_t width = kind == Optimizer::kAdagrad ? tables.dim_offsets[f + 1] - tables.dim_offsets[f] : 1;
       const int64_t start = state_offsets->const_data_ptr<int64_t>()[f], stop = start + tables.rows[f] * width;
-      TORCH_CHECK_VALUE(start >= 0 && stop <= state->numel(), "state: got ", state->numel(), " numbers, expected ", stop);
+      TORCH_CHECK_VALUE(start >= 0 && stop <= state->numel(), "state: got ", state->numel(), " numbers, expected ",
+                        stop);
     }
   }
   const Update step{kind,
@@ -230,22 +237,23 @@ void update(at::Tensor weights, std::optional<at::Tensor> state, const std::opti
   });
 }
 
-// Vectors in a dense matrix and in column blocks of others, checked.
+// The vectors that interact, checked: the dense matrix is the first, the others are blocks of columns of other
+// matrices.
 struct Vectors {
   std::vector<at::Tensor> matrices;
   std::vector<Source> sources;
   std::vector<Vector> vectors;
   Interaction interaction;
 
-  // `columns` holds for each of `matrices` but the first how many vectors it has, then their first columns.
+  // For each matrix but the first, `columns` holds the number of its vectors, then the first column of each.
   Vectors(std::vector<at::Tensor> given, at::IntArrayRef columns) : matrices(std::move(given)) {
     const int64_t batch = matrices[0].size(0), dim = matrices[0].size(1);
     vectors.push_back({0, 0});
     size_t at = 0;
     for (size_t m = 0; m < matrices.size(); ++m) {
       at::Tensor& matrix = matrices[m];
-      TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == batch, "vectors: expected matrices of ",
-                        batch, " rows on the CPU");
+      TORCH_CHECK_VALUE(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(0) == batch,
+                        "vectors: expected matrices of ", batch, " rows on the CPU");
       matrix = matrix.contiguous();
       sources.push_back({matrix.data_ptr(), scalar_of(matrix, "vectors"), matrix.size(1)});
       if (m == 0) continue;
@@ -268,7 +276,7 @@ struct Vectors {
   Vectors(const Vectors&) = delete;
 
   int64_t batch() const { return matrices[0].size(0); }
-  // Whether a matrix is nothing but vectors, which do not overlap.
+  // Whether each column of a matrix belongs to a vector; vectors do not overlap.
   bool is_covered(size_t m) const {
     const auto of_matrix = [m](const Vector& vector) { return vector.source == static_cast<int32_t>(m); };
     return std::count_if(vectors.begin(), vectors.end(), of_matrix) * interaction.dim == matrices[m].size(1);
@@ -306,8 +314,10 @@ void run_interact_backward(const Vectors& vectors, const std::vector<Source>& ta
   });
 }
 
-// Where gradients of a matrix in the layout of `source` go.
-Source target_of(at::Tensor& memory, const Source& source) { return {memory.mutable_data_ptr(), source.type, source.stride}; }
+// Memory for the gradients of a matrix, in the layout of `source`.
+Source target_of(at::Tensor& memory, const Source& source) {
+  return {memory.mutable_data_ptr(), source.type, source.stride};
+}
 
 std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
                                           at::IntArrayRef columns) {
@@ -323,7 +333,7 @@ std::vector<at::Tensor> interact_backward(const at::Tensor& gradient, const at::
   return gradients;
 }
 
-// Gives the dense vectors' gradient; those of the others take their place.
+// Returns the gradient of the dense vectors. The gradients of the others are written over them.
 at::Tensor interact_backward_in_place(const at::Tensor& gradient, const at::Tensor& dense, at::TensorList others,
                                       at::IntArrayRef columns) {
   for (const at::Tensor& matrix : others) check_contiguous(matrix, "others");
@@ -349,7 +359,8 @@ void add_bias(at::Tensor values, const at::Tensor& bias, bool rectified) {
   });
 }
 
-// Sums over blocks of rows of one size, then over blocks: the same whatever the number of threads.
+// Returns the sum of the rows of the masked gradient. Rows are summed in blocks of kRowsPerSum, then blocks are: the
+// result is the same for any number of threads.
 at::Tensor mask(at::Tensor gradient, const std::optional<at::Tensor>& output) {
   check_contiguous(gradient, "gradient");
   const int64_t rows = gradient.size(0), columns = gradient.size(1), blocks = (rows + kRowsPerSum - 1) / kRowsPerSum;
@@ -363,8 +374,8 @@ at::Tensor mask(at::Tensor gradient, const std::optional<at::Tensor>& output) {
   const void* own = output.has_value() ? output->const_data_ptr() : nullptr;
   const Scalar type = scalar_of(gradient, "gradient");
   share(rows, kRowsPerSum, [&](int64_t first, int64_t stop) {
-    kernels().mask(gradient.mutable_data_ptr(), own, type, sums.mutable_data_ptr<float>() + first / kRowsPerSum * columns,
-                   columns, first, stop);
+    float* sum = sums.mutable_data_ptr<float>() + first / kRowsPerSum * columns;
+    kernels().mask(gradient.mutable_data_ptr(), own, type, sum, columns, first, stop);
   });
   return sums.sum(0);
 }
@@ -383,9 +394,8 @@ TORCH_LIBRARY(dlrm, m) {
       "Tensor(a!)[] pooled) -> ()");
   m.def(
       "update(Tensor(a!) weights, Tensor(b!)? state, Tensor? state_offsets, Tensor weight_offsets, Tensor rows, "
-      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor[] gradients, int optimizer, float learning_rate, float eps, "
-      "float gradient_scale=1.0) "
-      "-> ()");
+      "Tensor dim_offsets, Tensor ids, Tensor offsets, Tensor[] gradients, int optimizer, float learning_rate, "
+      "float eps, float gradient_scale=1.0) -> ()");
   m.def("interact(Tensor dense, Tensor[] others, int[] columns) -> Tensor");
   m.def("interact_backward(Tensor gradient, Tensor dense, Tensor[] others, int[] columns) -> Tensor[]");
   m.def("interact_backward_(Tensor gradient, Tensor dense, Tensor(a!)[] others, int[] columns) -> Tensor");

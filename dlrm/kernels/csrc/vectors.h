@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the instruction set of this compilation, through the compiler's vector extension:
-// the same source becomes AVX-512, AVX2 with FMA, or what the architecture has at least.
+// Vectors of floats, as wide as the registers of the instruction set that is compiled for. They are written with the
+// compiler's vector extension, so that the same source becomes AVX-512, AVX2 with FMA, or the architecture's baseline.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ inline V load_bits(const void* from) {
 
 inline Floats load(const float* from) { return load_bits<Floats>(from); }
 inline Floats load(const BFloat16* from) {
-#if defined(__AVX512F__)  // which GCC makes four instructions of
+#if defined(__AVX512F__)  // GCC makes four instructions of the other branch
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return (Floats)_mm512_slli_epi32(bits, 16);
 #else
@@ -62,7 +62,7 @@ inline float load_one(const BFloat16* from) {
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 inline void store(BFloat16* to, Floats v) {
 #if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);  // likewise, but for subnormals, which become 0
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);  // rounds like the other branch, but subnormals become 0
   std::memcpy(to, &rounded, sizeof rounded);
 #else
   const Words bits = (Words)v;
@@ -79,9 +79,10 @@ inline void store_one(BFloat16* to, float value) {
   to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// All lanes hold `value`.
 inline Floats fill(float value) { return value - Floats{}; }
 
-// Calls body(n, is_vector) for positions 0, kLanes, ... and then one by one for what is left.
+// Walks positions 0 to size: vector(i) for each whole register, from position i on, then one(i) for each position left.
 template <class Vector, class One>
 inline void over(int64_t size, Vector vector, One one) {
   int64_t i = 0;
@@ -90,12 +91,14 @@ inline void over(int64_t size, Vector vector, One one) {
 }
 
 namespace detail {
-// a and b hold groups of S lanes, each the parts of one sum; the result holds both's groups with S / 2 lanes each.
+// The step of a sum by halves. a and b consist of groups of S lanes; each group holds the parts of one sum. The result
+// holds the groups of a, then those of b, with S / 2 lanes each.
 template <int S, int... O>
 inline Floats halve(Floats a, Floats b, std::integer_sequence<int, O...>) {
   constexpr int h = S / 2;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (O / h * S + O % h)...) + __builtin_shufflevector(a, b, (O / h * S + O % h + h)...);
+  return __builtin_shufflevector(a, b, (O / h * S + O % h)...) +
+         __builtin_shufflevector(a, b, (O / h * S + O % h + h)...);
 #else
   constexpr Words first = {(O / h * S + O % h)...}, second = {(O / h * S + O % h + h)...};
   return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);

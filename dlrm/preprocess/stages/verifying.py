@@ -8,6 +8,7 @@ from typing import Any
 
 from dlrm import __version__
 from dlrm.dataset.arrays import measure_file, rows_of
+from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.errors import DatasetError
 from dlrm.preprocess.layout import Layout
 from dlrm.preprocess.logarithm import recorded_logarithm
@@ -20,7 +21,7 @@ from dlrm.preprocess.stages.parsing import rejected_path
 from dlrm.preprocess.torchrec_compat import merged_ids, rounded_rows
 from dlrm.preprocess.vocabulary import FIRST_INDEX
 from dlrm.schema.criteo import CATEGORICAL_NAMES
-from dlrm.system.files import MANIFEST_NAME, MANIFEST_VERSION, write_atomically, write_json
+from dlrm.system.files import write_atomically, write_json
 
 
 def verify(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:

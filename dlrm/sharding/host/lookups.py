@@ -1,7 +1,7 @@
 """Lookup and fused update of embedding tables in host memory, in place of FBGEMM's.
 
-Weights, optimizer state, learning rate and checkpoints stay FBGEMM's and TorchRec's; what is replaced is a module's
-forward and what its backward does.
+Only the forward of a module and what its backward does are replaced. Weights, optimizer state, learning rate and
+checkpoints stay FBGEMM's and TorchRec's.
 
 Shapes: B samples, F features, N ids, T columns of all features' pooled rows.
 """
@@ -25,14 +25,14 @@ _OPTIMIZERS = {
     EmbOptimType.EXACT_ADAGRAD: 1,
     EmbOptimType.EXACT_ROWWISE_ADAGRAD: 2,
 }
-"""As csrc/kernels.h counts them."""
+"""The numbers of the optimizers in csrc/kernels.h."""
 _WHOLE_ROWS = ("table_wise", "column_wise", "table_column_wise")
-"""Sharding types in which a pooled row, or some columns of it, come from one rank; in others ranks' parts are added."""
+"""Sharding types in which one rank has a whole pooled row, or whole columns of it. Others sum ranks' parts."""
 
 
 @dataclass(frozen=True)
 class HostTables:
-    """FBGEMM's tensors that the operators read and update; offsets as FBGEMM has them, of each feature."""
+    """FBGEMM's tensors that the operators read and update. Offsets are those of each feature, as in FBGEMM."""
 
     weights: torch.Tensor
     weight_offsets_F: torch.Tensor
@@ -46,8 +46,8 @@ class HostTables:
 
     @staticmethod
     def of(module: SplitTableBatchedEmbeddingBagsCodegen) -> "HostTables | None":
-        """The tensors of a module; None where it does what the operators do not, or there are none."""
-        buffers = cast(Any, module)  # which FBGEMM registers by name
+        """The tensors of a module; None without the operators, or if the module needs what they can't do."""
+        buffers = cast(Any, module)  # FBGEMM registers its buffers by name, so type checkers don't see them
         features = module.feature_table_map
         supported = (
             has_native()
@@ -76,21 +76,23 @@ class HostTables:
 
     @property
     def columns(self) -> int:
-        """T."""
+        """T, the columns of a pooled row."""
         return int(self.dim_offsets_F1[-1])
 
     def batch_size(self, offsets: torch.Tensor) -> int:
-        """B of a batch whose bags `offsets` delimit."""
+        """B of a batch with these offsets of bags."""
         return (offsets.numel() - 1) // self.rows_F.numel()
 
     def pool(self, ids_N: torch.Tensor, offsets: torch.Tensor, pooled: Sequence[torch.Tensor]) -> None:
-        """Fills `pooled` with the sums of each bag's rows. `offsets` [F * B + 1] delimit the bags, feature by feature.
+        """Fills `pooled` with the sum of each bag's rows.
 
         Args:
-            pooled: [B, T] in float32 or bfloat16, cut into blocks of rows where a batch goes to several ranks.
+            ids_N: int32 or int64.
+            offsets: [F * B + 1] first id of each bag, feature by feature.
+            pooled: [B, T] in float32 or bfloat16, cut into blocks of rows if the samples belong to several ranks.
 
         Raises:
-            IndexError: at an id outside its table.
+            IndexError: if an id is outside its table.
         """
         torch.ops.dlrm.pool(
             self.weights, self.weight_offsets_F, self.rows_F, self.dim_offsets_F1, ids_N, offsets, pooled
@@ -104,12 +106,16 @@ class HostTables:
         learning_rate: float,
         gradient_scale: float = 1.0,
     ) -> None:
-        """One step of the optimizer on the rows that were looked up, each once with the scaled sum of its gradients.
+        """One step of the optimizer on the rows that were looked up, each with the scaled sum of its gradients.
 
-        None if the tables are frozen. The same to the bit for any number of threads.
+        Frozen tables stay as they are. The result is the same to the bit for any number of threads.
 
         Args:
-            gradients: of pooled rows, in such blocks.
+            ids_N: those of the lookup.
+            offsets: those of the lookup.
+            gradients: the gradients of the pooled rows, in blocks as in `pool`.
+            learning_rate: the optimizer's.
+            gradient_scale: what the gradients are multiplied by.
         """
         if self.is_frozen:
             return
@@ -131,7 +137,7 @@ class HostTables:
 
 
 class Lookup(torch.autograd.Function):
-    """Pooled rows, and in backward the update of these rows."""
+    """Looks up pooled rows. Backward updates the tables."""
 
     @staticmethod
     def forward(
@@ -158,20 +164,20 @@ class Lookup(torch.autograd.Function):
 
 
 class HostEmbeddingBag(BatchedFusedEmbeddingBag):
-    """TorchRec's fused embedding bags with this package's operators. `replace_lookups` makes it of one of those.
+    """TorchRec's fused embedding bags, but with this package's operators. `replace_lookups` turns TorchRec's into this.
 
     Attributes:
-        host_tables: what the operators work on; None where FBGEMM does.
-        pooled_type: of pooled rows; sums are in float32.
+        host_tables: what the operators work on; None if FBGEMM looks up.
+        pooled_type: the type of pooled rows; they are summed in float32.
         gradient_scale: what the gradients of pooled rows are multiplied by.
-        leaves_lookup: whether what comes after it looks up, with `take_features`.
+        defers_lookup: whether the exchange that follows looks up, with what `take_features` gives it.
     """
 
     host_tables: HostTables | None
     pooled_type: torch.dtype
     gradient_scale: float
-    leaves_lookup: bool
-    _left: KeyedJaggedTensor | None
+    defers_lookup: bool
+    _deferred: KeyedJaggedTensor | None
 
     def forward(
         self,
@@ -179,15 +185,15 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         vbe_output: torch.Tensor | None = None,
         vbe_output_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Pooled rows, [B, T]; or no columns, where the lookup is left to another."""
+        """Pooled rows [B, T], or [B, 0] if the lookup is deferred."""
         tables = self.host_tables
         if tables is None or features.variable_stride_per_key() or features.weights_or_none() is not None:
             pooled = super().forward(features, vbe_output, vbe_output_offsets)
             if pooled.requires_grad and self.gradient_scale != 1:
                 pooled.register_hook(lambda gradient: gradient * self.gradient_scale)
             return pooled.to(self.pooled_type)
-        if self.leaves_lookup:
-            self._left = features
+        if self.defers_lookup:
+            self._deferred = features
             return torch.empty(features.stride(), 0, dtype=self.pooled_type)
         return Lookup.apply(
             self.emb_module.placeholder_autograd_tensor,
@@ -200,13 +206,16 @@ class HostEmbeddingBag(BatchedFusedEmbeddingBag):
         )
 
     def take_features(self) -> KeyedJaggedTensor | None:
-        """Once, what the last call has left to be looked up."""
-        features, self._left = self._left, None
+        """The features of the last call, if their lookup was deferred and they were not taken yet."""
+        features, self._deferred = self._deferred, None
         return features
 
 
-class _Stop(torch.autograd.Function):
-    """Pooled rows whose gradients go no further. They have one: other ranks wait for what the backward pass sends."""
+class _StopGradient(torch.autograd.Function):
+    """Pooled rows whose gradients are thrown away.
+
+    They require a gradient all the same: other ranks wait for the exchange in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, placeholder: torch.Tensor, pooled_BT: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
@@ -218,16 +227,16 @@ class _Stop(torch.autograd.Function):
 
 
 def freeze_lookups(model: nn.Module, frozen: Collection[str]) -> None:
-    """Has a sharded model's fused lookups of frozen tables end before their backward pass, which would update them.
+    """Keeps the backward pass of a sharded model from updating frozen tables.
 
-    TorchRec has grouped tables by optimizer: those of a lookup are all frozen, or none is.
+    TorchRec groups tables by optimizer, so the tables of a lookup are all frozen, or none is.
     """
     for module in model.modules():
         for lookup in getattr(module, "_lookups", ()):
             for bags in getattr(lookup, "_emb_modules", ()):
                 tables = {table.name for table in bags.config.embedding_tables}
                 if isinstance(bags.emb_module, SplitTableBatchedEmbeddingBagsCodegen) and tables & set(frozen):
-                    assert tables <= set(frozen), f"one lookup of tables that are frozen and others: {sorted(tables)}"
+                    assert tables <= set(frozen), f"one lookup has frozen tables and others: {sorted(tables)}"
                     _freeze(bags.emb_module)
 
 
@@ -237,16 +246,17 @@ def _freeze(module: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     def forward_of_frozen(*inputs: Any, **options: Any) -> torch.Tensor:
         with torch.no_grad():
             pooled_BT = plain(*inputs, **options)
-        return _Stop.apply(module.placeholder_autograd_tensor, pooled_BT)
+        return _StopGradient.apply(module.placeholder_autograd_tensor, pooled_BT)
 
     vars(module).update(forward=forward_of_frozen, is_frozen=True)
 
 
 def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
-    """Has a sharded model's tables in host memory looked up and updated by the operators, where they can.
+    """Lets the operators look up and update a sharded model's tables in host memory, if they can.
 
     Args:
-        pooled_type: of pooled rows that are whole when they leave their rank. All ranks must give the same.
+        model: sharded by TorchRec; its lookups are changed in place.
+        pooled_type: the type of pooled rows that are whole when they leave their rank. All ranks must give the same.
     """
     for lookup, own_type in _set_pooled_types(model, pooled_type):
         for bags in getattr(lookup, "_emb_modules", ()):
@@ -254,14 +264,14 @@ def replace_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
                 bags.__class__ = HostEmbeddingBag
                 tables = HostTables.of(bags.emb_module)
                 vars(bags).update(
-                    host_tables=tables, pooled_type=own_type, gradient_scale=1.0, leaves_lookup=False, _left=None
+                    host_tables=tables, pooled_type=own_type, gradient_scale=1.0, defers_lookup=False, _deferred=None
                 )
 
 
 def round_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
-    """Has FBGEMM's lookups on a GPU give pooled rows in this type where they are whole; sums stay in float32.
+    """Sets the type in which FBGEMM's lookups on a GPU give pooled rows that are whole; sums stay in float32.
 
-    All ranks must give the same. They take half the memory traffic in bfloat16, and half the network's.
+    All ranks must give the same. bfloat16 halves the traffic in memory and on the network.
     """
     for lookup, own_type in _set_pooled_types(model, pooled_type):
         for bags in getattr(lookup, "_emb_modules", ()):
@@ -270,12 +280,12 @@ def round_lookups(model: nn.Module, pooled_type: torch.dtype) -> None:
 
 
 def _set_pooled_types(model: nn.Module, pooled_type: torch.dtype) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """Each lookup, and the type of its pooled rows: that, or float32 where ranks' parts are yet to be added."""
+    """Each lookup with the type of its pooled rows: `pooled_type`, or float32 if they are still to be summed."""
     for module in model.modules():
         for lookup, sharding_type in zip(
             getattr(module, "_lookups", ()), getattr(module, "_sharding_types", ()), strict=False
         ):
             own_type = pooled_type if sharding_type in _WHOLE_ROWS else torch.float32
-            if hasattr(lookup, "_dummy_embs_tensor"):  # what a rank without tables sends
+            if hasattr(lookup, "_dummy_embs_tensor"):  # a rank without tables sends this
                 lookup._dummy_embs_tensor = lookup._dummy_embs_tensor.detach().to(own_type).requires_grad_()
             yield lookup, own_type

@@ -1,20 +1,18 @@
-"""Pooled rows from rank to rank, through the shared memory of a host.
+"""Pooled rows from rank to rank, through the shared memory of a host, in place of TorchRec's all-to-all.
 
-Each rank has memory for the pooled rows of its samples, which all ranks write into as they look them up, and for their
-gradients, which all ranks read as they update their tables. So where the lookup is ours, and the interaction leaves
-gradients in that memory, nothing is copied: ranks only wait for each other. There are two such memories, taken in turn.
-Step n on two ranks, whose memories are 0 and 1:
+Each rank has a buffer with a row for each of its samples and the columns of all ranks' tables. All ranks write their
+columns as they look them up, and read the gradients of these columns as they update their tables. If the lookup is ours
+and the interaction writes gradients over its input, nothing is copied: ranks only wait for each other. One training
+step on two ranks, each with one table, from top to bottom:
 
-    rank 0  write rows -> 0, 1 | meet |  read 0  | gradients -> 0 | meet | read 0, 1 |
-    rank 1  write rows -> 0, 1 | meet |  read 1  | gradients -> 1 | meet | read 0, 1 |
-            lookup                wait  interaction, forward,       wait   update
-                                        loss, interaction, backward        of tables
-
-What keeps a fast rank from writing over what a slow one reads, without counting who refers to it:
-
-1. A rank that takes a memory first leaves the one before: what it still needs of that moves to memory of its own.
-2. It meets all others after that, and waits for this meeting before it takes the next memory.
-3. So when a rank takes exchange n + 1's memory, all ranks have left that of exchange n - 1, which is the same.
+                 rank 0                                      rank 1
+    lookup       table 0's rows -> buffers 0 and 1           table 1's rows -> buffers 0 and 1
+                 =============== barrier: all rows are written ==============================
+    forward      reads buffer 0: interaction, MLP, loss      reads buffer 1: interaction, MLP, loss
+    backward     gradients of its samples -> buffer 0        gradients of its samples -> buffer 1
+                 =============== barrier: all gradients are written =========================
+    update       its columns of buffers 0 and 1 -> table 0   its columns of buffers 0 and 1 -> table 1
+    next step    uses the other pair of buffers, since a slow rank may still read these (see _DoubleBuffer)
 
 Shapes: B samples of this rank, G samples of all ranks, T columns of this rank's pooled rows, U columns of all ranks'.
 """
@@ -35,31 +33,47 @@ from dlrm.kernels.exchange import exchanges_in_memory
 from dlrm.kernels.native import has_native
 from dlrm.sharding.host.lookups import HostEmbeddingBag, HostTables
 
+_FORWARD_SPAN, _BACKWARD_SPAN = "## All2All_Pooled_fwd ##", "## All2All_Pooled_bwd ##"
+"""TorchRec's names, under which a profile shows the exchange."""
 
-class _Windows:
-    """The two memories, and the exchange that has one of them."""
 
-    def __init__(self, boxed_group: Any, rank: int, columns: int) -> None:
-        self._group, self._rank, self._columns = boxed_group, rank, columns
-        self._memories: tuple[list[torch.Tensor], ...] = ()
+class _DoubleBuffer:
+    """Two sets of buffers, which exchanges use in turn. A set has a buffer for each rank.
+
+    A fast rank may write exchange n + 1 while a slow one still reads n. It cannot get further ahead, so that two sets
+    are enough:
+
+    1. Before a rank takes a set for its next exchange, it leaves the set of the one before: it waits for that
+       exchange's barrier, and what it still needs (rows, gradients that no update has read) moves to its own memory.
+    2. Then it writes into the new set and enters the barrier of the new exchange.
+    3. So when a rank takes a set for exchange n + 1, it has passed barrier n. All ranks entered that barrier after they
+       had left the set of exchange n - 1, which is the set taken now: nobody reads it any more.
+
+    The argument needs only this order of events. A count of the references to a buffer would not do: the thread of a
+    debugger, a profiler or a watchdog may hold one for a moment.
+    """
+
+    def __init__(self, boxed_group: Any, columns: int) -> None:
+        self._group, self._columns = boxed_group, columns
+        self._sets: tuple[list[torch.Tensor], ...] = ()
         self._turn = 0
         self._latest: _Exchange | None = None
 
     def take(self, exchange: "_Exchange", rows: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
-        """For each rank [its rows, U], until the next call. The exchange before leaves what it had.
+        """For each rank its buffer [its rows, U], which `exchange` may use until the next call.
 
-        All ranks ask for the same: a call for more than ever, or for another type, is collective.
+        Collective if it asks for more rows than any call before, or for another type. All ranks ask for the same.
         """
         if self._latest is not None:
             self._latest.leave()
         self._latest = exchange
         needed = max(1, max(rows) * self._columns)
-        if not self._memories or self._memories[0][0].numel() < needed or self._memories[0][0].dtype != dtype:
-            self._memories = tuple(self._share(needed, dtype) for _ in range(2))
+        if not self._sets or self._sets[0][0].numel() < needed or self._sets[0][0].dtype != dtype:
+            self._sets = tuple(self._share(needed, dtype) for _ in range(2))
         self._turn = 1 - self._turn
         return [
             torch.ops.dlrm.alias_memory(memory, own_rows, self._columns)
-            for memory, own_rows in zip(self._memories[self._turn], rows, strict=True)
+            for memory, own_rows in zip(self._sets[self._turn], rows, strict=True)
         ]
 
     def _share(self, numbers: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -68,68 +82,69 @@ class _Windows:
 
 
 class _Exchange:
-    """Pooled rows that all ranks write, and the way back of their gradients."""
+    """One exchange: all ranks write pooled rows, and later the gradients of these rows come back."""
 
-    def __init__(self, host_dist: "HostPooledDist", rows: list[int], dtype: torch.dtype) -> None:
-        self._group, self._rank = host_dist.boxed_group, dist.get_rank(host_dist._pg)
-        self._windows, self._rows, self._dtype = host_dist.windows, rows, dtype
-        stops = list(accumulate(host_dist._dim_sum_per_rank))
-        self._columns = slice(stops[self._rank] - host_dist._dim_sum_per_rank[self._rank], stops[self._rank])
+    def __init__(self, output_dist: "SharedMemoryPooledDist", rows: list[int], dtype: torch.dtype) -> None:
+        self._group, self._rank = output_dist.boxed_group, dist.get_rank(output_dist._pg)
+        self._double_buffer, self._rows, self._dtype = output_dist.double_buffer, rows, dtype
+        stops = list(accumulate(output_dist._dim_sum_per_rank))
+        self._columns = slice(stops[self._rank] - output_dist._dim_sum_per_rank[self._rank], stops[self._rank])
         self._work: Any = None
-        self._begin()
-        # Another tensor than `own`: the graph of this one knows the exchange.
+        self._take_buffers()
+        # A second tensor on the storage of `own`. Autograd attaches the graph to it, and the graph refers to this
+        # exchange: if `own` had the graph, the two would keep each other alive.
         self._unread: torch.Tensor | None = torch.empty(0, dtype=dtype).set_(cast(Any, self._own))
         self._awaits_update = False
         self._gradients: list[torch.Tensor] | None = None
 
-    def _begin(self) -> None:
-        self._memories = self._windows.take(self, self._rows, self._dtype)
-        self._own = self._memories[self._rank]
+    def _take_buffers(self) -> None:
+        self._buffers = self._double_buffer.take(self, self._rows, self._dtype)
+        self._own = self._buffers[self._rank]
 
     def blocks(self) -> list[torch.Tensor]:
-        """This rank's columns of all samples [G, T], in a block for each rank."""
-        return [memory[:, self._columns] for memory in self._memories]
+        """This rank's columns of all samples [G, T], as a block of each rank's buffer."""
+        return [buffer[:, self._columns] for buffer in self._buffers]
 
-    def copy_in(self, pooled_GT: torch.Tensor) -> None:
-        """Fills the blocks."""
+    def write(self, pooled_GT: torch.Tensor) -> None:
+        """Copies this rank's pooled rows into the blocks."""
         for block, rows in zip(self.blocks(), pooled_GT.split(self._rows), strict=True):
             block.copy_(rows)
 
-    def meet(self, span: str) -> None:
-        """This rank has written. `span` is what a profile shows: TorchRec's names."""
+    def enter_barrier(self, span: str) -> None:
+        """Says that this rank has written, without waiting for the others. A profile shows it as `span`."""
         with record_function(span):
             self._work = torch.ops.dlrm.meet(self._group)
 
     def take_rows(self) -> torch.Tensor:
-        """Once, pooled rows of this rank's samples [B, U], as soon as all ranks have written them."""
+        """Waits until all ranks have written; gives the pooled rows of this rank's samples [B, U]. Call it once."""
         self._wait()
         rows_BU, self._unread = self._unread, None
-        assert rows_BU is not None, "taken once"
+        assert rows_BU is not None, "take_rows is called once"
         return rows_BU
 
-    def give_back(self, gradient_BU: torch.Tensor) -> None:
+    def return_gradients(self, gradient_BU: torch.Tensor) -> None:
         """Shows the gradients of this rank's samples to all ranks."""
-        if not self._memories:
-            self._begin()
-        # An interaction may have written them over the pooled rows.
+        if not self._buffers:  # a later exchange has taken them
+            self._take_buffers()
+        # The interaction may have written the gradients over the pooled rows: they are in place then.
         if gradient_BU.data_ptr() != self._own.data_ptr() or gradient_BU.stride() != self._own.stride():
             self._own.copy_(gradient_BU)
         self._awaits_update = True
-        self.meet("## All2All_Pooled_bwd ##")
+        self.enter_barrier(_BACKWARD_SPAN)
 
     def take_gradients(self) -> list[torch.Tensor]:
-        """Once, the gradients of this rank's columns, in blocks, as soon as all ranks have given them back."""
+        """Waits until all ranks have returned gradients; gives this rank's columns, in blocks. Call it once."""
         self._wait()
         self._awaits_update = False
         return self._gradients or self.blocks()
 
     def leave(self) -> None:
-        """Gives up the shared memory: what is still needed of it moves to memory of its own."""
+        """Gives up the buffers. What is still needed of them moves to memory of this rank's own."""
         self._wait()
         if self._awaits_update and self._gradients is None:
             self._gradients = [block.clone() for block in self.blocks()]
         torch.ops.dlrm.move_holders(self._own)
-        self._memories = []
+        self._buffers = []
 
     def _wait(self) -> None:
         if self._work is not None:
@@ -137,8 +152,8 @@ class _Exchange:
             self._work = None
 
 
-class _LookUpForAll(torch.autograd.Function):
-    """Writes pooled rows for all ranks; backward updates the tables with the gradients that all ranks have written."""
+class _LookupIntoBuffers(torch.autograd.Function):
+    """Looks up into all ranks' buffers. Backward updates the tables with the gradients that it finds there."""
 
     @staticmethod
     def forward(
@@ -154,7 +169,7 @@ class _LookUpForAll(torch.autograd.Function):
         ctx.exchange, ctx.tables, ctx.learning_rate, ctx.scale = exchange, tables, learning_rate, gradient_scale
         ctx.save_for_backward(ids_N, offsets)
         tables.pool(ids_N, offsets, exchange.blocks())
-        exchange.meet("## All2All_Pooled_fwd ##")
+        exchange.enter_barrier(_FORWARD_SPAN)
         return placeholder.new_empty(0)
 
     @staticmethod
@@ -165,14 +180,14 @@ class _LookUpForAll(torch.autograd.Function):
         return (None,) * 7
 
 
-class _Send(torch.autograd.Function):
-    """The same for pooled rows that another operator has looked up, and updates."""
+class _CopyIntoBuffers(torch.autograd.Function):
+    """The same for pooled rows that another operator looks up and updates: they are copied to and from the buffers."""
 
     @staticmethod
     def forward(ctx: Any, pooled_GT: torch.Tensor, exchange: _Exchange, divisor: int) -> torch.Tensor:
         ctx.exchange, ctx.divisor = exchange, divisor
-        exchange.copy_in(pooled_GT)
-        exchange.meet("## All2All_Pooled_fwd ##")
+        exchange.write(pooled_GT)
+        exchange.enter_barrier(_FORWARD_SPAN)
         return pooled_GT.new_empty(0)
 
     @staticmethod
@@ -182,8 +197,12 @@ class _Send(torch.autograd.Function):
         return gradient_GT.div_(ctx.divisor) if ctx.divisor != 1 else gradient_GT, None, None
 
 
-class _Receive(torch.autograd.Function):
-    """Waits for what all ranks write; backward begins what the others' backward waits for."""
+class _ReadOwnBuffer(torch.autograd.Function):
+    """Waits for all ranks and gives this rank's pooled rows. Backward returns their gradients to all ranks.
+
+    `token` is the empty output of a lookup or a copy into the buffers. It carries no numbers: it has autograd run the
+    backward pass of that function, which waits for all gradients, after this one's.
+    """
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
@@ -192,67 +211,68 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.exchange.give_back(grad_outputs[0])
+        ctx.exchange.return_gradients(grad_outputs[0])
         ctx.exchange = None
         return ctx.token, None
 
 
-class _Pooled(Awaitable[torch.Tensor]):
-    """[B, U] on its way. Between the call and the wait others may compute."""
+class _PooledRowsAwaitable(Awaitable[torch.Tensor]):
+    """Pooled rows [B, U] that may still be on their way. The pipeline computes something else before it waits."""
 
     def __init__(self, token: torch.Tensor, exchange: _Exchange) -> None:
         super().__init__()
-        self._left: tuple[torch.Tensor, _Exchange] | None = (token, exchange)
+        self._pending: tuple[torch.Tensor, _Exchange] | None = (token, exchange)
 
     def _wait_impl(self) -> torch.Tensor:
-        assert self._left is not None, "waited for once"
-        token, exchange = self._left
-        self._left = None  # TorchRec holds this object until long after
-        return _Receive.apply(token, exchange)
+        assert self._pending is not None, "an awaitable is waited for once"
+        token, exchange = self._pending
+        self._pending = None  # TorchRec keeps this object much longer than the exchange is needed
+        return _ReadOwnBuffer.apply(token, exchange)
 
 
-class HostPooledDist(TwPooledEmbeddingDist):
-    """TorchRec's exchange of whole pooled rows, through shared memory. `replace_exchanges` makes it of one of those.
+class SharedMemoryPooledDist(TwPooledEmbeddingDist):
+    """TorchRec's exchange of whole pooled rows, but through shared memory. `make_of` turns TorchRec's into this.
 
     Attributes:
-        boxed_group: its process group.
-        windows: what is shared.
-        bags: whose lookups are left to this; None where others look up.
-        divisor: of gradients: the number of ranks, as TorchRec has it, or 1 where the tables' update sees to that.
+        boxed_group: the process group, as the operators take it.
+        double_buffer: the shared memory.
+        bags: the embedding bags that defer their lookups to this exchange; None if the input is looked up already.
+        divisor: what gradients are divided by: the number of ranks, as in TorchRec, or 1 if the update of the tables
+            scales them.
     """
 
     boxed_group: Any
-    windows: _Windows
+    double_buffer: _DoubleBuffer
     bags: HostEmbeddingBag | None
     divisor: int
 
     @staticmethod
     def make_of(
         output_dist: TwPooledEmbeddingDist, bags: HostEmbeddingBag | None = None, divisor: int | None = None
-    ) -> "HostPooledDist":
-        """Turns TorchRec's into one of these; by default gradients are divided as there."""
+    ) -> "SharedMemoryPooledDist":
+        """Changes the class of TorchRec's object. By default gradients are divided by the number of ranks, as there."""
         group = cast(Any, output_dist._pg)
-        output_dist.__class__ = HostPooledDist
-        ours = cast(HostPooledDist, output_dist)
+        output_dist.__class__ = SharedMemoryPooledDist
+        ours = cast(SharedMemoryPooledDist, output_dist)
         ours.boxed_group, ours.bags = group.boxed(), bags
-        ours.windows = _Windows(ours.boxed_group, dist.get_rank(group), sum(ours._dim_sum_per_rank))
+        ours.double_buffer = _DoubleBuffer(ours.boxed_group, sum(ours._dim_sum_per_rank))
         ours.divisor = group.size() if divisor is None else divisor
         return ours
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
     ) -> PooledEmbeddingsAwaitable:
-        """Pooled rows [G, T] to their samples' ranks; waited for, [B, U]."""
+        """Sends pooled rows [G, T] to the ranks of their samples. Waiting for the result gives [B, U]."""
         assert sharding_ctx is None or not sharding_ctx.variable_batch_per_feature, "one batch size for all features"
         ranks = self._pg.size()
         batch_sizes = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
         exchange = _Exchange(self, batch_sizes or [local_embs.size(0) // ranks] * ranks, local_embs.dtype)
         features = self.bags.take_features() if self.bags is not None else None
         if self.bags is None or features is None:
-            token = _Send.apply(local_embs, exchange, self.divisor)
+            token = _CopyIntoBuffers.apply(local_embs, exchange, self.divisor)
         else:
             module = self.bags.emb_module
-            token = _LookUpForAll.apply(
+            token = _LookupIntoBuffers.apply(
                 module.placeholder_autograd_tensor,
                 exchange,
                 self.bags.host_tables,
@@ -261,15 +281,16 @@ class HostPooledDist(TwPooledEmbeddingDist):
                 module.learning_rate_tensor,
                 self.bags.gradient_scale,
             )
-        awaitable = PooledEmbeddingsAwaitable(tensor_awaitable=_Pooled(token, exchange))
+        awaitable = PooledEmbeddingsAwaitable(tensor_awaitable=_PooledRowsAwaitable(token, exchange))
         awaitable.callbacks.extend(self._callbacks or [])
         return awaitable
 
 
 def replace_exchanges(model: nn.Module) -> None:
-    """Has a sharded model's pooled rows exchanged in place, where their group exchanges in memory and they are whole.
+    """Exchanges a sharded model's pooled rows through shared memory, if their group does and they are whole rows.
 
-    Call after `replace_lookups`.
+    Call after `replace_lookups`. Pooled rows that are sums over ranks, or that TorchRec quantizes, are exchanged as
+    before.
     """
     if not has_native():
         return
@@ -286,5 +307,5 @@ def replace_exchanges(model: nn.Module) -> None:
                     part.gradient_scale = 1 / group.size()
                 only = bags[0] if scales and len(bags) == 1 and bags[0].host_tables is not None else None
                 if only is not None:
-                    only.leaves_lookup = True
-                HostPooledDist.make_of(output_dist, only, divisor=1 if scales else None)
+                    only.defers_lookup = True
+                SharedMemoryPooledDist.make_of(output_dist, only, divisor=1 if scales else None)

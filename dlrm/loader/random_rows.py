@@ -16,7 +16,7 @@ _WORDS_PER_COUNTER = 4  # Philox4x64 turns one counter value into four 64-bit wo
 
 
 @dataclass(frozen=True)
-class RandomSource:
+class RandomRows:
     """An endless table whose row i is a function of (seed, i) alone.
 
     Integers are uniform in [0, 1). Every other row is a click, whatever its features, so the AUROC of any model is 0.5.
@@ -58,7 +58,7 @@ class RandomSource:
 def draw_ids(
     uniform_BN: npt.NDArray[np.float64], rows_N: npt.NDArray[np.float64], exponent: float
 ) -> npt.NDArray[np.int32]:
-    """Ids in [0, rows) by inverting the distribution function of `RandomSource`."""
+    """Ids in [0, rows) by inverting the distribution function of `RandomRows`."""
     if exponent == 0.0:
         drawn_BN = uniform_BN * rows_N
     elif exponent == 1.0:

@@ -4,14 +4,14 @@ import itertools
 import numpy as np
 import pytest
 
-from dlrm.loader.random_source import RandomSource, draw_ids
+from dlrm.loader.random_rows import RandomRows, draw_ids
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 
 ROWS, HOTNESS = (2, 1000, 3, 50), (3, 1, 2, 4)
-SOURCE = RandomSource(ROWS, HOTNESS, 1.2, seed=11)
+SOURCE = RandomRows(ROWS, HOTNESS, 1.2, seed=11)
 
 
-def as_one(source: RandomSource, *ranges: tuple[int, int]) -> np.ndarray:
+def as_one(source: RandomRows, *ranges: tuple[int, int]) -> np.ndarray:
     """Rows of the ranges, all columns side by side."""
     parts = [source.read(start, stop) for start, stop in ranges]
     return np.concatenate([np.column_stack([part.dense_BI, part.ids_BN, part.labels_B]) for part in parts])
@@ -103,7 +103,7 @@ def test_an_even_grid_gives_each_id_its_share(exponent):
 
 
 def test_columns_of_a_multi_hot_feature_lie_together_and_differ():
-    source = RandomSource((1, 10_000, 1, 10_000), HOTNESS, 0.0, seed=3)
+    source = RandomRows((1, 10_000, 1, 10_000), HOTNESS, 0.0, seed=3)
     rows = source.read(0, 4000)
     ids_BN = rows.ids_BN
     feature_N = np.repeat(range(4), HOTNESS)
@@ -128,7 +128,7 @@ def test_ids_stay_within_their_tables(exponent):
 
 def test_large_tables_are_used_to_their_last_row():
     rows = 2**31 - 1
-    ids = RandomSource((rows,), (1,), 0.0, seed=0).read(0, 10_000).ids_BN
+    ids = RandomRows((rows,), (1,), 0.0, seed=0).read(0, 10_000).ids_BN
     assert ids.min() < rows / 1000
     assert ids.max() > rows * 0.999
     assert (ids % 2).sum() == pytest.approx(5000, abs=250)
