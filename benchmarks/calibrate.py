@@ -43,9 +43,9 @@ from dlrm.config.flags import is_named
 from dlrm.cost.hardware import ASSUMED_EFFICIENCY, ClusterShape, Hardware
 from dlrm.cost.step import Step
 from dlrm.errors import ConfigError, DatasetError, DlrmError
+from dlrm.plan.cluster_search import ClusterSearch
 from dlrm.plan.forecast import workload_of
-from dlrm.plan.search import Placing
-from dlrm.sharding.plan import Placement
+from dlrm.sharding.placement import Placement
 from dlrm.system.host import available_cores, available_memory_bytes
 from dlrm.system.quiet import quieten_libraries
 
@@ -147,7 +147,7 @@ def check_plan(case: Case, ranks: int, sharding: Sharding) -> None:
 def place(case: Case, ranks: int) -> Placement:
     """Where `dlrm plan` puts a case's tables."""
     host = replace(host_of(RankCeilings(1.0, 1.0, 1.0)), memory_bytes=available_memory_bytes() / ranks)
-    return Placing(case.config(ranks), ClusterShape("cpu", 1, ranks), lambda _: host).place()
+    return ClusterSearch(case.config(ranks), ClusterShape("cpu", 1, ranks), lambda _: host).place()
 
 
 def host_of(found: RankCeilings) -> Hardware:

@@ -20,10 +20,10 @@ from dlrm.config.recipes import spec_full_size_a100x80
 from dlrm.cost.hardware import GIB, ClusterShape, Hardware, HardwareConfig, hardware_of
 from dlrm.cost.optimizer_state import state_floats
 from dlrm.errors import DoesNotFitError
-from dlrm.plan.forecast import predict
-from dlrm.plan.search import Placing
+from dlrm.plan.cluster_search import ClusterSearch
+from dlrm.plan.forecast import forecast
 from dlrm.schema.criteo import TABLE_NAMES
-from dlrm.sharding.plan import Placement, TablePlacement
+from dlrm.sharding.placement import Placement, TablePlacement
 from dlrm.system.console import align
 from dlrm.system.quiet import quieten_libraries
 
@@ -114,10 +114,10 @@ def expect(kind: str, mode: str, ranks: int, placement: str) -> Point:
     config, shape = run_of(mode, ranks), ClusterShape(kind, ranks // RANKS_PER_HOST, RANKS_PER_HOST)
     point = Point(kind, mode, placement, ranks, config.data.batch_size)
     try:
-        placed = place_by_rule(config, ranks) if placement == "rule" else Placing(config, shape, hardware).place()
+        placed = place_by_rule(config, ranks) if placement == "rule" else ClusterSearch(config, shape, hardware).place()
     except DoesNotFitError as error:
         return replace(point, error=f"{error.missing_gib_per_rank:.1f} GiB a rank are missing")
-    facts = predict(config, shape, hardware(shape), placed)
+    facts = forecast(config, shape, hardware(shape), placed)
     if not facts["fits"]:
         return replace(point, error=f"{facts['activations_missing_gib']:.1f} GiB a rank are missing")
     memory, step = facts["memory_gib_per_rank"], facts["step"]

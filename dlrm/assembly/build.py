@@ -1,6 +1,6 @@
 """A run's model and plan, before any of it is sharded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,14 +9,14 @@ from torchrec.distributed.types import ShardingPlan
 from dlrm.assembly.dense_execution import set_dense_execution
 from dlrm.assembly.optimizers import allowed_sharding_types, fuse_table_optimizer
 from dlrm.config.config import Config
-from dlrm.config.table_rules import TableConstraint
 from dlrm.loader.dense_statistics import DenseStatistics
 from dlrm.model.dense import ReluMLP
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.ranks.runtime import Runtime, derive_seed
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import constraints_of, fits_sharding, plan_sharding
+from dlrm.sharding.constraints import constraints_of
+from dlrm.sharding.search import PlanSearch
 from dlrm.sharding.sharder import TableSharder
 
 ROWS_AT_ONCE = 16384
@@ -67,6 +67,27 @@ def make_sharder(config: Config) -> TableSharder:
     )
 
 
+def build_search(config: Config, model: DLRMTrain, hotness: Sequence[int], device: str) -> PlanSearch:
+    """The search for a place for the run's tables.
+
+    Args:
+        hotness: ids per sample of each feature.
+        device: `cuda` or `cpu`, of the ranks that the search is for.
+
+    Raises:
+        PlanError: if no plan satisfies a rule, or the optimizer.
+    """
+    constraints = constraints_of(config.sharding, config.model)
+    return PlanSearch(
+        model,
+        make_sharder(config),
+        config.data.largest_batch_size,
+        hotness,
+        constraints,
+        allowed_sharding_types(config.optimizer, constraints, device, config.frozen),
+    )
+
+
 def plan_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequence[int]) -> ShardingPlan:
     """Plans on which rank each table goes, and in which sharding.
 
@@ -77,26 +98,4 @@ def plan_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequen
         DoesNotFitError: if they do not fit.
         PlanError: if no plan satisfies a rule, or the optimizer.
     """
-    return plan_sharding(model, cluster, *_plan_arguments(config, cluster, hotness))
-
-
-def fits_run(config: Config, cluster: Cluster, model: DLRMTrain, hotness: Sequence[int]) -> bool:
-    """Whether `plan_run` would find a plan; takes the time of one.
-
-    Raises:
-        PlanError: if the optimizer asks for what can't be had.
-    """
-    return fits_sharding(model, cluster, *_plan_arguments(config, cluster, hotness))
-
-
-def _plan_arguments(
-    config: Config, cluster: Cluster, hotness: Sequence[int]
-) -> tuple[TableSharder, int, Sequence[int], Mapping[str, TableConstraint], Sequence[str]]:
-    constraints = constraints_of(config.sharding, config.model)
-    return (
-        make_sharder(config),
-        config.data.largest_batch_size,
-        hotness,
-        constraints,
-        allowed_sharding_types(config.optimizer, constraints, cluster.device, config.frozen),
-    )
+    return build_search(config, model, hotness, cluster.device).plan(cluster)

@@ -28,7 +28,8 @@ from dlrm.loader.split import Split
 from dlrm.model.dlrm import Output
 from dlrm.ranks.runtime import Runtime, derive_seed, on_every_rank, on_main_rank
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import Placement, describe_plan
+from dlrm.sharding.placement import Placement
+from dlrm.sharding.search import describe_plan
 from dlrm.sharding.shard import shard_model
 from dlrm.system.allocator import describe_allocator
 
@@ -100,7 +101,7 @@ def lay_foundation(
     placement = describe_plan(plan, model, runtime.world_size, partial(table_state_floats, config))
     on_main_rank(runtime, lambda: check_pipeline(config.training.pipeline, placement, runtime.device))
     budget = budget_of(runtime)
-    budget.spend(placement.host_bytes(cluster) // runtime.block_size)
+    budget.spend(placement.host_bytes(cluster.device, cluster.local_world_size) // runtime.block_size)
     companions = draw_run_companions(data, runtime, budget)
     splits = on_every_rank(runtime, lambda: build_splits(data, runtime, companions, budget))
     folded = [] if is_quiet else on_main_rank(runtime, lambda: _tell_of_data(config, splits))

@@ -19,7 +19,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from dlrm.errors import ConfigError
 from dlrm.loader.batch import Batch
 from dlrm.model.dlrm import Output
-from dlrm.sharding.plan import Placement
+from dlrm.sharding.placement import Placement
 
 PipelineName = Literal["base", "sparse_dist", "prefetch"]
 

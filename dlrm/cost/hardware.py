@@ -1,4 +1,4 @@
-"""Kinds of devices with the numbers of their data sheets, and a cluster of one kind.
+"""Kinds of devices with the numbers of their data sheets, and clusters of one kind.
 
 Every number has its source in docs/design/plan.md, "Hardware". No torch here.
 """
@@ -19,7 +19,7 @@ _GB = 10**9
 _TFLOP = 10**12
 
 ASSUMED_EFFICIENCY = 0.7
-"""Share of peak numbers that is taken to be reached where nobody has measured it."""
+"""Share of peak numbers that is assumed to be reached if nobody has measured it."""
 
 _MOST_DEVICES = {"cuda": 16, "cpu": 256}
 _SHAPE = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<hosts>\d{1,18})x(?P<devices>\d{1,18})", re.ASCII)
@@ -27,26 +27,26 @@ _SHAPE = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<hosts>\d{1,18})x(?P<devices>\d{1,
 
 @dataclass(frozen=True)
 class Hardware:
-    """Peak numbers of one kind of host and its devices. On a CPU the ranks of a host share all that is the host's.
+    """Peak numbers of one kind of host and its devices. On a CPU the ranks of a host share the numbers of the host.
 
     Attributes:
-        device: `cuda`, or `cpu`, where a host is one device that its ranks share.
-        memory_bytes: of a device; on a CPU the host's.
-        memory_bandwidth: bytes/s of a device; on a CPU the host's.
-        matrix_rates: floating point operations/s of dense matrix products, by precision; on a CPU the host's.
-        intra_host_bandwidth: bytes/s that a rank can send to others of its host.
-        inter_host_bandwidth: bytes/s that a host can send to others, all its ranks together.
-        host_memory_bytes: of a host.
+        device: `cuda`, or `cpu`: there a host is one device that its ranks share.
+        memory_bytes: memory of a device; on a CPU the host's.
+        memory_bandwidth: bytes/s of a device's memory; on a CPU the host's.
+        matrix_rates: operations/s of dense matrix products, by precision; on a CPU the host's.
+        intra_host_bandwidth: bytes/s that a rank can send to the other ranks of its host.
+        inter_host_bandwidth: bytes/s that all ranks of a host together can send to other hosts.
+        host_memory_bytes: memory of a host.
         host_device_bandwidth: bytes/s between a device and its host's memory, one way.
         launch_seconds: least time between two kernels (GPU) or operators (CPU).
-        collective_seconds: time of a collective of no bytes, however many ranks it has.
-        message_seconds: what it takes more for each message that a rank sends after another.
+        collective_seconds: time of an empty collective, whatever the number of ranks.
+        message_seconds: extra time for each message, as a rank sends them one after the other.
         matrix_efficiency: share of the matrix rates that the layers' products reach.
-        memory_efficiency: share of the bandwidths of memory that lookups and layers reach.
+        memory_efficiency: share of the memory bandwidths that lookups and layers reach.
         network_efficiency: share of the bandwidths between ranks that all-to-alls reach.
-        ring_share: bandwidth of reduce-scatters and all-gathers, over that of all-to-alls.
-        reduction_share: bandwidth of all-reduces, over the same.
-        overlaps: products, memory traffic and exchanges hide behind each other. If not, the same cores do all of
+        ring_share: bandwidth of reduce-scatters and all-gathers, divided by that of all-to-alls.
+        reduction_share: bandwidth of all-reduces, divided by that of all-to-alls.
+        overlaps: whether products, memory traffic and exchanges hide each other. If not, the same cores do all of
             them, one after the other.
     """
 
@@ -94,8 +94,8 @@ def _gpu(
     )
 
 
-# GB as data sheets of GPU memory have it is GiB. NVLink and PCIe: one way, half of what the data sheet adds up. Matrix
-# rates: without sparsity. Network and host memory: the AWS instance with eight of the GPU (p4d's is the spec's setup).
+# A GPU's memory is GiB, though its data sheet says GB. NVLink and PCIe: one way, half of the data sheet's sum. Matrix
+# rates: without sparsity. Network and host memory: of the AWS instance with eight of the GPU (the spec has a p4d).
 KINDS: Mapping[str, Hardware] = {
     # NVIDIA A100 Tensor Core GPU data sheet (A100 40GB SXM); AWS EC2 P4d: 400 Gbit/s, 1,152 GiB.
     "a100_40gb": _gpu(40, 1555, (19.5, 156, 312), 300, 50, 1152, 32),
@@ -108,8 +108,8 @@ KINDS: Mapping[str, Hardware] = {
     # NVIDIA HGX B200 data sheet, an eighth of it; AWS EC2 P6-B200: 3,200 Gbit/s, 2 TiB.
     "b200": _gpu(180, 8000, (75, 1125, 2250), 900, 400, 2048, 64),
     # Two Intel Xeon Platinum 8480+ (Intel ARK: 56 cores, 2.0 GHz base, 8 channels of DDR5-4800 each), 512 GiB, 100
-    # Gbit/s. A core's cycle: 64 fp32 operations (two AVX-512 FMAs), 1,024 bf16 (AMX); through VNNI
-    # twice fp32's in int16, four times in int8.
+    # Gbit/s. Operations of a core per cycle: 64 in fp32 (two AVX-512 FMAs), 1,024 in bf16 (AMX); with VNNI twice as
+    # many as fp32 in int16, four times as many in int8.
     "cpu": Hardware(
         "cpu",
         memory_bytes=512 * GIB,
@@ -119,7 +119,7 @@ KINDS: Mapping[str, Hardware] = {
         inter_host_bandwidth=12.5 * _GB,
         host_memory_bytes=512 * GIB,
         host_device_bandwidth=614.4 * _GB,
-        launch_seconds=103e-6,  # this and what follows, but for messages: calibration.json
+        launch_seconds=103e-6,  # from calibration.json, like all that follows except message_seconds
         collective_seconds=274e-6,
         message_seconds=20e-6,
         matrix_efficiency=0.69,
@@ -139,20 +139,20 @@ _Share = Annotated[float | None, Ge(1e-6), Le(1.0), optional("the kind's", "FLOA
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """Numbers that replace the kind's, and what share of peak numbers is reached. --device_memory_gib,
-    --intra_host_bandwidth and --inter_host_bandwidth do so too."""
+    """Numbers that replace the kind's, and the share of peak numbers that is reached. --device_memory_gib,
+    --intra_host_bandwidth and --inter_host_bandwidth replace the kind's numbers too."""
 
     memory_bandwidth: _Gib = None
-    """Of a device's memory, in GiB/s; of a CPU, of the host's."""
+    """Bandwidth of a device's memory, in GiB/s; on a CPU of the host's."""
 
     host_memory_gib: _Gib = None
     """Memory of a host, in GiB."""
 
     host_device_bandwidth: _Gib = None
-    """Between a GPU and its host's memory, one way, in GiB/s."""
+    """Bandwidth between a GPU and its host's memory, one way, in GiB/s."""
 
     fp32_tflops: _Tflops = None
-    """Matrix products of a device in fp32, in 10^12 operations/s; of a CPU, of the host."""
+    """Rate of a device's matrix products in fp32, in 10^12 operations/s; on a CPU of the host's."""
 
     tf32_tflops: _Tflops = None
     """The same in tf32."""
@@ -161,19 +161,19 @@ class HardwareConfig:
     """The same in bf16."""
 
     int16_tflops: _Tflops = None
-    """The same in int16, with which only CPUs train."""
+    """The same in int16, in which only CPUs train."""
 
     int8_tflops: _Tflops = None
-    """The same in int8, with which only CPUs train."""
+    """The same in int8, in which only CPUs train."""
 
     launch_us: _Micros = None
     """Least time between two kernels, in microseconds."""
 
     collective_latency_us: _Micros = None
-    """Time of a collective of no bytes, in microseconds, however many ranks it has."""
+    """Time of an empty collective, in microseconds, whatever the number of ranks."""
 
     message_us: _Micros = None
-    """Time that it takes more for each message that a rank sends after another, in microseconds."""
+    """Extra time of a collective for each message that a rank sends, in microseconds."""
 
     matrix_efficiency: _Share = None
     """Share of the peak rate that the layers' matrix products reach."""
@@ -187,7 +187,7 @@ class HardwareConfig:
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """Hosts of one kind: what --cluster says."""
+    """Hosts of one kind, as --cluster names them."""
 
     kind: str
     hosts: int
@@ -195,24 +195,24 @@ class ClusterShape:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of all ranks."""
         return self.hosts * self.devices_per_host
 
     def __str__(self) -> str:
-        """As --cluster takes it."""
+        """The form that --cluster takes."""
         return f"{self.kind}:{self.hosts}x{self.devices_per_host}"
 
     def describe(self) -> str:
-        """In words."""
+        """The cluster in words."""
         hosts = f"{plural(self.hosts, 'host')} of {plural(self.devices_per_host, 'device')}"
         return f"{self}, {hosts}, {plural(self.world_size, 'rank')}"
 
 
 def parse_cluster(text: str) -> ClusterShape:
-    """What --cluster says.
+    """Reads the value of --cluster.
 
     Raises:
-        ConfigError: if it is no KIND:HOSTSxDEVICES, or no such cluster can be.
+        ConfigError: if it is not KIND:HOSTSxDEVICES, or there can be no such cluster.
     """
     expected = "expected KIND:HOSTSxDEVICES, as in a100_40gb:2x8 for 2 hosts of 8 GPUs each"
     found = _SHAPE.fullmatch(text)
@@ -235,10 +235,10 @@ def parse_cluster(text: str) -> ClusterShape:
 def hardware_of(
     shape: ClusterShape, config: HardwareConfig, device_gib: float | None, intra: float | None, inter: float | None
 ) -> Hardware:
-    """What a rank of the cluster has: the kind's numbers, or those of flags, of a CPU its share of the host's.
+    """What a rank of the cluster has: the kind's numbers, unless flags replace them. On a CPU, its share of the host's.
 
     Args:
-        device_gib: memory of a GPU, or on a CPU of a rank; None for the kind's.
+        device_gib: memory of a GPU, or on a CPU of a rank, in GiB; None for the kind's.
         intra: bandwidth between ranks of a host in GiB/s; None for the kind's.
         inter: bandwidth between hosts in GiB/s; None for the kind's.
     """
@@ -271,10 +271,10 @@ def hardware_of(
 
 
 def precision_on(config: Config, hardware: Hardware, shape: ClusterShape) -> Precision:
-    """Arithmetic of matrix products: as asked, but for tf32 on a CPU, which is fp32 there.
+    """Arithmetic of matrix products: the one that was asked for, but fp32 instead of tf32 on a CPU.
 
     Raises:
-        ConfigError: if the hardware has none such.
+        ConfigError: if the hardware does not have it.
     """
     asked = config.training.arithmetic
     if asked == "tf32" and hardware.device == "cpu":
@@ -286,10 +286,10 @@ def precision_on(config: Config, hardware: Hardware, shape: ClusterShape) -> Pre
 
 
 def check_effects(config: HardwareConfig, run: Config, shape: ClusterShape) -> None:
-    """Refuses numbers that nothing would be reckoned with.
+    """Refuses numbers that nothing would be computed from.
 
     Raises:
-        ConfigError: naming the flag; or if the hardware has no such arithmetic as the run's.
+        ConfigError: naming the flag; or if the hardware does not have the run's arithmetic.
     """
     kind = KINDS[shape.kind]
     used = precision_on(run, kind, shape)

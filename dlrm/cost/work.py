@@ -155,7 +155,7 @@ class TableWorkload:
 
 
 def row_bytes(rows: float, columns: float) -> float:
-    """Bytes of so many rows: 4 * rows * columns."""
+    """Bytes of `rows` rows: 4 * rows * columns."""
     return FLOAT * rows * columns
 
 

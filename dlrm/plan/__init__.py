@@ -1,1 +1,1 @@
-"""What a training would take on a cluster that is not at hand: its plan, its memory, the time of a step."""
+"""What a training would take on a cluster that is not available: its plan, its memory, the time of a step."""

@@ -1,4 +1,4 @@
-"""`dlrm plan`: memory, sharding and step time of a training on a cluster that is not at hand. No torch here."""
+"""`dlrm plan`: memory, sharding and step time of a training on a cluster that is not available. No torch here."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,18 +27,18 @@ from dlrm.system.console import plural, signs_of_life
 from dlrm.system.quiet import quieten_libraries
 
 PROG = "dlrm plan"
-DESCRIPTION = """Says whether a training fits a cluster, how its tables would be sharded, and what a step would take,
-with no such device present. TorchRec's planner makes the plan that training with the same flags makes there; a cost
-model (docs/design/plan.md) says the rest.
+DESCRIPTION = """Says whether a training fits a cluster, how its tables would be sharded, and how long a step would
+take. The cluster need not be available. TorchRec's planner makes the same plan as training with the same flags; a cost
+model (docs/design/plan.md) computes the rest.
 
-Takes the flags of training beside its own.
+Takes the flags of training in addition to its own.
 
 Example: `dlrm plan --recipe spec_mlperf_x2_a100x16 --cluster a100_40gb:2x8 --plot plan.html`: 2 hosts of 8 GPUs."""
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is planned, and for what cluster."""
+    """What is planned, and for which cluster."""
 
     cluster: Annotated[str, tyro.conf.arg(metavar="KIND:HOSTSxDEVICES")]
     """Hosts x devices of a host: a100_40gb:2x8 is 2 hosts of 8 GPUs, 16 ranks. Kinds: a100_40gb, a100_80gb, h100, h200,
@@ -48,17 +48,17 @@ class PlanConfig:
     """Print JSON."""
 
     plot: Annotated[str | None, optional("none", "FILE.html|FILE.svg")] = None
-    """Picture to write: memory of each rank, and the step's timeline."""
+    """File for a picture of each rank's memory and the step's timeline."""
 
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     run: Config = field(default_factory=Config)
 
 
 def parse_plan(argv: Sequence[str]) -> PlanConfig:
-    """What a command line asks for, checked.
+    """The checked config of a command line.
 
     Raises:
-        ConfigError: on an unknown flag, a value of the wrong kind, or a combination that makes no sense.
+        ConfigError: for an unknown flag, a value of the wrong kind, or a combination that makes no sense.
         SystemExit: after --help, with code 0.
     """
     default = PlanConfig(value_of(argv, "cluster") or tyro.MISSING, run=base_of(argv))
@@ -77,35 +77,35 @@ def plan(
 ) -> dict[str, Any]:
     """Facts of the plan, ready for JSON.
 
-    Where the tables do not fit: `fits`, `error`, `missing_gib`, `smallest_cluster`. Where what comes on top of them
-    does not: all facts, with `fits` and `error`.
+    If the tables do not fit, these are only `fits`, `cluster`, `error`, `smallest_cluster` and the missing GiB. If the
+    tables fit but activations do not, all facts are there, and `fits` and `error` say so.
 
     Args:
         hardware: what a rank of a cluster has.
         note: shows a line, before something that takes long.
 
     Raises:
-        PlanError: if a rule or the optimizer asks for what can't be had.
-        ConfigError: if the cluster is none, or has no such arithmetic.
+        PlanError: if a rule can't be met, or the optimizer makes every plan impossible.
+        ConfigError: if there is no such cluster, or it has no such arithmetic.
     """
     shape = parse_cluster(asked.cluster)
     quieten_libraries()
-    # Here and not above, so that --help and a mistyped flag answer without loading torch.
-    from dlrm.plan.forecast import predict
-    from dlrm.plan.search import Placing
+    # Imported here, so that --help and a mistyped flag are answered without loading torch.
+    from dlrm.plan.cluster_search import ClusterSearch
+    from dlrm.plan.forecast import forecast
 
     if precision_on(asked.run, hardware(shape), shape) != asked.run.training.arithmetic:
         note(f"No GPU in {shape}: tf32 without effect.")
-    placing = Placing(asked.run, shape, hardware)
+    search = ClusterSearch(asked.run, shape, hardware)
     try:
         with signs_of_life(f"Placing tables on {plural(shape.world_size, 'rank')}"):
-            placement = placing.place()
+            placement = search.place()
     except DoesNotFitError as error:
         note(f"Does not fit {shape.describe()}. Looking for the fewest such hosts that would do.")
         with signs_of_life("Placing tables on larger clusters"):
-            smallest = placing.find_smallest()
+            smallest = search.find_smallest()
         return _refuse(error, shape, smallest)
-    return predict(asked.run, shape, hardware(shape), placement)
+    return forecast(asked.run, shape, hardware(shape), placement)
 
 
 def _refuse(error: DoesNotFitError, shape: ClusterShape, smallest: ClusterShape | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A plan, the hardware and the flags become tables on ranks, memory and a step."""
+"""The forecast: from a plan, the hardware and the flags to the memory of each rank and the time of a step."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,6 +6,7 @@ from typing import Any
 
 from dlrm.config.config import CommPrecision, Config, Precision
 from dlrm.config.recipes import RANKS, RECIPES
+from dlrm.config.table_rules import ROW_SPLITS
 from dlrm.cost.hardware import GIB, ClusterShape, Hardware, precision_on
 from dlrm.cost.memory import RankMemory, memory_of_ranks
 from dlrm.cost.network import Collective, Network
@@ -14,17 +15,18 @@ from dlrm.cost.step import Step, StepWorkload, build_step
 from dlrm.cost.work import DEFAULT_CACHE_SHARE, FLOAT, Rates, TableWorkload
 from dlrm.loader.run_data import hotness_of
 from dlrm.schema.criteo import TABLE_NAMES
-from dlrm.sharding.plan import Placement, TablePlacement, constraints_of
+from dlrm.sharding.constraints import constraints_of
+from dlrm.sharding.placement import Placement, TablePlacement
 
 _HALF = 2
-_WHOLE_ROWS = ("table_wise", "column_wise", "table_column_wise", "data_parallel")
+"""Bytes of a bf16 or fp16 number."""
 
 
-def predict(config: Config, shape: ClusterShape, hardware: Hardware, placement: Placement) -> dict[str, Any]:
-    """What the plan's training would take: facts, ready for JSON.
+def forecast(config: Config, shape: ClusterShape, hardware: Hardware, placement: Placement) -> dict[str, Any]:
+    """What training with this plan would take: facts, ready for JSON.
 
     Raises:
-        ConfigError: if the hardware has no such arithmetic.
+        ConfigError: if the hardware does not have the run's arithmetic.
     """
     precision = precision_on(config, hardware, shape)
     load = workload_of(config, shape, placement)
@@ -87,7 +89,7 @@ def _describe_missing(gib: float, *, is_batch: bool) -> str:
 
 
 def _describe_recipe(name: str | None) -> dict[str, int] | None:
-    """The global batch that a recipe is for, where it is for one."""
+    """The global batch that a recipe is for; None if it is for no number of ranks."""
     if name not in RANKS:
         return None
     ranks, batch_size = RANKS[name], RECIPES[name]().data.batch_size
@@ -95,7 +97,7 @@ def _describe_recipe(name: str | None) -> dict[str, int] | None:
 
 
 def workload_of(config: Config, shape: ClusterShape, placement: Placement) -> StepWorkload:
-    """What a step of the plan's training does."""
+    """What a step of training with this plan has to do."""
     return StepWorkload(
         config.model,
         _tables_on_ranks(config, shape, placement),
@@ -165,7 +167,7 @@ def _describe_step(step: Step) -> dict[str, Any]:
 
 
 def reached(hardware: Hardware, shape: ClusterShape, precision: Precision) -> tuple[Rates, Network]:
-    """Peak numbers times the share of them that is reached."""
+    """Rates and bandwidths that are reached: peak numbers times the share of them that is."""
     rates = Rates(
         hardware.matrix_rates[precision] * hardware.matrix_efficiency,
         hardware.memory_bandwidth * hardware.memory_efficiency,
@@ -209,9 +211,10 @@ def _on_ranks(
         "grid_shard": shape.devices_per_host,
     }.get(table.sharding, 1)
     sharding = config.sharding
+    # Pooled rows that no other rank adds to are final, and travel in the type of the activations.
     is_rounded = (
         config.training.activations == "bf16"
-        and table.sharding in _WHOLE_ROWS
+        and table.sharding not in ROW_SPLITS
         and sharding.forward_comm_precision == sharding.backward_comm_precision == "fp32"
     )
     return TableWorkload(
@@ -232,5 +235,5 @@ def _on_ranks(
 
 
 def _width(precision: CommPrecision, is_replicated: bool) -> int:
-    """Bytes of a number of a pooled row; those of replicated tables do not travel."""
+    """Bytes of each number of a pooled row that is sent. Rows of replicated tables are not sent."""
     return FLOAT if precision == "fp32" or is_replicated else _HALF

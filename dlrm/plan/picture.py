@@ -1,4 +1,4 @@
-"""A prediction as a picture: memory of each rank, and the step's timeline. No torch here."""
+"""A forecast as a picture: the memory of each rank, and the step's timeline. No torch here."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ _MOST_RANKS_NAMED = 32
 
 
 def check_plot(path: str) -> None:
-    """Refuses a picture that could not be drawn once all is done.
+    """Refuses, before the search, a picture that could not be drawn after it.
 
     Raises:
         ConfigError: naming the flag.
@@ -35,17 +35,17 @@ def check_plot(path: str) -> None:
 
 
 def draw(facts: Mapping[str, Any], path: str, recipe: str | None = None) -> None:
-    """Writes the picture: a page that needs no network, or SVG.
+    """Writes the picture, as SVG or as a page that needs no network.
 
     Args:
-        recipe: that was planned, for the title.
+        recipe: name of the recipe that was planned, for the title.
 
     Raises:
-        ConfigError: if the file can't be written; it is then as it was.
+        ConfigError: if the file can't be written. It is unchanged then.
     """
     import altair
 
-    # Vega-Lite's data would otherwise be refused beyond 5,000 rows; 4,096 ranks have 20,480.
+    # Altair refuses more than 5,000 rows of data by default; 4,096 ranks have 20,480.
     altair.data_transformers.disable_max_rows()
     memory, timeline = _memory_chart(facts), _timeline_chart(facts)
     step = facts["step"]
@@ -94,7 +94,7 @@ def _memory_chart(facts: Mapping[str, Any]) -> Any:
 
 
 def _named_ranks(num_ranks: int) -> list[int]:
-    """Round numbers, so many that they do not touch."""
+    """The ranks whose number is shown: round numbers, few enough that they do not touch."""
     steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     return list(range(0, num_ranks, next(step for step in steps if num_ranks <= step * _MOST_RANKS_NAMED)))
 

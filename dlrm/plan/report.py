@@ -1,16 +1,17 @@
-"""A prediction's facts as lines. No torch here."""
+"""The facts of a forecast as lines of text. No torch here."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from dlrm.sharding.placement import TablePlacement, show_tables
 from dlrm.system.console import align, plural
 
 PARTS = ("weights", "optimizer", "activations", "reserve", "free")
 
 
 def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
-    """Lines that show the facts; `described` is the cluster in words."""
+    """The lines that `dlrm plan` prints. `described` is the cluster in words."""
     head = [
         ("cluster", f"{described}; {facts['cluster']['device_memory_gib']:.1f} GiB each"),
         ("batch", _show_batch(facts)),
@@ -20,7 +21,7 @@ def to_text(facts: Mapping[str, Any], described: str) -> list[str]:
     return [
         *align(head),
         "",
-        *_show_tables(facts["tables"]),
+        *show_tables([TablePlacement(**table) for table in facts["tables"]]),
         *_show_host_tables(facts["tables"]),
         "",
         *_show_memory(facts["memory_gib_per_rank"]),
@@ -44,15 +45,6 @@ def _show_batch(facts: Mapping[str, Any]) -> str:
     return shown if rest or not same else f"{shown} (--batch_size {same} gives that here)"
 
 
-def _show_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = ("table", "rows", "dim", "GiB", "sharding", "kernel", "ranks")
-    rows = [
-        (t["table"], f"{t['rows']:,}", str(t["dim"]), f"{t['gib']:.4f}", t["sharding"], t["kernel"], _span(t["ranks"]))
-        for t in tables
-    ]
-    return align([head, *rows], right={1, 2, 3})
-
-
 def _show_host_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     hosted = [table for table in tables if "uvm" in table["kernel"]]
     if not hosted:
@@ -66,14 +58,8 @@ def _show_host_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _span(ranks: Sequence[int]) -> str:
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ",".join(map(str, ranks))
-
-
 def _show_memory(ranks: Sequence[Mapping[str, float]]) -> list[str]:
-    """A line for each run of ranks that look alike."""
+    """A line for each run of ranks whose figures are the same."""
     has_host = any(rank["on_host"] for rank in ranks)
     names = (*PARTS, "on_host") if has_host else PARTS
     shown = [tuple(f"{rank[name]:.2f}" for name in names) for rank in ranks]
@@ -117,4 +103,4 @@ def _show_step(step: Mapping[str, Any]) -> list[str]:
 
 def _show_assumptions(cluster: Mapping[str, Any]) -> list[str]:
     shares = ", ".join(f"{cluster[f'{name}_efficiency']:.0%} of {name}" for name in ("matrix", "memory", "network"))
-    return [f"Reckoned with {shares} rates. docs/design/plan.md has the formulas, and says what of this was measured."]
+    return [f"Computed with {shares} rates. docs/design/plan.md has the formulas, and says what of this was measured."]

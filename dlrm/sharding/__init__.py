@@ -1,1 +1,1 @@
-"""Tables x topology -> plan; plan -> sharded model."""
+"""Tables and a cluster become a plan (search, placement), a plan a sharded model (shard). Knows TorchRec's planner."""

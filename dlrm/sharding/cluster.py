@@ -1,4 +1,4 @@
-"""The ranks that a plan is for, and their memory and network."""
+"""The ranks that a plan is for, with their memory and network."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,22 @@ from torchrec.distributed.planner import Topology
 
 from dlrm.config.config import ShardingConfig
 from dlrm.ranks.runtime import Runtime
-
-GIB = 2**30
+from dlrm.sharding.placement import GIB
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks, and what tables may take on each.
+    """Ranks, and the memory that tables may take on each.
 
     Attributes:
         device: `cuda` or `cpu`.
-        world_size: ranks in all.
-        local_world_size: ranks of a host.
-        table_bytes: memory of a rank for tables: of its GPU, or on a CPU of its share of the host. Less the reserve.
-        host_bytes: beside a GPU, a rank's share of the host's memory, for tables that do not fit the GPU.
-        reserved_share: of the memory, kept for dense parts, activations and batches.
-        intra_host_bandwidth: between two ranks of a host, in GiB/s.
-        inter_host_bandwidth: between two hosts, in GiB/s.
+        world_size: number of all ranks.
+        local_world_size: number of ranks of a host.
+        table_bytes: a rank's memory for tables, without the reserve: its GPU's, or on a CPU its share of the host's.
+        host_bytes: beside a GPU, a rank's share of the host's memory, for tables that do not fit the GPU; else 0.
+        reserved_share: share of the memory that is kept for dense parts, activations and batches.
+        intra_host_bandwidth: bandwidth between two ranks of a host, in GiB/s.
+        inter_host_bandwidth: bandwidth between two hosts, in GiB/s.
     """
 
     device: str
@@ -37,7 +36,7 @@ class Cluster:
 
     @staticmethod
     def detect(runtime: Runtime, config: ShardingConfig) -> "Cluster":
-        """Ranks as this one, with its GPU or its share of the host's memory, unless `config` says otherwise."""
+        """A cluster of ranks like this one. `config` overrides the memory of its GPU, or its share of the host's."""
         host_bytes = runtime.host_memory_bytes // runtime.local_world_size
         on_gpu = runtime.device.type == "cuda"
         device_bytes = torch.cuda.get_device_properties(runtime.device).total_memory if on_gpu else host_bytes
@@ -56,7 +55,7 @@ class Cluster:
         )
 
     def topology(self) -> Topology:
-        """As TorchRec's planner takes it."""
+        """The cluster in the form that TorchRec's planner takes."""
         on_gpu = self.device == "cuda"
         return Topology(
             world_size=self.world_size,

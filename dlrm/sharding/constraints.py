@@ -1,4 +1,4 @@
-"""A user's rules as TorchRec's planner takes them."""
+"""A user's rules (--table_constraints) in the form that TorchRec's planner takes."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -17,23 +17,45 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder
 
-from dlrm.config.table_rules import SHARDING_TYPES, TableConstraint
+from dlrm.config.config import ModelConfig, ShardingConfig
+from dlrm.config.frozen import large_tables
+from dlrm.config.table_rules import SHARDING_TYPES, TableConstraint, constraints_of_tables, parse_rules
 from dlrm.errors import PlanError
 from dlrm.schema.criteo import TABLE_NAMES
-from dlrm.sharding.cluster import Cluster
+from dlrm.sharding.cluster import GIB, Cluster
 from dlrm.system.console import plural
 
 _MULTIPLE_OF_COLUMNS = 4
+_BYTES_PER_WEIGHT = 4
+
+
+def constraints_of(sharding: ShardingConfig, model: ModelConfig) -> dict[str, TableConstraint]:
+    """The rule of each table that has one, by the table's name.
+
+    Raises:
+        PlanError: if a rule is for large tables, and there is no such table.
+    """
+    if sharding.table_constraints is None:
+        return {}
+    large = large_tables(model.table_rows, model.embedding_dim, sharding.large_table_gib)
+    rules = parse_rules(sharding.table_constraints)
+    if "large" in rules and not large:
+        most = max(model.table_rows) * model.embedding_dim * _BYTES_PER_WEIGHT / GIB
+        raise PlanError(
+            f"--table_constraints: a rule of `large`, but no table has the {sharding.large_table_gib:g} GiB of "
+            f"--large_table_gib; the largest has {most:.3g}. Give a smaller --large_table_gib, or drop the rule."
+        )
+    return constraints_of_tables(rules, large)
 
 
 def to_parameter_constraints(
     table: str, rule: TableConstraint, shape: tuple[int, ...], hotness: int, cluster: Cluster
 ) -> ParameterConstraints:
-    """What the planner must keep to.
+    """The limits that the planner must keep for one table.
 
     Args:
         shape: rows and columns of the table.
-        hotness: ids per sample of its feature.
+        hotness: ids per sample of the table's feature.
 
     Raises:
         PlanError: if the rule can't be met on these ranks.
@@ -41,7 +63,7 @@ def to_parameter_constraints(
     rows, dim = shape
     sharding, kernel = rule.sharding_type, rule.compute_kernel
     if kernel is not None and "uvm" in kernel and cluster.device != "cuda":
-        raise PlanError(f"--table_constraints: {kernel} of {table} needs a GPU, beside which its rows would lie.")
+        raise PlanError(f"--table_constraints: {kernel} of {table} needs a GPU, in whose host's memory it keeps rows.")
     if rule.ranks is not None and rule.ranks[-1] >= cluster.world_size:
         raise PlanError(
             f"--table_constraints: rank {rule.ranks[-1]} of {table}, expected 0 to {cluster.world_size - 1}."
@@ -77,22 +99,23 @@ def to_parameter_constraints(
 
 
 def _row_splits(sharding: str | None, cluster: Cluster) -> int:
-    """Ranks that share a table's rows."""
+    """Number of ranks over which a table's rows are split."""
     if sharding == "row_wise":
         return cluster.world_size
     return cluster.local_world_size if sharding in ("table_row_wise", "grid_shard") else 1
 
 
 def _columns_of_slice(dim: int, parts: int) -> int:
-    """Columns of each of at most `parts` equal slices, as narrow as can be: a multiple of 4, as FBGEMM needs."""
+    """Columns of each slice, for as many equal slices as possible, at most `parts`. FBGEMM needs a multiple of 4."""
     fitting = (n for n in range(parts, 0, -1) if dim % n == 0 and dim // n % _MULTIPLE_OF_COLUMNS == 0)
     return dim // next(fitting)
 
 
 class Enumerator(EmbeddingEnumerator):
-    """Offers the planner each table's possible places, in an order that is the same in every process.
+    """Lists the possible places of each table for the planner, in the same order in every process.
 
-    TorchRec's own order comes from sets of strings where there are rules, and ties in its cost model follow it.
+    If there are rules, TorchRec's own order comes from sets of strings, which differs between processes, and the order
+    decides ties in its cost model.
     """
 
     def __init__(
@@ -107,13 +130,13 @@ class Enumerator(EmbeddingEnumerator):
         self._ruled = {name for name, constraint in constraints.items() if constraint.sharding_types}
 
     def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
-        """Here, and not once all are enumerated: most of a plan's time goes into the costs of options."""
+        """Filters before options are enumerated, not after: most of a plan's time goes into the cost of each option."""
         if name not in self._ruled:
             allowed_sharding_types = [kind for kind in allowed_sharding_types if kind in self._sharding_types]
         return super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """See TorchRec's EmbeddingEnumerator. No split leaves a rank without rows: FBGEMM's kernels err there."""
+        """See TorchRec's EmbeddingEnumerator. Splits that give a rank no rows are left out: FBGEMM's kernels fail."""
         options = [
             option
             for option in super().enumerate(module, sharders)
@@ -127,7 +150,7 @@ def _order(option: ShardingOption) -> tuple[int, int, str]:
 
 
 class PinnedPartitioner(GreedyPerfPartitioner):
-    """Puts tables with a choice of ranks there first, the rest where TorchRec's greedy partitioner sees room."""
+    """Places tables whose rule names ranks first. TorchRec's greedy partitioner then places the rest."""
 
     def __init__(self, ranks: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -141,8 +164,8 @@ class PinnedPartitioner(GreedyPerfPartitioner):
         Raises:
             PlannerError: if a table fits none of its ranks, or the rest does not fit.
         """
-        assert hbm_per_device is None, "would forget what pinned tables take"
-        if not self._ranks:  # TorchRec copies what it changes; another copy is a fifth of a plan's time for 80 ranks
+        assert hbm_per_device is None, "the memory that pinned tables take would be ignored"
+        if not self._ranks:  # no copy needed: for 80 ranks it is a fifth of a plan's time, and TorchRec makes its own
             return super().partition(proposal, storage_constraint, hbm_per_device)
         topology = copy.deepcopy(storage_constraint)
         pinned = [option for option in proposal if option.name in self._ranks]
@@ -158,7 +181,7 @@ def _bytes(option: ShardingOption) -> int:
 
 
 def _place(option: ShardingOption, devices: list[DeviceHardware]) -> None:
-    """Each shard on the least busy device that is left and has room."""
+    """Places each shard on the least busy of the devices that have room and hold no other shard of the table."""
     for shard in option.shards:
         assert isinstance(shard.storage, Storage)
         assert isinstance(shard.perf, Perf)

@@ -1,4 +1,4 @@
-"""A plan becomes a sharded model, whose initial weights do not depend on the plan."""
+"""From a plan to a sharded model. Its initial weights do not depend on the plan."""
 
 import math
 import warnings
@@ -34,15 +34,18 @@ def shard_model(
     seed: int | None,
     frozen: Collection[str] = (),
 ) -> DistributedModelParallel:
-    """Places tables by `plan`, makes the rest data parallel, and fills the tables.
+    """Places tables by `plan`, makes the rest data parallel, and draws the tables' weights.
 
-    Collective. Table weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code. Without a seed they are left
-    to be restored. Tables that are `frozen` are not updated where their kernel would do that in the backward pass.
+    Collective. Weights are uniform in +-1/sqrt(rows), as in the DLRM paper's code.
+
+    Args:
+        seed: decides the weights; None leaves them undrawn, to be restored from a checkpoint.
+        frozen: names of tables that kernels must not update in the backward pass.
     """
     with warnings.catch_warnings(), _NothingDrawn():
-        # TorchRec hands DistributedDataParallel an argument that newer torch spells otherwise.
+        # TorchRec passes DistributedDataParallel an argument that has another name in newer torch.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        # 2026-11-30: torchrec 1.6 asks torch 2.11 for a group's device by a name that was about to go.
+        # 2026-11-30: torchrec 1.6 asks torch 2.11 for a group's device by a deprecated name.
         warnings.filterwarnings("ignore", "`_get_pg_default_device` will be|Multiple backends are registered with this")
         sharded = DistributedModelParallel(
             module=model,
@@ -52,7 +55,7 @@ def shard_model(
             init_data_parallel=dist.get_world_size() > 1,
         )
     tables = {name: weight for name, weight in sharded.state_dict().items() if ".embedding_bags." in name}
-    assert len(tables) == len(TABLE_NAMES), "a table would be left without weights"
+    assert len(tables) == len(TABLE_NAMES), "a table would get no weights"
     if seed is not None:
         _draw(tables, seed)
     if frozen:
@@ -67,7 +70,7 @@ def shard_model(
 
 
 def _draw(tables: Mapping[str, torch.Tensor | ShardedTensor], seed: int) -> None:
-    """Fills this rank's parts of the tables."""
+    """Draws this rank's parts of the tables."""
     blocks = (
         block for name, weight in tables.items() for block in _blocks(weight, name.split(".embedding_bags.")[1], seed)
     )
@@ -77,24 +80,25 @@ def _draw(tables: Mapping[str, torch.Tensor | ShardedTensor], seed: int) -> None
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """TorchRec draws weights for its tables, one after the other, which are then replaced: as long as all else here."""
+    """Skips TorchRec's own draw of weights. We replace them anyway, and it takes as long as all the rest here."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls `func`, unless it draws."""
+        """Calls `func`, unless it draws weights."""
         del types
         return args[0] if func is torch.Tensor.uniform_ else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What this rank has of a block of a table's rows.
+    """This rank's part of a block of a table's rows.
 
     Attributes:
-        part: rows from `row` of the block, columns from `column` of the table.
-        rows: of the block.
+        part: rows from `row` of the block on, columns from `column` of the table on.
+        rows: rows of the block.
         dim: columns of the table.
+        bound: weights are uniform in +-bound.
     """
 
     part: torch.Tensor
@@ -107,7 +111,7 @@ class _Block:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Draws the whole block, whatever is wanted of it, so that every sharding gives the same table."""
+        """Draws the whole block and keeps our part, so that every sharding gives the same table."""
         if self.part.shape == (self.rows, self.dim) and self.part.is_contiguous():
             draw_uniform(self.part, self.bound, self.seed)
             return
@@ -118,7 +122,7 @@ class _Block:
 
 
 def _blocks(weight: torch.Tensor | ShardedTensor, name: str, seed: int) -> Iterator[_Block]:
-    """This rank's part of a table; each block of rows has a seed of its own."""
+    """This rank's part of a table, in blocks of rows that each have their own seed."""
     if isinstance(weight, ShardedTensor):
         rows, dim = weight.metadata().size
         shards = [(s.tensor, s.metadata.shard_offsets[0], s.metadata.shard_offsets[1]) for s in weight.local_shards()]

@@ -1,4 +1,4 @@
-"""How a collection of tables is sharded: in which ways, and in what precision embeddings travel."""
+"""How TorchRec shards the tables: the sharding types, and the precision in which embeddings are sent."""
 
 import math
 from typing import Literal
@@ -15,8 +15,8 @@ from dlrm.config.config import CommPrecision
 class TableSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder, with every sharding type on a CPU too.
 
-    TorchRec offers the row-wise types on GPUs alone. All that they need, a reduce-scatter, gloo has by now (2026-11-23:
-    torch 2.13); tests hold them to one rank's losses.
+    TorchRec offers the row-wise types on GPUs only. On a CPU they need a reduce-scatter, which gloo now has
+    (2026-11-23: torch 2.13). Tests compare their losses with one rank's.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class TableSharder(EmbeddingBagCollectionSharder):
         """Makes a sharder.
 
         Args:
-            forward: precision in which pooled embeddings travel.
-            backward: precision in which their gradients do.
+            forward: precision in which pooled embeddings are sent.
+            backward: precision in which their gradients are sent.
             batch_size: samples of a rank in a step, over which gradients are averaged.
-            activations: what the model computes with; pooled rows that are final are in it.
-            prefetches: cache lines stay locked until the step that they were fetched for is over.
+            prefetches: whether rows are prefetched; their cache lines then stay locked until their step is over.
+            activations: precision of the model's activations; final pooled rows have it.
         """
         self.pooled_type = torch.bfloat16 if activations == "bf16" and forward == backward == "fp32" else torch.float32
         super().__init__(
@@ -44,12 +44,12 @@ class TableSharder(EmbeddingBagCollectionSharder):
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
-        """All of them, whatever the device."""
+        """All sharding types, whatever the device."""
         return super().sharding_types("cuda")
 
 
 class ScaledCodec(QuantizedCommCodec):
-    """FBGEMM's codec with its argument scaled on the way, undone in fp32: its own scale is taken off in fp16."""
+    """FBGEMM's codec, with its argument scaled before it is sent. The scale is undone in fp32; FBGEMM's own in fp16."""
 
     def __init__(self, precision: SparseType, scale: float, *, is_forward: bool) -> None:
         super().__init__(precision, is_fwd=is_forward)
@@ -65,23 +65,23 @@ class ScaledCodec(QuantizedCommCodec):
 
 
 def gradient_scale(batch_size: int) -> float:
-    """A power of two that brings averages over a batch into fp16's range, 6e-8 to 65,504.
+    """A power of two that brings gradients averaged over a batch into fp16's range, 6e-8 to 65,504.
 
-    A sample's gradient is divided by the batch size; 256 more leaves room on both sides.
+    The average divides a sample's gradient by the batch size. Another factor of 256 leaves room on both sides.
     """
     return 256.0 * 2 ** math.ceil(math.log2(batch_size))
 
 
 def _codecs(forward: CommPrecision, backward: CommPrecision, batch_size: int) -> dict[str, QuantizedCommCodecs] | None:
-    """Of pooled embeddings, and of their gradients on the way back; None where nothing is quantized.
+    """Codecs of pooled embeddings and of their gradients; None if nothing is quantized.
 
-    TorchRec's own registry turns bf16 into fp16 on a CPU, where gloo carries both.
+    TorchRec's own registry turns bf16 into fp16 on a CPU, though gloo can send both.
     """
     if forward == backward == "fp32":
         return None
     scale = gradient_scale(batch_size) if backward == "fp16" else 1.0
     codecs = QuantizedCommCodecs(
-        ScaledCodec(SparseType(forward), 1.0, is_forward=True),  # type: ignore[arg-type] # what TorchRec's own is too
+        ScaledCodec(SparseType(forward), 1.0, is_forward=True),  # type: ignore[arg-type] # as in TorchRec's own registry
         ScaledCodec(SparseType(backward), scale, is_forward=False),  # type: ignore[arg-type]
     )
     return dict.fromkeys(

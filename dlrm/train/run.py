@@ -19,7 +19,7 @@ from dlrm.metrics.mlperf import MlperfLog, describe_run
 from dlrm.metrics.sinks import Sink, Sinks
 from dlrm.ranks.launcher import note_separate_launchers
 from dlrm.ranks.runtime import Runtime, on_every_rank, on_main_rank
-from dlrm.sharding.plan import Placement
+from dlrm.sharding.placement import Placement
 from dlrm.system.console import plural, some
 from dlrm.system.lock import Locks
 from dlrm.system.signals import StopSignals

@@ -68,7 +68,7 @@ def test_bad_data(tmp_path: Path, case: str) -> None:
         (["--batch_size", "0"], "--batch_size 0: expected more than 0"),
         (["--run_dir", "/dev/null/run"], "--run_dir /dev/null/run: /dev/null is not a folder"),
         (["--run_dir", "/proc/run"], "/proc/run: can't be written"),
-        (["--num_embeddings", "2000000000"], "GiB a rank more needed"),
+        (["--num_embeddings", "2000000000"], "GiB more, optimizer state and buffers included"),
     ],
 )
 def test_bad_flags(tmp_path: Path, flags: list[str], words: str) -> None:

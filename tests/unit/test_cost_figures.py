@@ -15,9 +15,9 @@ from dlrm.cost.least_work import (
     least_training_work,
 )
 from dlrm.cost.optimizer_state import table_state_floats
-from dlrm.plan.forecast import predict
+from dlrm.plan.forecast import forecast
 from dlrm.schema.criteo import TABLE_NAMES
-from dlrm.sharding.plan import Placement, TablePlacement
+from dlrm.sharding.placement import Placement, TablePlacement
 
 ROWS = 100_000
 DIM = 64
@@ -121,7 +121,7 @@ def figures(cluster: str, config: Config, kinds: list[tuple[str, str, tuple[int,
     """Times of a step; parts of the memory, summed over all ranks."""
     shape = parse_cluster(cluster)
     hardware = hardware_of(shape, HardwareConfig(), None, None, None)
-    facts: dict[str, Any] = predict(config, shape, hardware, place(config, kinds))
+    facts: dict[str, Any] = forecast(config, shape, hardware, place(config, kinds))
     memory = [sum(rank[part] for rank in facts["memory_gib_per_rank"]) for part in PARTS]
     return [facts["step"][name] for name in TIMES], memory
 

@@ -9,7 +9,7 @@ from dlrm.errors import ConfigError
 from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import start_runtime
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import Placement, TablePlacement
+from dlrm.sharding.placement import Placement, TablePlacement
 from dlrm.sharding.shard import shard_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

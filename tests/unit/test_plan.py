@@ -20,7 +20,8 @@ from dlrm.errors import PlanError
 from dlrm.loader.run_data import hotness_of
 from dlrm.model.dlrm import DLRM, DLRMTrain
 from dlrm.sharding.cluster import GIB, Cluster
-from dlrm.sharding.plan import Placement, describe_plan
+from dlrm.sharding.placement import Placement
+from dlrm.sharding.search import describe_plan
 
 STATES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -76,10 +77,10 @@ def test_the_printed_plan_names_every_table_and_rank() -> None:
 def test_what_does_not_fit_is_refused_with_the_shortfall() -> None:
     config = Config(model=ModelConfig(num_embeddings=1_000_000))  # 6.2 GiB of tables
     with pytest.raises(
-        PlanError, match=r"6\.20 GiB of embedding tables.* 2 ranks of 2\.00 GiB .* (\S+) GiB a rank more"
+        PlanError, match=r"6\.20 GiB of embedding tables.* 2 ranks of 2\.00 GiB .* each rank needs (\S+) GiB more"
     ) as caught:
         make_plan(config, cpus(2, 2.0))
-    missing = float(str(caught.value).split(" GiB a rank more")[0].split()[-1])
+    missing = float(str(caught.value).split("each rank needs ")[1].split()[0])
     assert missing == pytest.approx(1.1, abs=0.15)  # 3.1 GiB a rank and buffers, to the planner's 1 %
     roomy = cpus(2, 2 + missing + 0.05)
     assert max(make_plan(config, roomy).gib_per_rank) * GIB <= roomy.table_bytes
@@ -211,15 +212,15 @@ def test_pinned_tables_are_placed_by_size() -> None:
 
 def test_too_little_host_memory_is_not_taken_for_the_gpus() -> None:
     cluster = dataclasses.replace(gpus(2, local_world_size=2), host_bytes=GIB)
-    with pytest.raises(PlanError, match=r"2 ranks of 1\.00 GiB of the host .* GiB a rank more needed"):
+    with pytest.raises(PlanError, match=r"2 ranks of 1\.00 GiB of the host .* each rank needs \S+ GiB more"):
         make_plan(constrained("all = table_wise fused_uvm", num_embeddings=400_000), cluster)
 
 
 def test_tables_of_a_host_take_its_memory() -> None:
     on_cpu = make_plan(Config(model=ModelConfig(num_embeddings=10_000)), cpus(2))
-    assert on_cpu.host_bytes(cpus(2)) == pytest.approx(on_cpu.gib * GIB)
+    assert on_cpu.host_bytes("cpu", 2) == pytest.approx(on_cpu.gib * GIB)
     on_gpu = make_plan(constrained("t_cat_0 = table_wise fused_uvm"), gpus(2, local_world_size=2))
-    assert on_gpu.host_bytes(gpus(2)) == pytest.approx(on_gpu.tables[0].gib * GIB)
+    assert on_gpu.host_bytes("cuda", 8) == pytest.approx(on_gpu.tables[0].gib * GIB)
 
 
 def test_a_rule_frees_its_own_table_only() -> None:

@@ -13,8 +13,8 @@ from dlrm.config.config import ModelConfig
 from dlrm.cost.work import dense_parameters
 from dlrm.loader.dense_statistics import DenseStatistics
 from dlrm.model.dlrm import DLRM
+from dlrm.plan.cluster_search import fewest
 from dlrm.plan.picture import _named_ranks
-from dlrm.plan.search import fewest
 from dlrm.schema.criteo import NUM_INTEGER_FEATURES
 
 USER_ERROR = 2
@@ -196,7 +196,7 @@ def test_dense_layers_take_no_memory_and_are_refused_where_they_do_not_fit(capsy
 def test_a_batch_that_does_not_fit_is_not_laid_on_the_tables(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlrm.plan.search.MOST_SEARCHED_RANKS", 4)
+    monkeypatch.setattr("dlrm.plan.cluster_search.MOST_SEARCHED_RANKS", 4)
     error = refusal(capsys, *SMALL, "--batch_size", "8000000", "--device_memory_gib", "20")
     assert "What would help: a smaller --batch_size or --test_batch_size (the larger is 8,000,000 samples" in error
     assert "--num_embeddings" not in error
@@ -227,7 +227,8 @@ def test_tf32_without_a_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_names_the_fewest_hosts(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, *LARGE, "--cluster", "h100:1x2")
     found = re.search(
-        r"(\S+) GiB a rank more .* On all ranks (\S+) GiB are missing; --cluster h100:(\d)x2 has the fewest such hosts",
+        r"each rank needs (\S+) GiB more, .* On all ranks (\S+) GiB are missing; "
+        r"--cluster h100:(\d)x2 has the fewest such hosts",
         error,
     )
     assert found is not None

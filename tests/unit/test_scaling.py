@@ -10,7 +10,7 @@ from benchmarks import scaling
 from benchmarks.scaling import RANKS, Point, compare_to_smallest, expect, hardware, place_by_rule, run_of
 from benchmarks.scaling_picture import draw
 from dlrm.cost.hardware import ClusterShape
-from dlrm.plan.forecast import predict
+from dlrm.plan.forecast import forecast
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "scaling.json"
 
@@ -42,7 +42,7 @@ def test_batches() -> None:
 
 def test_what_travels_by_hand() -> None:
     config, shape = run_of("weak", 16), ClusterShape("a100_40gb", 2, 8)
-    facts = predict(config, shape, hardware(shape), place_by_rule(config, 16))
+    facts = forecast(config, shape, hardware(shape), place_by_rule(config, 16))
     (pooled,) = (one for one in facts["collectives"] if one["name"] == "pooled all-to-all")
     # Each rank has 8 columns of 26 tables, and sends them for the 819 samples of each of 15 others, 8 elsewhere.
     to_each = 26 * 8 * 4 * 819

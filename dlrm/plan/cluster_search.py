@@ -1,4 +1,4 @@
-"""TorchRec's planner for a cluster that is not at hand, and the search for one that is large enough."""
+"""Where a run's tables go on a cluster that is not available, and the smallest cluster that they fit."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from dlrm.assembly.build import build_model, fits_run, plan_run
+from dlrm.assembly.build import build_model, build_search
 from dlrm.config.config import Config
 from dlrm.cost.hardware import ClusterShape, Hardware
 from dlrm.cost.optimizer_state import table_state_floats
@@ -14,14 +14,15 @@ from dlrm.loader.run_data import hotness_of
 from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import TABLE_NAMES
 from dlrm.sharding.cluster import Cluster
-from dlrm.sharding.plan import Placement, describe_plan
+from dlrm.sharding.placement import Placement
+from dlrm.sharding.search import describe_plan
 
 MOST_SEARCHED_RANKS = 256
-"""Of the search for a cluster: TorchRec's planner takes minutes for more."""
+"""Ranks at which the search for a cluster ends: for more, TorchRec's planner takes minutes."""
 
 
 def cluster_of(config: Config, shape: ClusterShape, hardware: Hardware) -> Cluster:
-    """As `Cluster.detect` would find it there, so that the plan is the one that training with these flags makes."""
+    """The cluster as `Cluster.detect` would find it there, so that the plan is the one that training makes."""
     sharding = config.sharding
     free_share = 1 - sharding.reserved_memory_share
     on_gpu = hardware.device == "cuda"
@@ -38,49 +39,62 @@ def cluster_of(config: Config, shape: ClusterShape, hardware: Hardware) -> Clust
     )
 
 
-class Placing:
-    """A run's model, without memory for its parameters, to be placed on one cluster or another."""
+class ClusterSearch:
+    """A run's model, without memory for its parameters, that can be placed on clusters of any number of hosts."""
 
     def __init__(self, config: Config, shape: ClusterShape, hardware: Callable[[ClusterShape], Hardware]) -> None:
-        """Builds the model. `hardware`: what a rank of a cluster has."""
+        """Builds the model.
+
+        Args:
+            shape: the cluster that was asked for.
+            hardware: what a rank of a cluster has.
+
+        Raises:
+            PlanError: if a rule, or the optimizer, makes every plan impossible.
+        """
         self._config = config
         self._shape = shape
         self._hardware = hardware
-        self._hotness = hotness_of(config)
-        # Neither the seed nor how layers run changes where tables go.
+        # Neither the seed nor the execution of layers changes where tables go.
         training = replace(config.training, seed=0, dense_execution="eager")
         runtime = Runtime(0, 0, shape.world_size, shape.devices_per_host, torch.device("meta"))
         with runtime.device:
             self._model = build_model(replace(config, training=training), runtime)
+        self._search = build_search(config, self._model, hotness_of(config), hardware(shape).device)
 
     def _cluster(self, hosts: int) -> Cluster:
         shape = replace(self._shape, hosts=hosts)
         return cluster_of(self._config, shape, self._hardware(shape))
 
     def place(self) -> Placement:
-        """The plan.
+        """The plan on the cluster that was asked for.
 
         Raises:
             DoesNotFitError: if the tables need more memory than there is.
-            PlanError: if a rule or the optimizer asks for what can't be had.
+            PlanError: if a rule can't be met.
         """
         cluster = self._cluster(self._shape.hosts)
-        plan = plan_run(self._config, cluster, self._model, self._hotness)
+        plan = self._search.plan(cluster)
         return describe_plan(plan, self._model, cluster.world_size, partial(table_state_floats, self._config))
 
     def find_smallest(self) -> ClusterShape | None:
-        """The fewest hosts of these devices that a plan exists for, more than there are; None where there is none of up
-        to MOST_SEARCHED_RANKS ranks, or twice the ranks that there are."""
+        """The cluster with the fewest hosts, more than were asked for, that has a plan.
+
+        Searches up to MOST_SEARCHED_RANKS ranks, or twice the ranks that were asked for.
+
+        Returns:
+            None if none of these clusters has a plan.
+        """
         most = max(MOST_SEARCHED_RANKS, 2 * self._shape.world_size) // self._shape.devices_per_host
         hosts = fewest(
-            lambda hosts: fits_run(self._config, self._cluster(hosts), self._model, self._hotness),
+            lambda hosts: self._search.fits(self._cluster(hosts)),
             max(self._shape.hosts + 1, self._least_hosts()),
             most,
         )
         return None if hosts is None else replace(self._shape, hosts=hosts)
 
     def _least_hosts(self) -> int:
-        """Whose memory, all of it together, holds the weights and optimizer state."""
+        """Hosts whose memory, taken together, just holds the weights and optimizer state."""
         model = self._config.model
         dim = model.embedding_dim
         needed = sum(
@@ -93,11 +107,12 @@ class Placing:
 
 
 def fewest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
-    """The smallest number from `least` to `most` that fits, where all above one that fits do too; None if none does.
+    """The smallest number from `least` to `most` that fits; None if none does.
 
-    Tries `least`, then in steps that double, then halves what is between.
+    Assumes that all numbers above one that fits do fit too. Tries `least`, then doubles the step until a number fits,
+    then bisects.
     """
-    low, high = least - 1, least  # low does not fit
+    low, high = least - 1, least  # `low` never fits
     while high <= most and not fits(high):
         low, high = high, min(2 * high - least + 1, max(most, high + 1))
     if high > most:
