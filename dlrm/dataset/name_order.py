@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,24 +10,27 @@ from dlrm.errors import ConfigError
 
 PACKINGS = (".gz", ".zst")
 _DIGITS = re.compile(r"([0-9]+)")
-_YEAR_LAST = re.compile(
-    r"(?<![0-9])(?P<first>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P<between>[-._]?)(?P<second>[0-9]{1,2}(?=[-._])|[0-9]{2})(?P=between)"
-    r"(?P<year>(?:19|20)[0-9]{2})(?![0-9])"
+_DATE = re.compile(  # 31-01-2024, 31012024, 31-01-24, 310124
+    r"(?<![0-9])(?<![0-9][-._])(?:(?P<a>[0-9]{1,2})(?P<sign>[-._])(?P<b>[0-9]{1,2})(?P=sign)(?P<c>(?:19|20)?[0-9]{2})"
+    r"|(?P<aa>[0-9]{2})(?P<bb>[0-9]{2})(?P<cc>(?:19|20)?[0-9]{2}))(?![0-9]|[-._][0-9])"
 )
 _MONTH_AND_YEAR = re.compile(
     r"(?<![0-9])(?<![0-9][-._])(0?[1-9]|1[0-2])[-._]((?:19|20)[0-9]{2})(?![0-9])(?![-._][0-9])"
 )
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = (
+_NAMED_DATE = re.compile(  # 05Jan2024, jan-5-2024, Jan_24, 2024-Jan-05, jan
+    r"(?:(?<![0-9])(?P<before>[0-9]{1,2}|(?:19|20)[0-9]{2})[-._]?)?"
     r"(?<![a-z])(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
     r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)(?![a-z])"
-)
-_NAMED_DATE = re.compile(  # 05Jan2024, jan-5-2024, Jan_2024, 2024-Jan-05, jan
-    rf"(?:(?<![0-9])(?P<before>[0-9]{{1,2}}|(?:19|20)[0-9]{{2}})[-._]?)?{_MONTH}"
     r"(?:[-._]?(?P<after>[0-9]{1,2})(?![0-9]))?(?:[-._]?(?P<year>(?:19|20)[0-9]{2})(?![0-9]))?",
     re.IGNORECASE,
 )
 _YEAR_FIRST = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-9]{2}")
+_DENSER = 3
+"""Files of a log follow each other in time. A reading of their names as dates counts if none is so much denser."""
+
+Parts = tuple[int, int, int]
+"""Year, month, day. Without a year, or a day, these are 0."""
 
 Key = tuple[str | int, ...]
 """What a name is sorted by: its text and numbers in turn, text first."""
@@ -59,10 +62,9 @@ def order_files(given: Sequence[str]) -> tuple[list[str], str]:
 
 def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
     """The orders that the numbers in the names may mean; none if other text decides the order of some names."""
-    paths = _with_numbered_months([without_packing(path) for path in given])
-    readings = [[_with_year_first(path, day, 2 - day) for path in paths] for day in (0, 2)]
+    paths = [without_packing(path) for path in given]
     orders: list[list[str]] = []
-    for texts in [texts for texts in readings if "" not in texts] or [paths]:
+    for texts in _readings(paths) or [[_MONTH_AND_YEAR.sub(r"\2-\1", path) for path in paths]]:
         keys = [_key(text) for text in texts]
         order = [given[i] for i in sorted(range(len(given)), key=keys.__getitem__)]
         if _numbers_decide(keys) and order not in orders:
@@ -70,38 +72,67 @@ def _orders_by_number(given: Sequence[str]) -> list[list[str]]:
     return orders
 
 
-def _with_numbered_months(paths: list[str]) -> list[str]:
-    """The paths with 05Jan2024 as 2024-01-05 and jan as 01, if each has one; and with 01-2024 as 2024-01."""
+def _readings(paths: Sequence[str]) -> list[list[str]]:
+    """The names with their dates written as 2024-01-31, once for each order of day, month and year that makes sense.
 
-    def turn(match: re.Match[str]) -> str:
-        before, month = match["before"] or "", _MONTHS.index(match["month"][:3].lower()) + 1
-        year = match["year"] or (before if len(before) == 4 else "")
-        day = match["after"] or (before if len(before) < 4 else "")
-        return "-".join(filter(None, (year, f"{month:02}", day)))
-
-    if all(len(_NAMED_DATE.findall(path)) == 1 for path in paths):
-        return [_NAMED_DATE.sub(turn, path) for path in paths]
-    return [_MONTH_AND_YEAR.sub(r"\2-\1", path) for path in paths]
-
-
-def _with_year_first(path: str, day: int, month: int) -> str:
-    """The path with dates like 31-01-2024 written as 2024-01-31; empty if one of them is not a date when read so.
-
-    Args:
-        day: place of the day in such a date, 0 or 2.
-        month: place of the month.
+    Empty if some name has no date, or several. `24-01-31` may be of 2024 or of 2031; what tells is that the files of a
+    log follow each other: a reading by which they are spread over years loses to one by which they are not.
     """
-    dates = []
+    for pattern, meanings in ((_NAMED_DATE, _meanings_by_name), (_DATE, _meanings)):
+        found = [list(pattern.finditer(path)) for path in paths]
+        if all(len(matches) == 1 for matches in found):
+            return _dense_readings(paths, [matches[0] for matches in found], meanings)
+    return []
 
-    def turn(match: re.Match[str]) -> str:
-        if _YEAR_FIRST.fullmatch(match[0]):
-            return match[0]
-        parts = match["first"], "", match["second"]
-        dates.append(1 <= int(parts[month]) <= 12 and 1 <= int(parts[day]) <= 31)
-        return f"{match['year']}-{parts[month]}-{parts[day]}"
 
-    turned = _YEAR_LAST.sub(turn, path)
-    return turned if all(dates) else ""
+def _dense_readings(
+    paths: Sequence[str], found: Sequence[re.Match[str]], meanings: Callable[[re.Match[str]], list[Parts | None]]
+) -> list[list[str]]:
+    readings = []
+    for dates in zip(*map(meanings, found), strict=True):
+        sound = [date for date in dates if date is not None]
+        if len(sound) == len(paths):
+            readings.append((max(map(_days, sound)) - min(map(_days, sound)), sound))
+    least = min((span for span, _ in readings), default=0)
+    return [
+        [
+            f"{path[: match.start()]}{year:04}-{month:02}-{day:02}{path[match.end() :]}"
+            for path, match, (year, month, day) in zip(paths, found, sound, strict=True)
+        ]
+        for span, sound in readings
+        if span <= _DENSER * max(1, least)
+    ]
+
+
+def _meanings(match: re.Match[str]) -> list[Parts | None]:
+    """A date in numbers: the day first, the month first, the year first. None for what is no date."""
+    a, b, c = (int(match[one] or match[two]) for one, two in (("a", "aa"), ("b", "bb"), ("c", "cc")))
+    if _YEAR_FIRST.fullmatch(match[0]):
+        return [(int(match[0][:4]), int(match[0][4:6]), int(match[0][6:]))] * 3
+    year_first = _date(a, b, c) if c < 100 else None
+    return [_date(c, b, a), _date(c, a, b), year_first]
+
+
+def _meanings_by_name(match: re.Match[str]) -> list[Parts | None]:
+    """A date with the month in letters: the number before it is the day, or the one after it is, or neither."""
+    month = _MONTHS.index(match["month"][:3].lower()) + 1
+    before, after, year = (int(match[name] or 0) for name in ("before", "after", "year"))
+    if year or before >= 100:
+        day = after if before >= 100 or not before else before
+        return [_date(year or before, month, day or 1)] * 3
+    return [_date(after, month, before or 1), _date(before, month, after or 1), None]
+
+
+def _date(year: int, month: int, day: int) -> Parts | None:
+    if not (1 <= month <= 12 and 1 <= day <= 31):
+        return None
+    return (year + 2000 if 0 < year < 100 else year), month, day
+
+
+def _days(date: Parts) -> int:
+    """Days since the year 0, near enough to compare distances."""
+    year, month, day = date
+    return year * 366 + month * 31 + day
 
 
 def _key(text: str) -> Key:
