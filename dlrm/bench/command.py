@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name not in CASES:
         raise ConfigError(f"{name}: no such case. Expected one of {', '.join(CASES)}.")
-    config = parse_flags(CASES[name][0], rest, f"dlrm.bench.cases.{name}")
+    config = parse_flags(CASES[name][0], rest, f"dlrm bench {name}")
     config.validate()
     with result_alone(value_of(rest, "json")):
         importlib.import_module(f"dlrm.bench.cases.{name}").run(config)

@@ -49,6 +49,12 @@ def compare_vocabulary(checkpoint: Checkpoint, config: Config, data: str | None)
             f"same can't be told: {unknown}.",
         )
     if trained == given:
+        if source := _trained_source(folder):
+            return Vocabulary(
+                True,
+                f"WARNING: same vocabulary, but the held-out rows are those of {source}, on which models of this "
+                "vocabulary were trained: scores on them say nothing of new rows.",
+            )
         rows = "later rows" if _applies_a_vocabulary(folder) else "other rows"
         return Vocabulary(True, f"Same vocabulary, {rows}: the data is not what the checkpoint was trained on.")
     if not config.checkpoint.allow_other_vocabulary:
@@ -77,6 +83,19 @@ def trained_vocabulary(checkpoint: Checkpoint) -> str | None:
         return read_vocabulary(folder)
     except (CheckpointError, DatasetError, OSError, ValueError, AttributeError):
         return None
+
+
+def _trained_source(folder: Path) -> str | None:
+    """The raw file that models of the folder's vocabulary were trained on, and that its held-out day was made from.
+
+    None if there is none, or the folder's manifest has no digests of raw files.
+    """
+    manifest = load_manifest(folder / MANIFEST_NAME)
+    raw, trained = manifest.get("raw_digests"), manifest.get("trained_digests")
+    if not isinstance(raw, dict) or not isinstance(trained, dict) or not raw or not _applies_a_vocabulary(folder):
+        return None
+    held_out = list(raw.values())[-1]
+    return next((name for name, digest in trained.items() if digest == held_out), None)
 
 
 def _applies_a_vocabulary(folder: Path) -> bool:

@@ -47,6 +47,8 @@ def adopt_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
     started = _read_mpi(os.environ) or _read_slurm_step(os.environ)
+    if started is None and "RANK" not in os.environ:
+        _check_alone(os.environ)
     if started is None or started.size == 1:
         return
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
@@ -79,6 +81,21 @@ def note_separate_launchers() -> str | None:
         "If each of them trains a model of its own, start one torchrun a host, all with the same --nnodes and "
         "--rdzv_endpoint."
     )
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Refuses a task that has a number of its own, but does not know how many there are.
+
+    A container is often given SLURM_PROCID and SLURM_NTASKS alone. A batch script, which runs once, has task number 0.
+    """
+    for name in ("SLURM_PROCID", "PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        number = environment.get(name, "")
+        alone = environment.get("SLURM_STEP_NUM_TASKS") == "1"
+        if number.isdigit() and int(number) > 0 and not alone:
+            raise LaunchError(
+                f"{name}={number}: this is one of several tasks, and nothing says how many there are. Start with "
+                "torchrun, or give the process all variables of its launcher."
+            )
 
 
 def _check_world_size(started: _Started) -> None:

@@ -86,6 +86,7 @@ def work(folder: Path) -> dict[str, str]:
         train("hashed model", "hashed", "--mmap_mode")
         score("later", "model", "later", "--json", str(folder / "later.json"))
         score("latest", "model", "latest")
+        score("trained before", "model", "trained before")
         score("other", "model", "other")
         score("other, allowed", "model", "other", "--allow_other_vocabulary", "--json", str(folder / "other.json"))
         score("no manifest", "model", "bare")
@@ -116,6 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("later", "days", days[2:3]),
             ("latest", "later", days[3:]),
             ("later days", "days", days[2:]),
+            ("trained before", "days", days[:1]),
         ):
             argv = ["preprocess", *files, "--vocabulary", str(folder / source), "--output", str(folder / output)]
             assert dlrm(argv) == 0
@@ -166,6 +168,12 @@ def test_later_days_of_the_same_vocabulary(folder: Path) -> None:
         assert "Same vocabulary, later rows: the data is not what" in said_of(folder, name)
         assert said_of(folder, name).count("1,200 samples") == 2
     assert json.loads((folder / "later.json").read_text())["vocabulary_is_as_trained"] is True
+
+
+def test_a_held_out_day_that_the_model_was_trained_on(folder: Path) -> None:
+    said = said_of(folder, "trained before")
+    assert "WARNING: same vocabulary, but the held-out rows are those of day_0.tsv, on which models of this" in said
+    assert "later rows" not in said
 
 
 def test_days_of_another_vocabulary_are_refused(folder: Path) -> None:

@@ -194,3 +194,11 @@ def test_torchruns_that_know_nothing_of_each_other(launchers, tasks, is_told, mo
     note = note_separate_launchers()
     assert (note is not None) is is_told
     assert note is None or note.startswith("WARNING: srun has started 4 tasks (SLURM_STEP_NUM_TASKS)")
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_a_task_that_does_not_know_of_the_others_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchError, match=f"{name}=1: this is one of several tasks"):
+        adopt(monkeypatch, {"SLURM_NTASKS": "2", name: "1"})
+    assert adopt(monkeypatch, {"SLURM_NTASKS": "2", name: "0"}) == {}
+    assert adopt(monkeypatch, {name: "1", **ranks("0", "1")}) == ranks("0", "1")
