@@ -1,1 +1,1 @@
-"""Rows of a data set become batches, rank by rank."""
+"""Rows of a data set become batches, rank by rank. Reads what `dataset` opens; talks to other ranks of a host."""

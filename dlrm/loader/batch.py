@@ -1,4 +1,4 @@
-"""A batch as the model takes it.
+"""A batch, in the form that the model takes.
 
 Shapes: B samples of this rank, I integer features, F categorical features, N ids in all.
 """
@@ -24,8 +24,14 @@ INDEX_PER_KEY: Final = {name: position for position, name in enumerate(CATEGORIC
 class Batch(Pipelineable):
     """One rank's samples of one step.
 
-    The first `span.rows` samples are real; the rest, at most one, is padding without ids, so that batches have one size
+    The first `span.rows` samples are real. At most one more is padding without ids, so that batches have the same size
     on all ranks.
+
+    Attributes:
+        dense_BI: float32.
+        sparse_features: ids of all features, one key for each.
+        labels_B: float32, 0 or 1.
+        span: rows of the split that the samples are.
     """
 
     dense_BI: torch.Tensor
@@ -43,13 +49,13 @@ class Batch(Pipelineable):
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory from being reused before `stream` is done with it."""
+        """Keeps the allocator from reusing the memory before `stream` is done with it."""
         self.dense_BI.record_stream(stream)  # type: ignore[arg-type]
         self.sparse_features.record_stream(stream)  # type: ignore[arg-type]
         self.labels_B.record_stream(stream)  # type: ignore[arg-type]
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory."""
+        """A copy of the batch in page-locked memory."""
         return Batch(
             self.dense_BI.pin_memory(),
             self.sparse_features.pin_memory(),
@@ -60,7 +66,7 @@ class Batch(Pipelineable):
 
 @dataclass(frozen=True)
 class _Jagged:
-    """What of a KeyedJaggedTensor depends on sizes alone."""
+    """The parts of a KeyedJaggedTensor that depend only on sizes."""
 
     lengths: torch.Tensor
     offsets: torch.Tensor
@@ -83,13 +89,13 @@ def _jagged(hotness: tuple[int, ...], num_rows: int, padded_rows: int, pinned: b
 
 
 def build_batch(rows: Rows, span: Span, hotness: Sequence[int], *, pinned: bool = False) -> Batch:
-    """Rows become tensors; ids lie feature by feature, as TorchRec's input all-to-all wants them.
+    """Turns rows into tensors. Ids are ordered feature by feature, as TorchRec's input all-to-all needs them.
 
     Args:
         rows: this rank's own rows.
-        span: sizes; `span.padded_rows` is B.
+        span: what the rows are; `span.padded_rows` is B.
         hotness: ids per sample of each feature.
-        pinned: in page-locked memory.
+        pinned: whether the batch goes into page-locked memory.
     """
     padding = span.padded_rows - span.rows
     jagged = _jagged(tuple(hotness), span.rows, span.padded_rows, pinned)
@@ -118,4 +124,4 @@ def build_batch(rows: Rows, span: Span, hotness: Sequence[int], *, pinned: bool 
         labels_B,
         span,
     )
-    return batch.pin_memory() if pinned else batch  # what is pinned already stays where it is
+    return batch.pin_memory() if pinned else batch  # tensors that are pinned already are not copied

@@ -1,4 +1,4 @@
-"""What a model needs to know of the integers before it is built: means, deviations, quantiles.
+"""Statistics of the integers that a model is built with: means, deviations, quantiles.
 
 Shapes: S sampled rows, I integer features, E edges.
 """
@@ -18,13 +18,14 @@ _ABOVE_MISSING = 1e-6
 
 @dataclass(frozen=True)
 class DenseStatistics:
-    """Of each integer where it is not missing.
+    """Statistics of each integer, over the rows in which it is not missing.
 
     Attributes:
         mean_I: mean.
-        deviation_I: standard deviation; 1 where all values are the same.
-        edges_IE: a number just above that for missing, then quantiles, ascending. A value's bucket is how many edges
-            are not above it: 0 is for missing. Infinite where a column has fewer distinct quantiles.
+        deviation_I: standard deviation; 1 if all values are the same.
+        edges_IE: edges of buckets, ascending: first a number just above the value for missing, then quantiles. The
+            bucket of a value is the number of edges that are not above it; bucket 0 is for missing. If a column has
+            fewer distinct quantiles, its last edges are infinite.
     """
 
     mean_I: npt.NDArray[np.float32]
@@ -33,7 +34,7 @@ class DenseStatistics:
 
     @staticmethod
     def of(sample_SI: npt.NDArray[np.float32], buckets: int) -> "DenseStatistics":
-        """Statistics of a sample, with edges for `buckets` buckets and one for missing."""
+        """Statistics of a sample, with edges for `buckets` buckets, and one more for missing."""
         columns = [column[column != MISSING_DENSE].astype(np.float64) for column in sample_SI.T]
         deviations = [column.std() if len(column) else 0.0 for column in columns]
         edges_IE = np.full((len(columns), max(1, buckets)), np.inf, np.float32)
@@ -42,7 +43,7 @@ class DenseStatistics:
                 shares = np.arange(len(edges_E)) / len(edges_E)
                 distinct = np.unique(np.quantile(column, shares, method="higher").astype(np.float32))
                 edges_E[: len(distinct)] = distinct
-                edges_E[0] = min(distinct[0], _ABOVE_MISSING)  # a smaller value than the sample's is not missing
+                edges_E[0] = min(distinct[0], _ABOVE_MISSING)  # a value below all of the sample is not missing
         return DenseStatistics(
             np.array([column.mean() if len(column) else 0.0 for column in columns], np.float32),
             np.array([deviation if deviation > 0 else 1.0 for deviation in deviations], np.float32),
@@ -53,10 +54,10 @@ class DenseStatistics:
 def sample_rows(
     num_rows: int, read: Callable[[int, int], npt.NDArray[np.float32]], most: int = SAMPLE_ROWS
 ) -> npt.NDArray[np.float32]:
-    """All of a set's rows, or blocks of them at even distances, `most` rows in all: [S, I].
+    """All rows of a set or, if they are more than `most`, blocks at even distances, `most` rows in all: [S, I].
 
     Args:
-        read: gives rows [start, stop).
+        read: returns rows [start, stop).
     """
     if num_rows <= most:
         return read(0, num_rows)

@@ -1,4 +1,4 @@
-"""Several ids per feature, made from one as rows are read.
+"""Expands each id to several as rows are read (see `dlrm.dataset.companions`).
 
 Shapes: B rows, F features, H hotness of a feature.
 """
@@ -22,7 +22,13 @@ from dlrm.system.memory import MemoryBudget
 
 @dataclass(frozen=True)
 class Expansion:
-    """What the tables of companions (see `dlrm.dataset.companions`) depend on."""
+    """What the tables of companions depend on.
+
+    Attributes:
+        table_rows: rows of each feature's table.
+        hotness: ids per sample of each feature, the original one included.
+        distribution: how companions are drawn.
+    """
 
     table_rows: tuple[int, ...]
     hotness: tuple[int, ...]
@@ -34,7 +40,7 @@ class Expansion:
         return 4 * sum(rows * (hot - 1) for rows, hot in zip(self.table_rows, self.hotness, strict=True))
 
     def split(self, ids: npt.NDArray[np.int32]) -> "Companions":
-        """The tables that lie one behind the other in `ids`."""
+        """The tables as views of `ids`, in which they stand one after the other."""
         tables = []
         first = 0
         for rows, hot in zip(self.table_rows, self.hotness, strict=True):
@@ -46,7 +52,7 @@ class Expansion:
         """Draws the tables into this process's memory.
 
         Args:
-            label: what is drawn, for those who watch; empty to show nothing.
+            label: of the progress bar; empty for no bar.
         """
         ids = np.empty(self.num_bytes // 4, np.int32)
         self._draw_into(ids, label)
@@ -67,7 +73,7 @@ class Expansion:
         """Refuses tables that don't fit into the memory of a host.
 
         Raises:
-            DatasetError: saying how much is missing, and what to do instead.
+            DatasetError: saying how much is needed, and what to do instead.
         """
         if self.num_bytes > available_bytes:
             raise DatasetError(
@@ -84,7 +90,7 @@ class Companions:
     hotness: tuple[int, ...]
 
     def expand(self, ids_BF: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int32], ...]:
-        """Each id, which is inside its table, followed by its companions: int32 [B, H] of each feature."""
+        """Each id followed by its companions: int32 [B, H] for each feature. Ids must be inside their tables."""
         expanded = []
         for ids_B, table, hot in zip(ids_BF.T, self.tables, self.hotness, strict=True):
             ids_BH = np.empty((len(ids_B), hot), np.int32)
@@ -96,12 +102,12 @@ class Companions:
 
 
 def share_companions(expansion: Expansion, runtime: Runtime, budget: MemoryBudget, label: str) -> Companions:
-    """Draws the tables once on each host; its ranks map them. Collective.
+    """Draws the tables once on each host, for all of its ranks. Collective.
 
-    The memory is an anonymous file of the host's first rank, which the others open by its descriptor.
+    The first rank of a host draws them into an anonymous file. The others map that file, by its descriptor.
 
     Raises:
-        DatasetError: if it does not fit into what is free, or can't be opened.
+        DatasetError: if the tables do not fit into free memory, or can't be mapped.
     """
     if runtime.local_world_size == 1:
         expansion.check_memory(budget.left_on_host)
@@ -117,7 +123,7 @@ def share_companions(expansion: Expansion, runtime: Runtime, budget: MemoryBudge
 
 
 def _draw_shared(expansion: Expansion, runtime: Runtime, budget: MemoryBudget, label: str) -> int | None:
-    """Descriptor of the memory, on the first rank of a host."""
+    """Descriptor of the anonymous file, on the first rank of a host; None on others."""
     if runtime.local_rank != 0:
         return None
     expansion.check_memory(budget.left_on_host)

@@ -1,4 +1,4 @@
-"""How often each id is trained on.
+"""Counts how often each id is trained on.
 
 Shapes: B samples, H hotness of a feature.
 """
@@ -15,13 +15,13 @@ from dlrm.ranks.runtime import Runtime
 from dlrm.schema.criteo import CATEGORICAL_NAMES
 
 BYTES_PER_TABLE_ROW = 16
-"""What the two counts of an id take."""
+"""Memory of the two counts of an id."""
 
 
 class IdFrequencies:
-    """Counts of this rank, int64 [rows] of each feature: of a sample's first ids, and of all its ids.
+    """This rank's counts: for each feature, int64 [rows] of first ids (`before`) and of all ids (`after`).
 
-    The first id of a feature is the one that the log has; companions follow it.
+    A sample's first id of a feature is the one in the log; its companions follow.
     """
 
     def __init__(self, table_rows: Sequence[int], hotness: Sequence[int]) -> None:
@@ -40,15 +40,15 @@ class IdFrequencies:
             first += ids_BH.size
 
     def add(self, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
-        """Adds what another part of the run has counted, in the form of `total`."""
+        """Adds counts of an earlier part of the run, in the form that `total` returns."""
         for name, before, after in zip(CATEGORICAL_NAMES, self._before, self._after, strict=True):
             before += counts[f"before_{name}"]
             after += counts[f"after_{name}"]
 
     def total(self, runtime: Runtime) -> dict[str, npt.NDArray[np.int64]]:
-        """The sums over all ranks, on rank 0, as `before_cat_0`, `after_cat_0`, `before_cat_1`, ... Collective.
+        """Sums over all ranks, named `before_cat_0`, `after_cat_0`, `before_cat_1`, ... Collective.
 
-        What other ranks get is of no use.
+        Only rank 0 gets the sums. What other ranks get is meaningless.
         """
         arrays = {}
         for name, before, after in zip(CATEGORICAL_NAMES, self._before, self._after, strict=True):

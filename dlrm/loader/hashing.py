@@ -1,4 +1,4 @@
-"""Random words of numbers."""
+"""A hash from numbers to random words."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,9 +7,9 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def random_words(seed: int, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """A random 64-bit word of each number, a function of (seed, number) alone.
+    """A random 64-bit word for each number. It depends only on the seed and the number.
 
-    The `number`-th output of SplitMix64 that starts at `seed` (Steele et al., OOPSLA 2014).
+    It is output number `number` of SplitMix64 started at `seed` (Steele et al., OOPSLA 2014).
     """
     words = numbers.astype(np.uint64)
     words *= _GOLDEN_GAMMA

@@ -1,4 +1,4 @@
-"""Which rows of a split each rank takes at each step."""
+"""Says which rows of a split each rank takes at each step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Span:
-    """Rows [start, stop) of a split for one rank at one step, and how many all ranks take together.
+    """Rows [start, stop) of a split, which one rank takes at one step.
 
-    `padded_rows` is the same on all ranks: a rank that has fewer rows of its own fills up with empty samples.
+    Attributes:
+        padded_rows: samples of the rank's batch, the same on all ranks: a rank with fewer rows adds an empty sample.
+        global_rows: rows that all ranks take together at this step.
     """
 
     step: int
@@ -19,7 +21,7 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """Rows of this rank's own."""
+        """Rows of this rank."""
         return self.stop - self.start
 
 
@@ -27,14 +29,13 @@ class Span:
 class Partition:
     """Cuts `num_rows` rows, in order, into steps of one batch per rank.
 
-    The rows of a step do not depend on how many ranks share them: step s holds rows [s * G, (s + 1) * G), with G the
-    global batch, and rank r the r-th part of it. What is left for the last step is shared as evenly as can be. So every
-    row is in exactly one span, every rank has the same number of steps, and a run goes on at another world size from
-    a row number alone.
+    Step s holds rows [s * G, (s + 1) * G), with G the global batch, and rank r takes the r-th part of them. The last
+    step's rows are shared as evenly as possible. So every row is in exactly one span, and every rank has the same
+    number of steps. A run on another number of ranks can continue a pass from a row number alone.
 
     Attributes:
-        limit: steps of a pass at the most.
-        first_row: where the pass goes on; the rows before it were taken in `first_step` steps, of whatever size.
+        limit: most steps of a pass; None for no limit.
+        first_row: first row of the rest of a pass. The rows before it were taken in `first_step` steps, of any size.
     """
 
     num_rows: int
@@ -46,12 +47,12 @@ class Partition:
     first_step: int = 0
 
     def resumed(self, row: int, step: int) -> "Partition":
-        """The rest of a pass of which `row` rows were taken in `step` steps."""
+        """The rest of a pass whose first `row` rows were taken in `step` steps."""
         return replace(self, first_row=min(row, self.num_rows), first_step=step)
 
     @property
     def is_regular(self) -> bool:
-        """Whether each step has the rows that it has in a pass from the start."""
+        """Whether each step has the same rows as in a pass from the start."""
         return self.first_row == min(self.first_step * self.global_batch_size, self.num_rows)
 
     @property
@@ -61,14 +62,14 @@ class Partition:
 
     @property
     def num_steps(self) -> int:
-        """Steps of one pass, those before `first_row` included; the same on every rank."""
+        """Steps of one pass, including those before `first_row`; the same on every rank."""
         full, left = divmod(self.num_rows - self.first_row, self.global_batch_size)
         steps = self.first_step + full + (left > 0 and not self.drop_last)
         return steps if self.limit is None else max(self.first_step, min(steps, self.limit))
 
     @property
     def num_used_rows(self) -> int:
-        """Rows of one pass over all ranks."""
+        """Rows that all ranks take in one pass."""
         return self.rows_before(self.num_steps)
 
     def span(self, step: int, rank: int) -> Span:
@@ -84,5 +85,5 @@ class Partition:
         return (self.span(step, rank) for step in range(self.first_step, self.num_steps))
 
     def rows_before(self, step: int) -> int:
-        """Rows of the pass that steps before this one take."""
+        """Rows that the pass has taken before this step."""
         return min(self.num_rows, self.first_row + (step - self.first_step) * self.global_batch_size)

@@ -1,4 +1,4 @@
-"""A permutation of any number of rows that takes no memory.
+"""A permutation of any number of rows that needs no memory.
 
 Shapes: B positions.
 """
@@ -19,11 +19,12 @@ _ROUNDS, _ROUNDS_OF_SMALL = 8, 24
 
 @dataclass(frozen=True)
 class Permutation:
-    """A keyed pseudo-random permutation of range(size), a function of size and seed alone.
+    """A pseudo-random permutation of range(size), which depends only on size and seed.
 
-    A Feistel network on Z_a x Z_b, a and b about the square root of size, whose few values beyond size are sent through
-    again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002: generalized
-    Feistel and cycle walking). a is even: were both odd, every round would be an even permutation.
+    A Feistel network on Z_a x Z_b, with a and b about the square root of size. The few results that are not below size
+    are sent through again until they are (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002:
+    generalized Feistel and cycle walking). a is even: if both were odd, every round would be an even permutation, and
+    half of all permutations could not occur.
     """
 
     size: int
@@ -41,7 +42,7 @@ class Permutation:
         return [derive_seed(self.seed, "round", number) for number in range(rounds)]
 
     def at(self, positions_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What stands at these positions of the permutation; positions are in range(size)."""
+        """The values at some positions of the permutation. Positions are in range(size)."""
         values_B = self._encrypt(positions_B)
         while (outside := np.flatnonzero(values_B >= self.size)).size:
             values_B[outside] = self._encrypt(values_B[outside])
@@ -59,10 +60,10 @@ class Permutation:
 
 
 def _add(values_B: npt.NDArray[np.int64], words_B: npt.NDArray[np.uint64], modulus: int) -> None:
-    """Adds a number in range(modulus), taken from each word, modulo that."""
+    """Adds to each value, modulo `modulus`, a number in range(modulus) made from a word. Overwrites the words."""
     words_B >>= np.uint64(32)
-    words_B *= np.uint64(modulus)  # both below 2**32
+    words_B *= np.uint64(modulus)  # no overflow: both are below 2**32
     words_B >>= np.uint64(32)
     words_B += values_B.view(np.uint64)
-    # Below the modulus the difference wraps round to a huge number, so that the sum itself is the smaller one.
+    # A sum below the modulus stays: sum - modulus wraps round to a huge number, so the minimum is the sum.
     np.minimum(words_B, words_B - np.uint64(modulus), out=values_B.view(np.uint64))

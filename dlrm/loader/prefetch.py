@@ -1,4 +1,4 @@
-"""Items made ahead of need."""
+"""Makes items on a thread, ahead of need."""
 
 import queue
 import threading
@@ -13,21 +13,21 @@ _SECONDS_OF_GRACE = 0.005
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Runs `items` on a thread, `depth` ready and one in the making at most; its exceptions come out here.
+    """Iterates over `items` on a thread: at most `depth` are ready, and one is being made.
 
-    The thread ends when the consumer stops early.
+    An exception of `items` is raised here. If the consumer stops early, the thread ends.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def produce() -> None:
-        _set_thread_name("batch-builder")  # in traces and in top; threading's own name stays inside Python
+        _set_thread_name("batch-builder")  # shown in traces and in top, unlike the name that Python knows
         try:
             for item in items:
                 if not _put(ready, (item, None), stopped):
                     return
             _put(ready, (None, None), stopped)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+        except BaseException as error:  # noqa: BLE001 - any exception is handed to the consumer
             _put(ready, (None, error), stopped)
 
     thread = threading.Thread(target=produce, name="batch-builder", daemon=True)
@@ -50,7 +50,8 @@ def _put(ready: "queue.Queue[T]", item: T, stopped: threading.Event) -> bool:
     while not stopped.is_set():
         try:
             ready.put(item, timeout=0.1)
-            # The consumer has just taken a batch: wait until it computes, when it does not need Python's lock.
+            # The consumer has just taken a batch, and needs Python's lock to start its step. Making the next batch at
+            # once would compete for it, so wait a moment; once the step computes, the lock is free.
             return not (was_full and stopped.wait(_SECONDS_OF_GRACE))
         except queue.Full:
             continue

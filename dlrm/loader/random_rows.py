@@ -1,4 +1,4 @@
-"""Random rows, fresh at every step, the same for a seed whatever the world size.
+"""Random rows, new ones at every step. They depend on the seed, and not on the number of ranks.
 
 Shapes: B samples, I integer features, N ids per sample.
 """
@@ -17,12 +17,12 @@ _WORDS_PER_COUNTER = 4  # Philox4x64 turns one counter value into four 64-bit wo
 
 @dataclass(frozen=True)
 class RandomRows:
-    """An endless table whose row i is a function of (seed, i) alone.
+    """An endless table. Row i depends only on the seed and on i.
 
-    Integers are uniform in [0, 1). Every other row is a click, whatever its features, so the AUROC of any model is 0.5.
-    (Were labels coins, batches of 32 would be unbalanced, and the learning rate of 15 that the public example defaults
-    to would often end in NaN within its 10 steps.) Ids follow a power law: with exponent s and R rows, P(id = k) is the
-    integral of x^-s over [k + 1, k + 2), divided by that over [1, R + 1); s = 0 is uniform.
+    Integers are uniform in [0, 1). Every second row is a click, whatever its features, so that any model has an AUROC
+    of 0.5. (If labels were drawn at random, batches of 32 would be unbalanced, and the public example's default
+    learning rate of 15 would often end in NaN within its 10 steps.) Ids follow a power law: with exponent s and R rows,
+    P(id = k) is the integral of x^-s over [k + 1, k + 2), divided by the integral over [1, R + 1); s = 0 is uniform.
 
     Attributes:
         table_rows: rows of each table.
@@ -47,7 +47,7 @@ class RandomRows:
     def read(self, start: int, stop: int) -> Rows:
         """Rows [start, stop)."""
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=start * self._counters_per_row))
-        # One word a number; unlike `random_raw` it lets other threads run.
+        # One word makes one number. `random_raw` would do too, but it does not let other threads run.
         uniform_BW = generator.random((stop - start, self._counters_per_row * _WORDS_PER_COUNTER))
         labels_B = (np.arange(start, stop) % 2).astype(np.int32)
         dense_BI = uniform_BW[:, :NUM_INTEGER_FEATURES].astype(np.float32)
@@ -58,7 +58,12 @@ class RandomRows:
 def draw_ids(
     uniform_BN: npt.NDArray[np.float64], rows_N: npt.NDArray[np.float64], exponent: float
 ) -> npt.NDArray[np.int32]:
-    """Ids in [0, rows) by inverting the distribution function of `RandomRows`."""
+    """Draws ids in [0, rows) by inverting the distribution function of `RandomRows`.
+
+    Args:
+        uniform_BN: uniform in [0, 1).
+        rows_N: rows of the table of each column.
+    """
     if exponent == 0.0:
         drawn_BN = uniform_BN * rows_N
     elif exponent == 1.0:

@@ -1,4 +1,4 @@
-"""Where a split's rows come from: generated, in this rank's memory, or on disk.
+"""Where a split's rows come from: generated, this rank's memory, or disk.
 
 Shapes: B rows of a span, N rows of several.
 """
@@ -23,7 +23,7 @@ _CHUNK_ROWS = 1 << 16
 
 
 class RowSet(Protocol):
-    """Rows on disk, by their numbers: all of a split, or those of it that were kept."""
+    """Rows on disk, by their numbers: all rows of a split, or those that were kept."""
 
     @property
     def num_rows(self) -> int:
@@ -45,21 +45,25 @@ class RowSet(Protocol):
 
 
 def bytes_per_row(widths: tuple[int, ...]) -> int:
-    """What a row takes in memory."""
+    """Memory of a row in bytes.
+
+    Args:
+        widths: columns of each array of ids.
+    """
     return 4 * (NUM_INTEGER_FEATURES + sum(widths) + 1)
 
 
 class Source(Protocol):
-    """Gives the rows of spans in an epoch."""
+    """Gives the rows of spans of an epoch."""
 
     def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
-        """Rows [start, stop) of each span in turn, read when they are asked for; ids already inside their tables."""
+        """Yields rows [start, stop) of each span, read on request. Ids are inside their tables."""
         ...
 
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Random rows; every epoch goes on where the last one ended."""
+    """Random rows. Each epoch continues where the one before ended."""
 
     source: RandomRows
     rows_per_epoch: int
@@ -89,9 +93,9 @@ class MappedSource:
 
 @dataclass(frozen=True)
 class ShuffledSource:
-    """Rows gathered from disk in another order every epoch: position i holds row `Permutation.at(i)`.
+    """Rows gathered from disk, in another order every epoch: position i holds row `Permutation.at(i)`.
 
-    A step's rows do not depend on the number of ranks. Those of a batch stand in the order of the files.
+    A step's rows do not depend on the number of ranks. Within a batch, rows are in the order of the files.
     """
 
     rows: RowSet
@@ -99,7 +103,7 @@ class ShuffledSource:
     seed: int
 
     def read(self, spans: Sequence[Span], epoch: int) -> Iterator[Rows]:
-        """See `Source`. Where many small spans stand is calculated at once: numpy's price is by the call.
+        """See `Source`. The places of all spans are computed in one go, since each numpy call has a price.
 
         Raises:
             DatasetError: at a value out of range.
@@ -114,7 +118,7 @@ class ShuffledSource:
 
 @dataclass(frozen=True)
 class ExpandedSource:
-    """The rows of a source of one id per feature, each id with its companions."""
+    """Adds companions to the ids of a source that has one id per feature."""
 
     source: Source
     companions: Companions
@@ -127,7 +131,7 @@ class ExpandedSource:
 
 @dataclass(frozen=True)
 class MemorySource:
-    """This rank's own rows, and no others, in memory."""
+    """This rank's own rows in memory, and no others."""
 
     rows: Rows
     batch_size: int
@@ -142,10 +146,11 @@ class MemorySource:
 def load_rows(
     rows: RowSet, partition: Partition, rank: int, table_rows: npt.NDArray[np.int64], label: str
 ) -> MemorySource:
-    """Reads and checks this rank's rows of a split.
+    """Loads this rank's rows of a split into memory, checked.
 
     Args:
-        label: what is loaded, for those who watch; empty to show nothing.
+        table_rows: rows of each feature's table; ids are reduced modulo these.
+        label: of the progress bar; empty for no bar.
 
     Raises:
         DatasetError: at a value out of range.
@@ -167,10 +172,10 @@ def load_rows(
 
 
 def check_rows(rows: RowSet, partition: Partition, rank: int, label: str) -> None:
-    """Reads this rank's rows of a split that stays on disk, so that what is wrong with one is known before training.
+    """Reads this rank's rows of a split that stays on disk, so that a wrong value is found before training begins.
 
     Args:
-        label: what is read, for those who watch; empty to show nothing.
+        label: of the progress bar; empty for no bar.
 
     Raises:
         DatasetError: at a value out of range.
@@ -184,7 +189,7 @@ def check_rows(rows: RowSet, partition: Partition, rank: int, label: str) -> Non
 
 
 def _ranges(partition: Partition, rank: int) -> list[tuple[int, int]]:
-    """This rank's rows as few ranges of bounded size, in order."""
+    """This rank's rows, in order, as few ranges of bounded size."""
     ranges: list[tuple[int, int]] = []
     for span in partition.spans(rank):
         if ranges and ranges[-1][1] == span.start and span.stop - ranges[-1][0] <= _CHUNK_ROWS:
@@ -195,7 +200,11 @@ def _ranges(partition: Partition, rank: int) -> list[tuple[int, int]]:
 
 
 def fold_ids(rows: Rows, table_rows: npt.NDArray[np.int64]) -> Rows:
-    """Reduces ids modulo the rows of their tables, one of each feature, to int32."""
+    """Reduces ids modulo the rows of their tables, to int32.
+
+    Args:
+        table_rows: rows of each feature's table.
+    """
     limits = [table_rows] if len(rows.ids) == 1 else table_rows
     ids = tuple(_fold(array, limit) for array, limit in zip(rows.ids, limits, strict=True))
     return Rows(rows.dense_BI, ids, rows.labels_B)

@@ -1,6 +1,6 @@
-"""Which negatives are trained on, in a bit a row.
+"""Leaves out some negatives of a training set. Which rows are kept takes one bit a row.
 
-Shapes: B rows of a batch, R rows of a piece, W bytes of a block.
+Shapes: B rows of a batch, R rows of a piece, K blocks of W bytes.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ _BLOCK_ROWS = 8 * _BLOCK_BYTES
 _PIECE_ROWS = 1 << 18
 _FRACTION_BITS = 53
 BITS_PER_ROW = 1 + 64 / _BLOCK_ROWS
-"""What a row takes in memory: its bit, and a share of the counts that find the k-th one."""
+"""Memory of a row: its bit, and its share of the counts by which the k-th kept row is found."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _ONES = _BITS.sum(axis=1, dtype=np.uint8)
-# _PLACES[byte, k]: place of the byte's k-th one.
+# _PLACES[byte, k]: place of the k-th set bit of a byte.
 _PLACES = np.argsort(1 - _BITS, axis=1, kind="stable").astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The rows of a split that were kept, numbered anew, in order.
+    """The rows of a split that were kept, in order, numbered from 0.
 
     Attributes:
-        bits_KW: a bit of every row of the split, lowest first, in blocks.
+        num_rows: rows that were kept.
+        bits_KW: K blocks of bits, one for each row of the split, lowest bit first; 1 if the row was kept.
         starts_K: kept rows before each block.
     """
 
@@ -55,7 +56,11 @@ class KeptRows:
         return self.rows.take(self.find(rows_B))
 
     def find(self, kept_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Numbers in the split of kept rows."""
+        """Numbers of kept rows in the split.
+
+        The block is found by binary search in `starts_K`; within it the 64-bit word, the byte and the bit, by counts of
+        set bits.
+        """
         block_B = np.searchsorted(self.starts_K, kept_B, side="right") - 1
         left_B = kept_B - self.starts_K[block_B]
         words_BW = self.bits_KW.view(np.uint64)[block_B]
@@ -68,7 +73,12 @@ class KeptRows:
 def _descend(
     units_BW: npt.NDArray[Any], ones_BW: npt.NDArray[np.uint8], left_B: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The word or byte of each row with the one that `left_B` ones precede: it, its number, ones before it in there."""
+    """For each row, the unit (word or byte) that holds its k-th set bit: the unit, its index, and k within it.
+
+    Args:
+        ones_BW: set bits of each unit.
+        left_B: k of each row.
+    """
     ends_BW = ones_BW.cumsum(axis=1, dtype=np.int64)
     number_B = (ends_BW <= left_B[:, None]).sum(axis=1)
     every_B = np.arange(len(left_B))
@@ -76,12 +86,12 @@ def _descend(
 
 
 def undersample(rows: DayRows, rate: float, seed: int, label: str) -> KeptRows:
-    """Keeps all rows of label 1, and of label 0 those that a random number below `rate` falls to.
+    """Keeps all rows with label 1, and those with label 0 whose random number in [0, 1) is below `rate`.
 
-    Whether a row stays is a function of (seed, row) alone. Reads all labels once.
+    The random number depends only on the seed and the row's number. Reads all labels once.
 
     Args:
-        label: what is scanned, for those who watch; empty to show nothing.
+        label: of the progress bar; empty for no bar.
 
     Raises:
         DatasetError: at a label other than 0 and 1, or if no row is left.

@@ -1,1 +1,1 @@
-"""One-hot days become multi-hot ones."""
+"""One-hot days become multi-hot days. Reads a folder of days, and writes another one."""

@@ -1,4 +1,6 @@
-"""One-hot days to the synthetic multi-hot days of MLPerf's DLRM v2; `dlrm.dataset.companions` defines them.
+"""`dlrm materialize`: turns one-hot days into the synthetic multi-hot days of MLPerf's DLRM v2.
+
+`dlrm.dataset.companions` defines them.
 
 Shapes: R rows of a block, H hotness.
 """
@@ -42,8 +44,8 @@ _MAX_BLOCK_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class MaterializeConfig:
-    """Turns binary days of one id per feature into days of several, as MLPerf's DLRM v2 trains on: each id brings the
-    same random companions wherever it comes. Writes day_{i}_sparse_multi_hot.npz: 26 members "0" to "25", int32 [rows,
+    """Turns binary days of one id per feature into days of several, as MLPerf's DLRM v2 trains on: an id gets the same
+    random companions wherever it occurs. Writes day_{i}_sparse_multi_hot.npz: 26 members "0" to "25", int32 [rows,
     hotness], stored uncompressed, so that they can be mapped."""
 
     FOREIGN_NAMES: ClassVar[Mapping[str, str]] = {"in_memory_binary_criteo_path": "days", "output_path": "output"}
@@ -52,7 +54,7 @@ class MaterializeConfig:
     """Folder of binary days."""
 
     output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    """Folder to write; it must not be there yet."""
+    """Folder to write; it must not exist yet."""
 
     multi_hot_sizes: IntList = MLPERF_MULTI_HOT_SIZES
     """Ids per sample of each of the 26 features, the original one included."""
@@ -61,10 +63,10 @@ class MaterializeConfig:
     """Rows of each of the 26 tables: ids are reduced modulo them, and companions drawn from them."""
 
     multi_hot_distribution_type: Literal["uniform", "pareto"] = "uniform"
-    """How companions are drawn: each id alike, or by a Pareto distribution of shape 0.25, modulo the rows."""
+    """How companions are drawn: uniformly, or from a Pareto distribution of shape 0.25, modulo the rows."""
 
     seed: Annotated[int, tyro.conf.arg(metavar="INT")] = COMPANIONS_SEED
-    """Of the companions. MLPerf's data has 0."""
+    """Seed of the companions. MLPerf's data has 0."""
 
     memory_gib: float = 4.0
     """Most RAM, in GiB. The tables of companions are kept on disk."""
@@ -98,7 +100,15 @@ class MaterializeConfig:
 
 @dataclass(frozen=True)
 class Feature:
-    """A categorical feature: the rows of its table, and where their companions are, int32 [rows, hotness - 1]."""
+    """A categorical feature.
+
+    Attributes:
+        rows: rows of its table.
+        hotness: ids per sample, the original one included.
+        companions: file with the companions of each row, int32 [rows, hotness - 1].
+        block_rows: samples that are expanded at once.
+        blocks_ahead: blocks that may be in the works.
+    """
 
     rows: int
     hotness: int
@@ -112,7 +122,7 @@ class Feature:
         ids_RH = np.empty((len(ids_R), self.hotness), np.int32)
         ids_RH[:, 0] = ids_R
         if self.hotness > 1:
-            # Mapped anew for each block: only the pages that its ids touch are held.
+            # Mapped again for each block, so that only the pages that its ids touch are held in memory.
             table = np.memmap(self.companions, np.int32, "r", shape=(self.rows, self.hotness - 1))
             ids_RH[:, 1:] = table[ids_R]
         return ids_RH
@@ -122,8 +132,8 @@ def materialize(config: MaterializeConfig) -> dict[str, Any]:
     """Writes the days, whole or not at all; returns their manifest.
 
     Raises:
-        ConfigError: if the output is there already, or a flag is out of range.
-        DatasetError: if the days are missing or wrong, or the disk too small.
+        ConfigError: if the output exists already, or a flag is out of range.
+        DatasetError: if the days are missing or wrong, or the disk is too small.
     """
     config.validate()
     source, output = Path(config.days), Path.cwd() / config.output
@@ -233,7 +243,7 @@ def _check_disk(config: MaterializeConfig, table_rows: Sequence[int], day_rows: 
 
 
 def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder: Path, workers: int) -> list[Feature]:
-    """Writes each feature's table of companions, drawn by numpy's legacy generator, feature by feature."""
+    """Draws each feature's table of companions into a file, with numpy's legacy generator, feature by feature."""
     generator = np.random.RandomState(config.seed)
     total = sum(rows * (hot - 1) for rows, hot in zip(table_rows, config.multi_hot_sizes, strict=True))
     progress = Progress("Drawing", total, "ids")
@@ -244,7 +254,7 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
             for ids in draw_table(generator, config.multi_hot_distribution_type, rows, hot - 1):
                 write_array(file, ids)
                 progress.advance(len(ids))
-        # A block's ids, and the pages of the table that they touch, on each thread.
+        # Each thread needs memory for a block's ids, and for the page of the table that each of them may touch.
         free = min(int(config.memory_gib * 2**30), max(available_memory_bytes(), 2 * _BASE_BYTES)) - _BASE_BYTES
         block_rows = min(_MAX_BLOCK_ROWS, free // (2 * workers + 1) // (8 * hot + 4096))
         features.append(Feature(rows, hot, path, block_rows, workers))
@@ -253,7 +263,7 @@ def _draw_features(config: MaterializeConfig, table_rows: Sequence[int], folder:
 
 
 def _split_columns(source: Path, scratch: Path) -> list[Path]:
-    """Writes each column of a day's ids to a file of its own, int64 [rows], a few rows at a time."""
+    """Writes each column of a day's ids to a file of its own, int64 [rows]. Reads a few rows at a time."""
     columns = [scratch / f"column_{number}" for number in range(NUM_CATEGORICAL_FEATURES)]
     with ExitStack() as stack:
         targets = [stack.enter_context(path.open("wb")) for path in columns]
@@ -299,8 +309,8 @@ def _expand(column: Path, feature: Feature, start: int) -> npt.NDArray[np.int32]
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Begins an uncompressed .npy member that starts at a multiple of 64 in the file, so that it can be mapped."""
-    info = zipfile.ZipInfo(f"{name}.npy")  # of a fixed date: the same content, the same bytes
+    """Opens a new .npy member for writing. It is uncompressed and aligned to 64 bytes, so that it can be mapped."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # with a fixed date, so that the same content has the same bytes
     assert archive.fp is not None
     fixed = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(info.filename) + _ZIP64_EXTRA_BYTES + _EXTRA_HEADER_BYTES
     padding = -fixed % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""`dlrm preprocess`: what it checks before it starts, and what it says."""
+"""`dlrm preprocess`: checks before it starts, and says what it does."""
 
 import shlex
 import shutil
@@ -31,15 +31,15 @@ KEPT_BYTES_PER_ROW = 160
 _IF_UNWRITABLE = "Fix that, and continue with --resume: what is finished is kept."
 _COLUMN_BYTES_PER_ROW, _RECORD_BYTES_PER_ROW = 261, 168
 _STAGES_OVER_PARSE = 4.0
-"""Time of all stages over that of parsing, as `dlrm bench preprocess` measures it."""
+"""Time of all stages divided by that of parsing, as `dlrm bench preprocess` measures it."""
 
 
 def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     """Writes arrays, vocabulary and manifest, whole or not at all.
 
     Raises:
-        ConfigError: if the output is there already, or the flags don't fit each other or an unfinished run.
-        DatasetError: if a file is missing, damaged or not Criteo text, or the disk too small.
+        ConfigError: if the output exists already, or the flags contradict each other or an unfinished run.
+        DatasetError: if a file is missing, damaged or not Criteo text, or the disk is too small.
     """
     if config.frequency_threshold == 0:
         config = replace(config, frequency_threshold=1)
@@ -62,7 +62,7 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
     if config.repeated_rows == "refuse":
         check_distinct(raw)
     applied = config.applied
-    # Here and not above: numba takes a second to load, and --help should not.
+    # Imported here, since numba takes a second to load, and --help should be fast.
     from dlrm.preprocess.pipeline import run_stages
     from dlrm.preprocess.run import Run
 
@@ -97,13 +97,13 @@ def preprocess(config: PreprocessConfig, ranks: Ranks) -> None:
 
 
 def _check_labels(config: PreprocessConfig, raw: Sequence[Path], samples: Sequence[Sample]) -> bool:
-    """Whether rows have labels.
+    """Whether the rows have labels.
 
     Raises:
-        DatasetError: if they have none and are not a file by itself for a trained model.
+        DatasetError: if they have none. Only a single file for a trained model may have none.
     """
-    # Here and not above, as numba loads with it.
-    from dlrm.preprocess.parse import has_labels
+    # Imported here, since numba loads with it.
+    from dlrm.preprocess.columns import has_labels
 
     unlabelled = [path for path, one in zip(raw, samples, strict=True) if not has_labels(one.block)]
     if unlabelled and (config.vocabulary is None or len(raw) > 1):
@@ -115,7 +115,7 @@ def _check_labels(config: PreprocessConfig, raw: Sequence[Path], samples: Sequen
 
 
 def _check_finished(config: PreprocessConfig, manifest: dict[str, Any]) -> None:
-    """Refuses to take an output for that of these flags if its manifest says otherwise.
+    """Refuses a finished output whose manifest tells that other flags wrote it.
 
     Raises:
         ConfigError: naming the first choice that differs.
@@ -138,7 +138,7 @@ def _check_finished(config: PreprocessConfig, manifest: dict[str, Any]) -> None:
 
 
 def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any] | None) -> dict[str, Any]:
-    """All that the output depends on. Memory and workers are not in it: they may change when a run is resumed."""
+    """Everything that the output depends on. Memory and workers do not count: a resumed run may have others."""
     fields = (
         "dataset_name", "frequency_threshold", "max_embeddings", "vocabulary_days", "vocabulary", "missing_integers",
         "seed", "rows", "compat",
@@ -153,8 +153,8 @@ def _plan(config: PreprocessConfig, raw: Sequence[Path], applied: dict[str, Any]
 
 
 def warm_up(head: Sample) -> float:
-    """Has the parser compiled; returns the seconds that it then takes for a row."""
-    from dlrm.preprocess.parse import parse_block
+    """Compiles the parser; returns the seconds that it then takes for a row."""
+    from dlrm.preprocess.columns import parse_block
 
     parse_block(head.block, 1)
     started = time.perf_counter()
@@ -165,14 +165,14 @@ def warm_up(head: Sample) -> float:
 def _estimate(
     config: PreprocessConfig, samples: Sequence[Sample], workspace: Workspace, ranks: Ranks, resources: Resources
 ) -> str:
-    """What is to be done, in words.
+    """Describes the size of the work: rows, disk and time.
 
     Raises:
         DatasetError: if the disk is too small.
     """
     sizes = [one.total_lines for one in samples]
     rows = sum(sizes)
-    # A rank drops a day's columns once all of it is scattered.
+    # A rank removes a day's columns once the whole day is scattered. Until then the day is there twice.
     held_twice = sum(sorted(sizes)[-ranks.world_size :])
     needed = rows * (_COLUMN_BYTES_PER_ROW + KEPT_BYTES_PER_ROW // 8) + held_twice * _RECORD_BYTES_PER_ROW
     there = next(folder for folder in (workspace.root, *workspace.root.parents) if folder.exists())

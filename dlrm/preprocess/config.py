@@ -1,4 +1,4 @@
-"""Flags of `dlrm preprocess`, and what it may take of the machine."""
+"""Flags of `dlrm preprocess`, and the memory and threads that it may use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ _LEAST_BYTES_PER_WORKER = 200 << 20
 class PreprocessConfig:
     """Turns raw Criteo text into binary days that the trainer reads, in bounded memory.
 
-    Ids are counted in the training days; those seen often enough get indices from 2 on, the most frequent first. The
-    others become 1. A missing id becomes 0, and so does the id 00000000, from which the public example does not tell it
-    either: being missing says something, and an index of its own lets the model learn what. Integers become
-    log(x - m + 2) with m the smallest of the training rows. Training rows are shuffled over all training days, held-out
-    rows stay in order. Work is done in OUTPUT.partial; after a crash, `--resume` goes on where it ended."""
+    Ids are counted in the training days. Those seen often enough get indices from 2 on, the most frequent first; the
+    others become 1. A missing id becomes 0: that an id is missing means something, and with an index of its own the
+    model can learn what. The id 00000000 becomes 0 too, as in the public example. Integers become log(x - m + 2), with
+    m the smallest integer of the training rows. Training rows are shuffled over all training days; held-out rows stay
+    in order. Work is done in OUTPUT.partial; after a crash, `--resume` continues it."""
 
     FOREIGN_NAMES: ClassVar[Mapping[str, str]] = {"input_dir": "raw", "output_dir": "output"}
 
@@ -40,13 +40,13 @@ class PreprocessConfig:
     sorted as text, day_10 before day_2, is put in the order of the numbers in the names."""
 
     output: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    """Folder to write; it must not be there yet."""
+    """Folder to write; it must not exist yet."""
 
     dataset_name: Literal["criteo_1t", "criteo_kaggle"] = "criteo_1t"
     """criteo_1t writes day_0, day_1, ...; criteo_kaggle writes train, and with --vocabulary day_0."""
 
     resume: bool = False
-    """Go on with the unfinished run of the same flags, if there is one."""
+    """Continue the unfinished run with the same flags, if there is one."""
 
     frequency_threshold: int = 3
     """Ids seen fewer times become 1. 0 counts as 1: every id that was counted has an index."""
@@ -55,15 +55,15 @@ class PreprocessConfig:
     """Most table rows of a column; larger indices are reduced modulo it, as the trainer would."""
 
     vocabulary_days: Literal["train", "all"] = "train"
-    """Which rows' ids are counted. all lets held-out rows decide what is frequent, as the public example does."""
+    """Rows whose ids are counted. With all, held-out rows help to decide what is frequent, as in the public example."""
 
     vocabulary: Annotated[str | None, optional("from these files", "FOLDER")] = None
-    """Take ids' indices and the integers' minimum from this folder, an earlier output, for a model trained on it. A
-    single file is then held out as a whole."""
+    """Take the indices of ids and the minimum of integers from this folder, an earlier output, so that the rows suit a
+    model trained on it. A single file is then held out as a whole."""
 
     missing_integers: Literal["zero", "apart"] = "zero"
-    """What a missing integer becomes. zero: what 0 becomes. apart: 0.0, which no other value becomes, so that a model
-    can tell it (dlrm_main.py --standardize_dense, --dense_buckets)."""
+    """What a missing integer becomes. zero: the same as 0. apart: 0.0, which no other integer becomes, so that a model
+    can tell (dlrm_main.py --standardize_dense, --dense_buckets)."""
 
     seed: int = 0
     """Seed of the shuffle: the same seed, the same bytes, whatever the memory and the workers (dense values on CPUs of
@@ -95,17 +95,17 @@ class PreprocessConfig:
 
     @property
     def is_compat(self) -> bool:
-        """Whether the output is to be torchrec's."""
+        """Whether to write what torchrec writes."""
         return self.compat is not None
 
     @property
     def is_split(self) -> bool:
-        """Whether a single file has both rows that train and rows that are held out."""
+        """Whether a single file has both the rows that train and those that are held out."""
         return self.dataset_name == "criteo_kaggle" and self.vocabulary is None
 
     @cached_property
     def ordered(self) -> tuple[list[str], str]:
-        """The raw files in order of time, and a note on that order if there is something to say.
+        """The raw files in order of time, and a note on that order, which may be empty.
 
         Raises:
             ConfigError: if their names do not tell the order.
@@ -115,10 +115,10 @@ class PreprocessConfig:
 
     @cached_property
     def applied(self) -> dict[str, Any] | None:
-        """Manifest of the folder whose vocabulary is applied.
+        """Manifest of the folder whose vocabulary is applied; None without --vocabulary.
 
         Raises:
-            DatasetError: if it has none.
+            DatasetError: if the folder has no vocabulary that can be applied.
         """
         if self.vocabulary is None:
             return None
@@ -143,12 +143,12 @@ class PreprocessConfig:
 
     @property
     def most_embeddings(self) -> int | None:
-        """Most table rows of a column: those of the applied vocabulary, where there is one."""
+        """Most table rows of a column. An applied vocabulary decides it."""
         return self.max_embeddings if self.applied is None else self.applied["ids"]["max_embeddings"]
 
     @property
     def tells_missing_integers(self) -> bool:
-        """Whether missing integers are told apart: as in the days of the applied vocabulary, where there is one."""
+        """Whether missing integers become a value of their own. An applied vocabulary decides it."""
         chosen = self.missing_integers if self.applied is None else self.applied["integers"].get("missing", "zero")
         return chosen == "apart"
 
@@ -208,7 +208,13 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the stages may take."""
+    """Threads and memory that the stages may use.
+
+    Attributes:
+        bytes_per_worker: memory of each thread.
+        blocks_ahead: blocks of text that may be read before they are parsed.
+        window_bytes: largest window of the raw files' zstd frames.
+    """
 
     workers: int
     bytes_per_worker: int
@@ -217,13 +223,15 @@ class Resources:
 
     @staticmethod
     def within(memory_gib: float, workers: int | None, window_bytes: int = USUAL_WINDOW_BYTES) -> "Resources":
-        """A share for each worker of what the process does not hold already, and of what the machine still has.
+        """Divides the memory that is allowed, less what the process already holds, among the workers.
 
         Args:
+            memory_gib: most memory of the process. What the machine has free is a limit too.
+            workers: threads; None for as many as cores and memory allow.
             window_bytes: largest window of the raw files' zstd frames.
 
         Raises:
-            ConfigError: if that is too little.
+            ConfigError: if that is too little memory.
         """
         window_bytes = max(window_bytes, USUAL_WINDOW_BYTES)
         large_window = window_bytes - USUAL_WINDOW_BYTES

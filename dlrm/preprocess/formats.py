@@ -1,4 +1,4 @@
-"""What kind of file a raw file is: its first bytes tell, and its name does not."""
+"""The kind of a raw file, as told by its first bytes and not by its name."""
 
 import re
 from pathlib import Path
@@ -63,10 +63,10 @@ _CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def packing_of(head: bytes, suffix: str) -> Packing | None:
-    """What a file is packed by, from its first bytes; None if it is plain.
+    """The packing of a file, as told by its first bytes; None if it is plain.
 
     Args:
-        suffix: of its name, which is believed if the bytes are neither text nor any packing's.
+        suffix: that of its name. It decides if the bytes look neither like text nor like a known kind.
     """
     for magic, packing in _PACKINGS:
         if head and magic.startswith(head[: len(magic)]):
@@ -76,13 +76,13 @@ def packing_of(head: bytes, suffix: str) -> Packing | None:
 
 
 def check_kind(path: Path, head: bytes, packing: Packing | None) -> None:
-    """Refuses what is no tab-separated text.
+    """Refuses a file that is not tab-separated text.
 
     Args:
         head: the file's first bytes, unpacked.
 
     Raises:
-        DatasetError: with what it is, and what to do.
+        DatasetError: saying what it is instead, and what to do.
     """
     if (found := _kind_of(head)) is not None:
         kind, remedy = found
@@ -91,7 +91,7 @@ def check_kind(path: Path, head: bytes, packing: Packing | None) -> None:
 
 
 def _kind_of(head: bytes) -> tuple[str, str] | None:
-    """What is no tab-separated text, and what to do with it."""
+    """The kind of a file that is not tab-separated text, and what to do with it; None for text."""
     for magic, kind, remedy in _KINDS:
         if head.startswith(magic):
             return kind, remedy

@@ -1,7 +1,7 @@
-"""The loops over bytes and ids that polars was measured to be too slow for (LOG.md), compiled by numba.
+"""Loops over bytes and ids, compiled by numba, where polars was measured to be too slow (LOG.md).
 
-They release the interpreter's lock, so threads run them side by side. Shapes: R rows of a block, I integer features, F
-categorical features.
+They release the interpreter's lock, so that threads run them side by side. Shapes: R rows of a block, I integer
+features, F categorical features, C columns.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,21 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
+from dlrm.schema.criteo import NO_LABEL, NUM_CATEGORICAL_FEATURES, NUM_COLUMNS, NUM_INTEGER_FEATURES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Compiled at the first call, and kept beside this file or, where that can't be written, in the user's cache."""
+    """Compiles a function at its first call.
+
+    The result is kept on disk: beside the function's file or, if that folder can't be written, in the user's cache.
+    """
     return cast(Function, numba.njit(function, nogil=True, cache=True))
 
 
 MAX_ID_DIGITS = 8
-NO_LABEL = np.uint8(255)
-"""-1 in int8, as which labels are read again."""
+_NO_LABEL = np.int8(NO_LABEL).view(np.uint8)
 _TAB, _NEWLINE, _RETURN, _MINUS, _ZERO, _ONE = (np.uint8(byte) for byte in b"\t\n\r-01")
 _NO_DIGIT = 255
 _HEX = np.full(256, _NO_DIGIT, np.uint8)
@@ -48,20 +50,20 @@ def parse_rows(
 
     Args:
         text: `size` bytes that end with a newline, and `raw.PADDING` bytes more.
-        missing_R: takes a bit for each integer that is missing, the first column's the lowest.
-        rejected: takes (line, start, stop) of each line that is not a row: bytes [start, stop) without the newline.
-            Parsing ends where it is full.
-        has_labels: whether a line begins with its label; labels are NO_LABEL otherwise.
+        missing_R: takes a bit for each missing integer; the lowest bit is that of the first column.
+        rejected: takes (line, start, stop) for each line that is not a row: its number, and its bytes [start, stop)
+            without the newline. Parsing ends once `rejected` is full.
+        has_labels: whether a line begins with its label; if not, labels are NO_LABEL in int8.
 
     Returns:
-        Numbers of rows and of rejected lines. The rows' values are in front in the arrays.
+        Numbers of rows and of rejected lines. The values of the rows are the first ones of each array.
     """
     row = line = num_rejected = at = 0
     while at < size:
         start = at
         good = not has_labels or ((text[at] == _ZERO or text[at] == _ONE) and text[at + 1] == _TAB)
         if good:
-            labels_R[row] = NO_LABEL
+            labels_R[row] = _NO_LABEL
             if has_labels:
                 labels_R[row] = text[at] - _ZERO
                 at += 2
@@ -92,6 +94,7 @@ def parse_rows(
             for column in range(NUM_CATEGORICAL_FEATURES):
                 number = np.uint32(0)
                 digits = 0
+                # Most ids have eight digits: these are read at once. `raw.PADDING` makes it safe at the text's end.
                 d0, d1, d2, d3 = _HEX[text[at]], _HEX[text[at + 1]], _HEX[text[at + 2]], _HEX[text[at + 3]]
                 d4, d5, d6, d7 = _HEX[text[at + 4]], _HEX[text[at + 5]], _HEX[text[at + 6]], _HEX[text[at + 7]]
                 if (d0 | d1 | d2 | d3 | d4 | d5 | d6 | d7) < 16:
@@ -142,8 +145,8 @@ def hash_rows(
 ) -> np.uint64:
     """A hash of each parsed row, and their sum, which does not depend on the order of the rows.
 
-    Values are multiplied in pairs, each with a key added (NH of UMAC): 32-bit factors, which a CPU multiplies four and
-    more at once.
+    A key is added to each value, and pairs of such sums are multiplied (NH of UMAC). Since the factors have 32 bits, a
+    CPU multiplies four or more pairs at once.
     """
     total = np.uint64(0)
     for start in range(0, len(labels_R), _TILE):
@@ -177,7 +180,7 @@ def hash_rows(
 
 @compiled
 def mix(number: np.uint32) -> np.uint32:
-    """A bijection of 32-bit numbers that spreads any set of ids evenly, and keeps 0 (lowbias32 of C. Wellons)."""
+    """A bijection of 32-bit numbers that spreads any set of ids evenly, and maps 0 to 0 (lowbias32 of C. Wellons)."""
     x = np.uint32(number)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x7FEB352D))
@@ -198,6 +201,44 @@ def unmix(number: np.uint32) -> np.uint32:
 
 
 @compiled
+def _log2(size: int) -> int:
+    """The n of 2**n."""
+    bits = 0
+    while (1 << bits) < size:
+        bits += 1
+    return bits
+
+
+@compiled
+def _find_slot(
+    slots: npt.NDArray[np.uint64], key: np.uint64, prefix_bits: int, table_bits: int
+) -> tuple[np.uint64, np.uint64]:
+    """The place in a hash table of a key other than 0, and its entry; if it has none, the place for one, and 0.
+
+    The search begins at the key's first bits after its prefix, which all keys of the table share, and goes from slot to
+    slot (linear probing). Some slot must be free.
+
+    Args:
+        slots: 2**table_bits entries, `key << 32 | value`; 0 if a slot is free.
+    """
+    mask = np.uint64(len(slots) - 1)
+    at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> np.uint64(32 - table_bits)
+    while True:
+        slot = slots[at]
+        if slot == np.uint64(0):
+            return at, np.uint64(0)
+        if (slot >> np.uint64(32)) == key:
+            return at, slot
+        at = (at + np.uint64(1)) & mask
+
+
+@compiled
+def _has_prefix(key: np.uint64, prefix_bits: int, prefix: int) -> bool:
+    """Whether the first bits of a 32-bit key are those of `prefix`."""
+    return prefix_bits == 0 or (key >> np.uint64(32 - prefix_bits)) == np.uint64(prefix)
+
+
+@compiled
 def count_ids(
     ids_R: npt.NDArray[np.uint32],
     first_row: int,
@@ -208,46 +249,34 @@ def count_ids(
     prefix_bits: int,
     prefix: int,
 ) -> tuple[int, int]:
-    """Counts ids other than 0 in an open-addressing table, whose slots hold `mix(id) << 32 | count`.
+    """Counts ids other than 0 in a hash table (see `_find_slot`) with entries `mix(id) << 32 | count`.
 
     Args:
-        slots: 2**n of them, 0 where free.
-        first_rows: takes the row in which each slot's id came first; of length 0 where that is not asked for.
+        first_rows: takes the row in which each slot's id came first; of length 0 if that is not wanted.
         used: slots taken so far.
         limit: slots that may be taken.
-        prefix_bits: only ids whose mixed value starts with `prefix`, in so many bits, are counted.
+        prefix_bits: only ids whose mixed value begins with these bits of `prefix` are counted.
 
     Returns:
-        Ids dealt with (fewer than all where the limit was reached), and slots taken.
+        Number of ids dealt with, fewer than all if the limit was reached, and slots taken.
     """
-    mask = np.uint64(len(slots) - 1)
-    shift = np.uint64(32)
-    bits = 0
-    while (1 << bits) < len(slots):
-        bits += 1
-    down = np.uint64(32 - bits)
+    table_bits = _log2(len(slots))
     for i in range(len(ids_R)):
         if ids_R[i] == 0:
             continue
         key = np.uint64(mix(ids_R[i]))
-        if prefix_bits > 0 and (key >> np.uint64(32 - prefix_bits)) != np.uint64(prefix):
+        if not _has_prefix(key, prefix_bits, prefix):
             continue
-        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> down
-        while True:
-            slot = slots[at]
-            if (slot >> shift) == key and slot != np.uint64(0):
-                if (slot & np.uint64(0xFFFFFFFF)) != np.uint64(0xFFFFFFFF):
-                    slots[at] = slot + np.uint64(1)
-                break
-            if slot == np.uint64(0):
-                if used >= limit:
-                    return i, used
-                slots[at] = (key << shift) | np.uint64(1)
-                if len(first_rows) > 0:
-                    first_rows[at] = first_row + i
-                used += 1
-                break
-            at = (at + np.uint64(1)) & mask
+        at, slot = _find_slot(slots, key, prefix_bits, table_bits)
+        if slot == np.uint64(0):
+            if used >= limit:
+                return i, used
+            slots[at] = (key << np.uint64(32)) | np.uint64(1)
+            if len(first_rows) > 0:
+                first_rows[at] = first_row + i
+            used += 1
+        elif (slot & np.uint64(0xFFFFFFFF)) != np.uint64(0xFFFFFFFF):
+            slots[at] = slot + np.uint64(1)
     return len(ids_R), used
 
 
@@ -259,16 +288,10 @@ def insert_slots(
     first_rows: npt.NDArray[np.int64],
     prefix_bits: int,
 ) -> None:
-    """Puts `mix(id) << 32 | value` entries, each id once, into a free table that is large enough."""
-    mask = np.uint64(len(slots) - 1)
-    bits = 0
-    while (1 << bits) < len(slots):
-        bits += 1
+    """Puts entries `mix(id) << 32 | value`, each id once and none of them 0, into a hash table that has room."""
+    table_bits = _log2(len(slots))
     for i in range(len(entries)):
-        key = entries[i] >> np.uint64(32)
-        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> np.uint64(32 - bits)
-        while slots[at] != np.uint64(0):
-            at = (at + np.uint64(1)) & mask
+        at, _ = _find_slot(slots, entries[i] >> np.uint64(32), prefix_bits, table_bits)
         slots[at] = entries[i]
         if len(first_rows) > 0:
             first_rows[at] = entry_first_rows[i]
@@ -282,27 +305,17 @@ def look_up_ids(
     prefix: int,
     indices_R: npt.NDArray[np.int32],
 ) -> None:
-    """Replaces in `indices_R` what the table (as in `insert_slots`) knows of the ids with this prefix."""
-    mask = np.uint64(len(slots) - 1)
-    bits = 0
-    while (1 << bits) < len(slots):
-        bits += 1
-    down = np.uint64(32 - bits)
+    """Writes to `indices_R` the values of the ids with this prefix that a hash table has; leaves the others."""
+    table_bits = _log2(len(slots))
     for i in range(len(ids_R)):
         if ids_R[i] == 0:
             continue
         key = np.uint64(mix(ids_R[i]))
-        if prefix_bits > 0 and (key >> np.uint64(32 - prefix_bits)) != np.uint64(prefix):
+        if not _has_prefix(key, prefix_bits, prefix):
             continue
-        at = ((key << np.uint64(prefix_bits)) & np.uint64(0xFFFFFFFF)) >> down
-        while True:
-            slot = slots[at]
-            if slot == np.uint64(0):
-                break
-            if (slot >> np.uint64(32)) == key:
-                indices_R[i] = np.int32(slot & np.uint64(0xFFFFFFFF))
-                break
-            at = (at + np.uint64(1)) & mask
+        _, slot = _find_slot(slots, key, prefix_bits, table_bits)
+        if slot != np.uint64(0):
+            indices_R[i] = np.int32(slot & np.uint64(0xFFFFFFFF))
 
 
 @compiled
@@ -314,7 +327,7 @@ def mix_ids(ids: npt.NDArray[np.uint32], mixed: npt.NDArray[np.uint32]) -> None:
 
 @compiled
 def unmix_ids(mixed: npt.NDArray[np.uint32], ids: npt.NDArray[np.uint32]) -> None:
-    """`unmix` of each."""
+    """`unmix` of each mixed id."""
     for i in range(len(mixed)):
         ids[i] = unmix(mixed[i])
 
@@ -324,7 +337,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 @compiled
 def split_mix(state: np.uint64) -> np.uint64:
-    """The output of SplitMix64 in a state; states are GOLDEN_GAMMA apart (Steele et al., OOPSLA 2014)."""
+    """The output of SplitMix64 for a state. Successive states differ by GOLDEN_GAMMA (Steele et al., OOPSLA 2014)."""
     z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -332,7 +345,7 @@ def split_mix(state: np.uint64) -> np.uint64:
 
 @compiled
 def shuffle_keys(seed: np.uint64, first_row: int, keys_R: npt.NDArray[np.uint64]) -> None:
-    """A random 64-bit key per row, from its number and the seed alone."""
+    """A random 64-bit key for each row, which depends only on its number and the seed."""
     for i in range(len(keys_R)):
         keys_R[i] = split_mix(seed + np.uint64(first_row + i + 1) * GOLDEN_GAMMA)
 
@@ -361,10 +374,11 @@ def scatter_rows(
     """Turns columns into records (dense bits, indices, label), grouped by bucket, in row order within each.
 
     Args:
-        starts: first position of each bucket; its end on return.
+        starts: first position of each bucket; on return, the position after its last row.
     """
     count = np.uint64(len(starts))
     places = np.empty(_TILE, np.int64)
+    # Tile by tile, so that the records that a tile writes to stay in the cache from column to column.
     for first in range(0, len(keys_R), _TILE):
         rows = min(_TILE, len(keys_R) - first)
         for i in range(rows):

@@ -1,4 +1,4 @@
-"""Which rows a preprocessing run has, and where they go."""
+"""The rows of a preprocessing run, and where they go."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Block:
     """Rows that were parsed together.
 
     Attributes:
-        first_row: of all rows, in the order of the files.
-        day_row: the same within the block's day.
+        first_row: number of its first row, counted over all files in order.
+        day_row: number of its first row, counted from the start of its day.
         minimum: smallest integer of the block's rows.
     """
 
@@ -38,10 +38,10 @@ class Layout:
 
     @staticmethod
     def build(parsed: Sequence[Sequence[tuple[int, int]]], kaggle: bool) -> "Layout":
-        """With the rule of the data set: the last day, or the last seventh of the only file, is held out.
+        """Numbers the rows, and holds out the last day or, if `kaggle`, the last seventh of the only file.
 
         Args:
-            parsed: rows and smallest integer of each block of each day.
+            parsed: for each day the rows and the smallest integer of each block.
         """
         days = []
         first_row = day_row = 0
@@ -71,5 +71,5 @@ class Layout:
         return sum(self.day_rows)
 
     def train_rows_of(self, block: Block) -> int:
-        """Rows of a block, from its start, that train."""
+        """How many rows of a block train. They are its first ones."""
         return min(block.rows, max(0, self.num_train_rows - block.first_row))

@@ -1,4 +1,4 @@
-"""Several processes that preprocess together, on a folder that all of them see."""
+"""Several processes that preprocess together, in a folder that all of them see."""
 
 import os
 import time
@@ -26,7 +26,7 @@ _FAILED, _LEFT = "preprocess/failed", "preprocess/left"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job."""
+    """This process, as one of those of the job."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +35,7 @@ class Ranks:
 
     @staticmethod
     def start() -> "Ranks":
-        """Joins the job that the launcher's environment names; alone without one.
+        """Joins the job that the launcher's environment names. Without one, the process works alone.
 
         Raises:
             LaunchError: if the environment is incomplete, or the ranks can't meet.
@@ -55,10 +55,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Tells the others of an error, so that they do not wait; rank 0, which may hold the store, leaves last."""
+        """Reports an error to the others, so that they do not wait. Rank 0, which may host the store, leaves last."""
         if self.store is None:
             return
-        with suppress(RuntimeError):  # of a store that is gone
+        with suppress(RuntimeError):  # the store may be gone
             if kind is not None:
                 self.store.compare_set(_FAILED, "", str(self.rank))  # the first one that failed
             elif self.store.add(_LEFT, 1) < self.world_size and self.is_main:
@@ -66,7 +66,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that speaks."""
+        """Whether this is the process that prints."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -74,10 +74,10 @@ class Ranks:
         return list(items[self.rank :: self.world_size])
 
     def barrier(self) -> None:
-        """Waits until all are here. What they wrote before it is then seen by all.
+        """Waits until all processes are here. Each then sees what the others wrote before.
 
         Raises:
-            LaunchError: if one of them has failed, or the one that holds the store is gone.
+            LaunchError: if one of them has failed, or the one that hosts the store is gone.
         """
         if self.store is None:
             return

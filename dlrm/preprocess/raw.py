@@ -26,7 +26,7 @@ USUAL_WINDOW_BYTES = 128 << 20
 _MAX_WINDOW_BYTES = 1 << 31
 _MOST_HEADER_BYTES = 18
 PADDING = 16
-"""Bytes behind the text in its buffer, so that the parser may read a whole id at once."""
+"""Spare bytes behind the text in its buffer, so that the parser can read a whole id at once."""
 MAX_LINE_BYTES = 64 << 10
 _SAMPLE_BYTES = 4 << 20
 _READ_BYTES = 128 << 10
@@ -42,7 +42,7 @@ class TextBlock:
 
 
 def check_raw(path: Path) -> None:
-    """Refuses what can't be raw text, before anything is read.
+    """Refuses a file that can't be raw text, before anything is read.
 
     Raises:
         DatasetError: if there is no such regular file, it can't be opened, or is empty.
@@ -62,7 +62,7 @@ def check_raw(path: Path) -> None:
 def read_blocks(
     path: Path, max_lines: int | None = None, block_bytes: int = BLOCK_BYTES, window_bytes: int = USUAL_WINDOW_BYTES
 ) -> Iterator[TextBlock]:
-    """The file's lines, in blocks of about `block_bytes`; the same blocks each time.
+    """Yields the file's lines, in blocks of about `block_bytes`, which are the same each time.
 
     Args:
         window_bytes: largest window of a zstd frame.
@@ -88,7 +88,7 @@ def read_blocks(
 def _fill(
     file: IO[bytes], text: npt.NDArray[np.uint8], carry: bytes, block_bytes: int, path: Path
 ) -> tuple[int, bytes]:
-    """Reads whole lines into `text`, after `carry`; returns their size and what is left of the next line."""
+    """Reads whole lines into `text`, behind `carry`; returns their size, and the beginning of the next line."""
     view = memoryview(text)  # type: ignore[arg-type]
     filled = len(carry)
     view[:filled] = carry
@@ -109,10 +109,12 @@ def _fill(
 
 @dataclass(frozen=True)
 class Sample:
-    """The head of a file, and at a guess how many lines the whole has.
+    """The head of a file, and an estimate of the lines in the whole file.
 
     Attributes:
-        window_bytes: what unpacking its first zstd frame holds in memory; 0 for other files.
+        num_lines: lines of the head.
+        total_lines: lines of the whole file, estimated.
+        window_bytes: memory that unpacking its first zstd frame takes; 0 for other files.
     """
 
     block: TextBlock
@@ -122,7 +124,7 @@ class Sample:
 
 
 def sample(path: Path, max_lines: int | None) -> Sample:
-    """The first 4 MiB of text, and from them the number of lines in the whole file.
+    """Reads the first 4 MiB of text, and estimates the number of lines in the whole file from them.
 
     Raises:
         DatasetError: as `read_blocks`, or if it is another kind of file.
@@ -146,12 +148,12 @@ def sample(path: Path, max_lines: int | None) -> Sample:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors of reading `path` as DatasetError."""
+    """Turns errors of reading `path` into DatasetError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # the output's fault, not the input's
+            raise  # the disk of the output is full; the input is not at fault
         raise DatasetError(
             f"{path}: can't be read to its end ({error}). It may be cut short: fetch it again, and continue with "
             "--resume."
@@ -159,7 +161,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _unpack(packed: io.BufferedReader, path: Path, window_bytes: int) -> IO[bytes]:
-    """The text in an open file."""
+    """Opens the text in a file that may be packed."""
     match packing_of(packed.peek(HEAD_BYTES)[:HEAD_BYTES], path.suffix):
         case "gzip":
             return io.BufferedReader(gzip.GzipFile(fileobj=packed), _READ_BYTES)  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ def _unpack(packed: io.BufferedReader, path: Path, window_bytes: int) -> IO[byte
 
 
 def _dictionary_of(head: bytes) -> int:
-    """Number of the dictionary that a zstd frame was packed with; 0 without one, or if the header is not whole."""
+    """Number of the dictionary that a zstd frame needs; 0 if it needs none, or its header is incomplete."""
     try:
         return zstandard.get_frame_parameters(head).dict_id
     except zstandard.ZstdError:
@@ -177,7 +179,7 @@ def _dictionary_of(head: bytes) -> int:
 
 
 def _window_of(head: bytes) -> int:
-    """Bytes that unpacking a zstd frame holds in memory, from its header; 0 if that is not whole."""
+    """Memory that unpacking a zstd frame takes, from its header; 0 if that is incomplete."""
     try:
         return zstandard.get_frame_parameters(head).window_size
     except zstandard.ZstdError:
@@ -185,10 +187,10 @@ def _window_of(head: bytes) -> int:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Reads all frames of a .zst file, and zeros behind them.
+    """Reads all frames of a .zst file; zeros behind them are ignored.
 
-    Unlike zstandard's own reader it raises if the last frame is cut short, and reads frames with a window of more than
-    128 MiB, which `zstd --long=28` and above write.
+    Unlike zstandard's own reader, it raises an error if the last frame is cut short, and it reads frames with a window
+    of more than 128 MiB, which `zstd --long=28` and above write.
     """
 
     def __init__(self, file: BinaryIO, path: Path, window_bytes: int) -> None:
@@ -223,7 +225,7 @@ class _ZstdFile(io.RawIOBase):
         return size
 
     def _read_header(self, packed: bytes) -> bytes:
-        """Enough of a frame to have its header, checked; empty at the end of the file."""
+        """Reads until `packed` holds the header of a frame, and checks it; empty at the end of the file."""
         packed = packed.lstrip(b"\0")
         while len(packed) < _MOST_HEADER_BYTES and (more := self._file.read(_READ_BYTES)):
             packed = packed + more if packed else more.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""Raw files as they are given: one that is there twice, which ones train."""
+"""The list of raw files: whether one is there twice, and which ones train."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from dlrm.system.console import plural
 
 
 def check_distinct(raw: Sequence[Path]) -> None:
-    """Refuses a file that is given twice, by a link too, or packed and unpacked.
+    """Refuses a file that is given twice, be it through a link, or packed and unpacked.
 
     Raises:
         ConfigError: naming both.
@@ -29,10 +29,10 @@ def check_distinct(raw: Sequence[Path]) -> None:
 
 
 def describe_parts(names: Sequence[str], is_split: bool) -> str:
-    """Which files train and which is held out.
+    """Says which files train, and which one is held out.
 
     Args:
-        is_split: whether a single file does both, as criteo_kaggle's.
+        is_split: whether a single file has rows of both kinds, as that of criteo_kaggle.
     """
     *earlier, last = names
     if is_split:

@@ -1,7 +1,8 @@
-"""Rows that are in two of the raw files, or train and are held out too: told from hashes of the parsed rows.
+"""Finds rows that are in two raw files, or are held out and train too, by hashes of the parsed rows.
 
-A file's digest is the sum of its rows' hashes: the same packed or not, with any line ends, in any order. A sample, the
-rows with the smallest hashes, is the same rows wherever they stand, so that samples tell how many rows two files share.
+A file's digest is the sum of its rows' hashes. It does not depend on packing, line ends, or the order of rows. A sample
+of a file is its rows with the smallest hashes. A row has the same hash in every file, so samples of files that share
+rows share rows too.
 """
 
 import base64
@@ -15,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm.errors import DatasetError
+from dlrm.preprocess.columns import Columns
 from dlrm.preprocess.kernels import hash_rows
 from dlrm.preprocess.layout import Layout
-from dlrm.preprocess.parse import Columns
 from dlrm.preprocess.run import Run
 
 _SAMPLE, _SAMPLE_OF_FIRST, _FIRST_BLOCKS = 64, 512, 8
@@ -29,10 +30,10 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def digest_block(columns: Columns, number: int) -> dict[str, Any]:
-    """What is remembered of a block's rows: the sum of their hashes, and a sample.
+    """What is recorded about a block's rows: the sum of their hashes, and a sample.
 
     Args:
-        number: of the block in its file: of the first ones more is sampled, for small files.
+        number: number of the block in its file. The first blocks get larger samples, for the sake of small files.
     """
     hashes_R = np.empty(columns.num_rows, np.uint64)
     total = hash_rows(columns.labels_R, columns.integers_IR, columns.ids_FR, columns.missing_R, hashes_R)
@@ -45,15 +46,15 @@ def digest_block(columns: Columns, number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A file, or the rows of one that train or are held out: the hashes of its sampled rows."""
+    """A file, or the part of a file that trains or is held out, with the hashes of its sampled rows."""
 
     name: str
     hashes: Hashes
 
     def share_in(self, other: "_Part") -> float:
-        """The share of the distinct rows that `other` has too, beyond what is to be expected.
+        """The share of its distinct rows that `other` has too, less the share to expect by chance.
 
-        Rows of a log with few values repeat. If they do so within this part, they do so in the other one.
+        In a log with few values, rows repeat. As often as they repeat within this part, they are expected in the other.
         """
         distinct = np.unique(self.hashes)
         if len(distinct) < _LEAST_SAMPLED:
@@ -64,7 +65,7 @@ class _Part:
 
 
 def file_digests(run: Run, layout: Layout) -> dict[str, str]:
-    """The digest of each file by its name; of those whose rows were hashed."""
+    """The digest of each file, by its name. Files that an old dlrm parsed without hashing rows are left out."""
     digests = {}
     for day, name in enumerate(run.sources):
         blocks = list(run.parsed_blocks(day))
@@ -75,7 +76,7 @@ def file_digests(run: Run, layout: Layout) -> dict[str, str]:
 
 
 def check_repeats(run: Run, layout: Layout) -> None:
-    """Refuses files of the same rows, and those that share most of their rows; tells of those that share some.
+    """Refuses files with the same rows or most rows in common; warns of held-out rows that are among those that train.
 
     Raises:
         DatasetError: naming both.
@@ -83,7 +84,9 @@ def check_repeats(run: Run, layout: Layout) -> None:
     digests = file_digests(run, layout)
     if run.ranks.is_main:
         _tell_trained(run, digests)
-    if run.config.repeated_rows == "allow" or len(digests) < len(run.raw):  # parsed by a dlrm that did not hash
+    if run.config.repeated_rows == "allow" or len(digests) < len(
+        run.raw
+    ):  # some were parsed by an old dlrm that did not hash rows
         return
     seen: dict[str, Path] = {}
     for path, digest in zip(run.raw, digests.values(), strict=True):
@@ -112,7 +115,7 @@ def _repeated(run: Run, what: str) -> DatasetError:
 
 
 def _sample_parts(run: Run, layout: Layout) -> list[_Part]:
-    """Of files of which each one trains or is held out; or of the two parts of a file that does both."""
+    """The files as parts; or, of a single file, the part that trains and the part that is held out."""
     samples = [_sample_of(run, layout, day) for day in range(len(run.raw))]
     limit = min(limit for _, limit in samples)
     hashes = np.concatenate([sample["hash"] for sample, _ in samples])
@@ -127,7 +130,7 @@ def _sample_parts(run: Run, layout: Layout) -> list[_Part]:
 
 
 def _sample_of(run: Run, layout: Layout, day: int) -> tuple[npt.NDArray[Any], int]:
-    """Hashes of a file's sampled rows, with the rows' numbers in it; and the hash below which it has all."""
+    """Hashes and numbers of a file's sampled rows, and the hash below which every row of the file is sampled."""
     samples, limit = [np.empty(0, [("hash", "<u8"), ("row", "<i8")])], 2**64 - 1
     for block, facts in zip(layout.days[day], run.parsed_blocks(day), strict=True):
         sample = np.frombuffer(base64.b64decode(facts["sample"]), _ENTRY).astype(samples[0].dtype)
@@ -139,7 +142,7 @@ def _sample_of(run: Run, layout: Layout, day: int) -> tuple[npt.NDArray[Any], in
 
 
 def trained_digests(run: Run, digests: Mapping[str, str]) -> dict[str, str]:
-    """Digests of the files that a model of this vocabulary is trained on."""
+    """Digests of the files that models of this vocabulary are trained on."""
     if run.config.applied is not None:
         return run.config.applied.get("trained_digests", {})
     names = run.sources if len(run.sources) == 1 else run.sources[:-1]
@@ -147,7 +150,7 @@ def trained_digests(run: Run, digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tell_trained(run: Run, digests: Mapping[str, str]) -> None:
-    """Says so if a file for a trained model is one that the model was trained on."""
+    """Warns of a file for a trained model if the model was trained on its rows."""
     if run.config.applied is None:
         return
     trained = {digest: name for name, digest in trained_digests(run, {}).items()}

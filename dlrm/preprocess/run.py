@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Finished = tuple[dict[str, Any], list[Path]]
-"""What is to be recorded of a part, and the files that must reach the disk before."""
+"""What to record of a finished part, and the files that must reach the disk before that."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Run:
     """A preprocessing run on this rank.
 
     Attributes:
-        raw: raw files, one a day.
-        has_labels: whether their rows have labels; otherwise all rows are held out.
-        names: of the days' files.
-        seconds: that each finished stage took.
+        raw: raw files, one for each day.
+        names: names of the days.
+        has_labels: whether the rows have labels; if not, all of them are held out.
+        seconds: time of each finished stage, by its label.
     """
 
     config: PreprocessConfig
@@ -49,12 +49,12 @@ class Run:
 
     @cached_property
     def sources(self) -> list[str]:
-        """What the raw files are called in the manifest."""
+        """Names of the raw files in the manifest."""
         return source_names(self.raw)
 
     @contextmanager
     def stage(self, label: str, unit: str, total: int) -> Iterator[Progress]:
-        """Shows and times a stage, at whose end the ranks meet. Collective."""
+        """Shows and times a stage. At its end the ranks wait for each other. Collective."""
         started = time.monotonic()
         progress = Progress(label, total // self.ranks.world_size, unit, shown=self.ranks.is_main)
         yield progress
@@ -63,7 +63,7 @@ class Run:
         self.seconds[label] = time.monotonic() - started
 
     def meet(self) -> None:
-        """Waits for the other ranks; what each has recorded is then seen by all. Collective."""
+        """Waits for the other ranks. Each then sees what the others have recorded. Collective."""
         if self.ranks.world_size > 1:
             self.workspace.flush()
             self.ranks.barrier()
@@ -75,12 +75,13 @@ class Run:
         return in_order(self.pool, items, function, self.resources.workers if ahead is None else ahead)
 
     def each_column(self, stage: str, do: Callable[[int, int, bool], Finished]) -> None:
-        """Runs a stage on this rank's columns, those that are not finished yet.
+        """Runs a stage on those of this rank's columns that are not finished yet.
 
-        The columns that do not fit into a worker's share of the memory come last, one at a time, with all of it.
+        Columns that do not fit into one worker's share of the memory come last, one at a time, with all the memory.
 
         Args:
-            do: does a column in so many bytes of memory, which it may or may not do in several passes.
+            do: called with a column, bytes of memory, and whether it may take several passes over the column. It raises
+                TooManyIdsError if it may not, and one is not enough.
         """
 
         def one(column: int, memory: int, may_split: bool) -> bool:
@@ -99,28 +100,28 @@ class Run:
             one(column, memory * self.resources.workers, True)
 
     def recorded(self, stage: str, part: str) -> dict[str, Any]:
-        """What was recorded of a part that must be finished by now."""
+        """What was recorded about a part, which must be finished."""
         facts = self.workspace.facts(stage, part)
         assert facts is not None, (stage, part)
         return facts
 
     def parsed_blocks(self, day: int) -> Iterator[dict[str, Any]]:
-        """What was recorded of each block of a day."""
+        """What was recorded about each block of a day."""
         for number in range(self.recorded("parse", self.names[day])["blocks"]):
             yield self.recorded("parse", f"{self.names[day]}.{number:06d}")
 
     def parsed_path(self, block: Block) -> Path:
-        """Columns of a block."""
+        """File with the columns of a block."""
         return self.workspace.root / "parsed" / self.names[block.day] / f"{block.number:06d}"
 
     def encoded_path(self, day: int, column: str) -> Path:
-        """Indices of a column in a day, int32 [rows]."""
+        """File with the indices of a column of a day, int32 [rows]."""
         return self.workspace.root / "encoded" / self.names[day] / column
 
     @property
     def mimics_shuffle(self) -> bool:
-        """Whether training rows are to be those of torchrec's shuffle.
+        """Whether to shuffle training rows as torchrec does.
 
-        It takes days, and leaves the last one alone: with a single file there is nothing to shuffle.
+        torchrec shuffles all days but the last, so that a single file stays as it is.
         """
         return self.config.is_compat and self.config.dataset_name == "criteo_1t"

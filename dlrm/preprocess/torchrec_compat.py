@@ -1,4 +1,4 @@
-"""What torchrec's public functions do to ids and rows, where it differs from our own way."""
+"""What torchrec's public functions do to ids and rows differently from us."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from dlrm.system.files import naming
 
 
 def round_to_float32(indices: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Indices after torchrec's shuffle, which holds them in float32: above 2**24 not every one survives."""
+    """Indices after torchrec's shuffle, which holds them in float32: above 2**24 they are rounded."""
     return indices.astype(np.float32).astype(np.int32)
 
 
@@ -22,7 +22,7 @@ def rounded_rows(rows: int) -> int:
 
 
 def merged_ids(kept: int) -> int:
-    """How many of the indices below 2 + `kept` float32 maps onto another one of them."""
+    """How many of the indices below 2 + `kept` become equal to another one when rounded to float32."""
     largest = FIRST_INDEX + kept - 1
     if largest <= 2**24:
         return 0
@@ -36,10 +36,10 @@ def merged_ids(kept: int) -> int:
 
 
 def numpy_shuffle_positions(rows: int, seed: int, folder: Path, memory_bytes: int) -> npt.NDArray[Any]:
-    """Where np.random.seed(seed), np.random.shuffle(array of `rows` rows) puts each row.
+    """The place of each row after np.random.seed(seed), np.random.shuffle(array of `rows` rows).
 
-    Holds two arrays of 8 bytes a row; they are files in `folder`, mapped, where that is more than `memory_bytes`: slow,
-    since numpy's shuffle goes to and fro at random.
+    Two arrays of 8 bytes a row are needed. If they are larger than `memory_bytes`, they are mapped files in `folder`.
+    That is slow, since numpy's shuffle visits places at random.
     """
     shape, dtype = (rows,), np.dtype(np.int64)
     if 16 * rows <= memory_bytes or rows == 0:
@@ -53,7 +53,7 @@ def numpy_shuffle_positions(rows: int, seed: int, folder: Path, memory_bytes: in
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], rows: int) -> npt.NDArray[Any]:
-    """An array in a new file. It takes its room on the disk first: if that fills later, SIGBUS ends the process."""
+    """An array in a new file. Disk space is reserved first: a write to a mapped file on a full disk means SIGBUS."""
     with naming(path), path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, dtype.itemsize * rows)
     return np.memmap(path, dtype, "r+", shape=(rows,)).view(np.ndarray)

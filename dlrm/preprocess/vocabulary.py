@@ -1,8 +1,8 @@
 """Ids to indices: counting, choosing and looking up, one column at a time, in bounded memory.
 
-A 32-bit id is handled as its mixed value (`kernels.mix`), so that any set of ids is spread evenly: where the ids of a
-column don't fit into memory, those whose mixed values share the first bits are dealt with in one pass each. An entry is
-`mix(id) << 32 | value`. Shapes: R rows of a block.
+A 32-bit id is handled as its mixed value (`kernels.mix`), which spreads any set of ids evenly. If the ids of a column
+don't fit into memory, there are several passes over the column: each deals with the ids whose mixed values begin with
+the same bits, the pass's prefix. An entry is `mix(id) << 32 | value`. Shapes: R rows of a block.
 """
 
 import os
@@ -37,23 +37,23 @@ Ids = npt.NDArray[np.uint32]
 Entries = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 IdBlocks = Callable[[], Iterator[tuple[int, Ids]]]
-"""Starts a pass over a column: first row, and ids, of each block."""
+"""Starts a pass over a column; yields the first row and the ids of each block."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Ids of a column with the same first bits: `mix(id) << 32 | count`, ascending, and each one's first row."""
+    """Ids of a column with the same prefix: entries with counts, ascending, and the first row of each id."""
 
     entries: Entries
     first_rows: Rows
 
 
 class TooManyIdsError(Exception):
-    """A column does not fit into the memory that it was given, and may not be split."""
+    """A column needs several passes to fit into the memory that it was given, and may take only one."""
 
 
 def count_column(blocks: IdBlocks, order: Order, memory_bytes: int, may_split: bool = True) -> Iterator[Counted]:
-    """Counts every id but 0, in as few passes over the column as `memory_bytes` allow.
+    """Counts every id but 0, in as few passes over the column as `memory_bytes` allows.
 
     Yields:
         Disjoint sets of ids, ascending by mixed value. `first_rows` is empty for the order "frequency".
@@ -61,10 +61,12 @@ def count_column(blocks: IdBlocks, order: Order, memory_bytes: int, may_split: b
     Raises:
         TooManyIdsError: if one pass is not enough and `may_split` is false.
     """
-    bytes_per_slot = (
-        16 if order == "frequency" else 32
-    )  # a slot, and a copy of what is taken when it grows or is sorted
+    # A slot, and a copy of it when the table grows or is sorted.
+    bytes_per_slot = 16 if order == "frequency" else 32
     most_slots = max(_SMALLEST_TABLE, 1 << max(1, memory_bytes // bytes_per_slot).bit_length() - 1)
+    # The range of mixed ids is split as needed, like a binary tree whose leaves are passes, from left to right:
+    #   pass 1 begins with all ids; they are too many, so it keeps to 0..., and then to 00...
+    #   pass 2 begins with 01..., pass 3 with 1..., which may be split again.
     prefix_bits = prefix = 0
     while prefix < 1 << prefix_bits:
         table = _CountTable(order, prefix_bits, prefix, most_slots)
@@ -74,12 +76,12 @@ def count_column(blocks: IdBlocks, order: Order, memory_bytes: int, may_split: b
                 raise TooManyIdsError
         yield table.counted()
         prefix_bits, prefix = table.prefix_bits, table.prefix + 1
-        while prefix_bits and prefix % 2 == 0:  # the rest of the range may fit, and is split again where it does not
+        while prefix_bits and prefix % 2 == 0:  # both halves are done: go up to what they are halves of
             prefix_bits, prefix = prefix_bits - 1, prefix // 2
 
 
 class _CountTable:
-    """Counts of the ids whose mixed value starts with a prefix, which becomes longer when they are too many."""
+    """Counts the ids whose mixed values begin with a prefix, which becomes longer if they are too many."""
 
     def __init__(self, order: Order, prefix_bits: int, prefix: int, most_slots: int) -> None:
         self.prefix_bits, self.prefix = prefix_bits, prefix
@@ -121,13 +123,13 @@ class _CountTable:
         size = 2 * len(self._slots)
         entries, first_rows = self._taken()
         if size > self._most_slots:
-            # The upper half of the range is left to a later pass; what is counted of the lower half holds.
+            # Full: leave the upper half of the range to a later pass. The counts of the lower half stay valid.
             size //= 2
             self.prefix_bits, self.prefix = self.prefix_bits + 1, 2 * self.prefix
             lower = (entries >> np.uint64(64 - self.prefix_bits)) == self.prefix
             entries = entries[lower]
             first_rows = first_rows[lower] if self._has_rows else first_rows
-        # Freed before the next one is made.
+        # Free the old table before the new one is made.
         self._slots, self._first_rows = np.empty(0, np.uint64), np.empty(0, np.int64)
         self._make(size, entries, first_rows)
 
@@ -142,11 +144,11 @@ class _CountTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of the ids of a column.
+    """How many ids of a column were seen, and how many were given an index.
 
     Attributes:
         distinct: ids that were seen.
-        kept: ids that have an index of their own.
+        kept: ids with an index of their own.
     """
 
     distinct: int
@@ -157,9 +159,11 @@ def choose_by_frequency(counts: Path, threshold: int, folder: Path, column: str)
     """Gives the ids seen `threshold` times or more the indices from 2 on, the most frequent first.
 
     Args:
-        counts: entries with counts, ascending by mixed id; ties of frequency are broken in this order.
-        folder: takes Parquet files: id, index, count.
+        counts: file of entries with counts, ascending by mixed id; ids of equal frequency keep this order.
+        folder: takes Parquet files with columns id, index, count.
     """
+    # A counting sort that never holds all entries. First pass: how many ids have each frequency, so where the indices
+    # of each frequency start. Second pass: each entry gets the next free index of its frequency.
     histogram: dict[int, int] = {}
     distinct = 0
     for entries in read_entries(counts):
@@ -194,7 +198,9 @@ def choose_by_first_row(
     """Gives the ids seen `threshold` times or more the indices from 2 on, in the order in which they came first.
 
     Args:
-        first_rows: the row in which each entry of `counts` came first, of `num_rows`.
+        counts: file of entries with counts.
+        first_rows: file with the row in which each of these ids came first.
+        num_rows: rows of the column.
     """
     distinct = counts.stat().st_size // 8
     index = FIRST_INDEX
@@ -217,7 +223,7 @@ def choose_by_first_row(
 def _row_ranges(
     counts: Path, first_rows: Path, threshold: int, num_rows: int, memory_bytes: int
 ) -> list[tuple[int, int]]:
-    """Ranges of rows in which about as many kept ids come first as fit into `memory_bytes`."""
+    """Ranges of rows, each with about as many ids that are kept and come first there as fit into `memory_bytes`."""
     bins = min(num_rows, 1 << 16)
     edges = num_rows * np.arange(bins + 1) // bins
     sizes = np.zeros(bins, np.int64)
@@ -236,7 +242,7 @@ def _read_pairs(counts: Path, first_rows: Path) -> Iterator[tuple[Entries, Rows]
 
 
 def read_entries(path: Path) -> Iterator[Entries]:
-    """Entries of a file, a few million at a time."""
+    """Yields the entries of a file, a million at a time."""
     with path.open("rb") as file:
         while len(entries := np.fromfile(file, np.uint64, _CHUNK_ENTRIES)):
             yield entries
@@ -259,14 +265,14 @@ def _write_vocabulary(path: Path, entries: Entries, indices: npt.NDArray[np.int6
 
 
 def vocabulary_files(folder: Path, column: str) -> list[Path]:
-    """The Parquet files of a column; none where no id is kept."""
+    """The Parquet files of a column, in order. There is none if no id is kept."""
     return sorted(folder.glob(f"{column}.*.parquet"))
 
 
 def load_entries(
     files: Sequence[Path], max_embeddings: int | None, prefix_bits: int = 0, prefix: int = 0
 ) -> Iterator[Entries]:
-    """`mix(id) << 32 | index` of the ids with a prefix, indices reduced modulo `max_embeddings`.
+    """Yields entries with indices, for the ids with a prefix. Indices are reduced modulo `max_embeddings`.
 
     Raises:
         DatasetError: if a file is not a vocabulary.
@@ -302,7 +308,7 @@ def count_rows(path: Path) -> int:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Path]:
-    """A name of the file that polars takes, which knows no names that are not UTF-8."""
+    """A name of the file for polars, which can't open names that are not UTF-8. Turns its errors into DatasetError."""
     try:
         with path.open("rb") as file:
             is_utf8 = os.fsencode(path).decode(errors="replace") == str(path)
@@ -315,7 +321,7 @@ def _reading(path: Path) -> Iterator[Path]:
 
 
 class LookupTable:
-    """Index of each id of a column that has one, for the ids with a prefix."""
+    """The indices of a column's ids, as far as the ids begin with a prefix and have an index."""
 
     def __init__(self, files: Sequence[Path], max_embeddings: int | None, prefix_bits: int, prefix: int) -> None:
         parts = list(load_entries(files, max_embeddings, prefix_bits, prefix))
@@ -327,27 +333,27 @@ class LookupTable:
         self.missing_index = MISSING_INDEX
         nothing = np.empty(0, np.int64)
         for entries in parts:
-            # Only the order "first_seen" gives id 0, which a missing one is read as, an entry.
+            # A missing id is read as 0. Only the order "first_seen" gives id 0 an entry.
             own = entries[(entries >> _SHIFT) == 0]
             if len(own):
                 self.missing_index = int(own[0] & _VALUE)
             insert_slots(entries[(entries >> _SHIFT) != 0], nothing, self._slots, nothing, prefix_bits)
 
     def look_up(self, ids_R: Ids, indices_R: npt.NDArray[np.int32]) -> None:
-        """Sets the indices of the ids in the table, and leaves the others."""
+        """Writes the indices of the ids that are in the table, and leaves the others as they are."""
         look_up_ids(ids_R, self._slots, self._prefix_bits, self._prefix, indices_R)
 
 
 def lookup_tables(
     files: Sequence[Path], max_embeddings: int | None, memory_bytes: int, may_split: bool = True
 ) -> Iterator[LookupTable]:
-    """Tables over disjoint ids that together hold the whole vocabulary, each within `memory_bytes`.
+    """Yields tables of disjoint ids that together hold the whole vocabulary, each within `memory_bytes`.
 
     Raises:
         TooManyIdsError: if one table is not enough and `may_split` is false.
     """
     kept = sum(count_rows(path) for path in files)
-    # An entry and a copy of it, and up to 8 / 0.6 * 2 bytes of slots.
+    # 48 bytes an id: an entry, a copy of it, and up to 2 * 8 / 0.6 bytes of slots.
     prefix_bits = max(0, (kept * 48 // memory_bytes).bit_length())
     if prefix_bits and not may_split:
         raise TooManyIdsError

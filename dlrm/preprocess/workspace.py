@@ -1,4 +1,4 @@
-"""The folder in which a preprocessing run does its work, and which remembers what is finished."""
+"""The folder in which a preprocessing run works, and which records what is finished."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ _RAW_FILES = "raw files"
 
 
 class Workspace:
-    """`OUTPUT.partial`, beside the output. A finished part of a stage is a small file with what is known of it.
+    """`OUTPUT.partial`, beside the output. For each finished part of a stage it has a mark: a small file of facts.
 
-    Parts are marked done after their data is on disk, so that what is marked survives `kill -9` and a power cut.
+    A part is marked only after its data is on disk, so that a marked part survives `kill -9` and a power cut.
     """
 
     def __init__(self, output: Path) -> None:
@@ -38,9 +38,9 @@ class Workspace:
         """Begins a run, or continues the unfinished one. For one rank only.
 
         Args:
-            plan: all that the output depends on. An unfinished run is continued under the same plan only, but raw files
-                may have changed: they are read again.
-            names: of the raw files' days.
+            plan: everything that the output depends on. An unfinished run is continued only with the same plan, but its
+                raw files may have changed; those are read again.
+            names: names of the raw files' days.
 
         Returns:
             None for a new run; the raw files that have changed since the unfinished one began.
@@ -92,7 +92,7 @@ class Workspace:
         return changed
 
     def _is_ours(self) -> bool:
-        """Whether the folder is empty or was made by this class."""
+        """Whether the folder is empty, or was made by this class."""
         if not self.root.is_dir():
             return False
         lock = self._lock.path
@@ -101,7 +101,7 @@ class Workspace:
         return lock.is_file() and lock.read_bytes() == _LOCK_TEXT.encode()
 
     def _clear(self) -> None:
-        """Removes what a run left that was killed while it began or ended; the lock stays."""
+        """Removes what was left by a run that was killed while it began or ended. The lock stays."""
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -109,7 +109,7 @@ class Workspace:
                 path.unlink()
 
     def _take_lock(self) -> str | None:
-        """Has the folder for this process alone from now on; if another one has it, what is known of that."""
+        """Takes the folder for this process; if another one has it, returns what is known about that one."""
         if (obstacle := self._lock.take()) is None:
             self._lock.path.write_text(_LOCK_TEXT)
         return obstacle
@@ -118,18 +118,18 @@ class Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets what was recorded be marked, also after an error, and the next run in."""
+        """Waits until all recorded parts are marked, also after an error, and then releases the lock."""
         self._syncer.shutdown()
         self._lock.release()
 
     def folder(self, *names: str) -> Path:
-        """A folder of scratch files, made where it is missing."""
+        """A folder of scratch files, created if it is missing."""
         folder = self.root.joinpath(*names)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def facts(self, stage: str, part: str) -> dict[str, Any] | None:
-        """What was recorded of a finished part; None if it is not finished."""
+        """What was recorded about a part; None if it is not finished."""
         if (stage, part) not in self._facts:
             path = self._mark(stage, part)
             if not path.exists():
@@ -141,7 +141,7 @@ class Workspace:
         return self._facts[stage, part]
 
     def finish(self, stage: str, part: str, facts: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
-        """Records a part. The mark is set later, on a thread, once its `files` have reached the disk."""
+        """Records a finished part. A thread marks it later, once its `files` have reached the disk."""
         self._facts[stage, part] = dict(facts)
 
         def mark() -> None:
@@ -154,10 +154,10 @@ class Workspace:
         self._later(mark)
 
     def forget(self, stage: str, part: str | None = None) -> None:
-        """Has a part of a stage, or all of it, be done again."""
+        """Forgets that a part of a stage, or all of the stage, is finished, so that it is done again."""
         if part is not None:
             parts = {part}
-        else:  # of several ranks another one may have removed the marks already
+        else:  # another rank may have removed some marks already, so look into memory too
             known = {name for of, name in self._facts if of == stage}
             parts = known | {mark.stem for mark in (self.root / "done" / stage).glob("*.json")}
         for one in parts:
@@ -165,7 +165,7 @@ class Workspace:
             self._facts.pop((stage, one), None)
 
     def empty(self, *names: str) -> None:
-        """Removes what is in a folder, at once."""
+        """Removes everything in a folder, immediately."""
         for path in self.folder(*names).iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -176,18 +176,18 @@ class Workspace:
         return self.root / "done" / stage / f"{part}.json"
 
     def drop(self, *names: str) -> None:
-        """Removes scratch files that no stage needs any more, once all that was recorded before is marked."""
+        """Removes a folder that no stage needs any more, after all parts recorded so far are marked."""
         self._later(lambda: shutil.rmtree(self.root.joinpath(*names), ignore_errors=True))
 
     def remove(self, path: Path) -> None:
-        """The same for a single file."""
+        """Removes a file that no stage needs any more, after all parts recorded so far are marked."""
         self._later(lambda: path.unlink(missing_ok=True))
 
     def _later(self, task: Callable[[], object]) -> None:
-        """Queues a task for the one thread that does them in order; after one that failed, none is done any more.
+        """Queues a task for the thread, which does tasks in order. After a task that failed it does no others.
 
         Raises:
-            OSError: that an earlier task failed with.
+            OSError: the error of an earlier task.
         """
         if self._failure is not None:
             raise self._failure
@@ -202,7 +202,7 @@ class Workspace:
         self._syncer.submit(do)
 
     def flush(self) -> None:
-        """Waits until all that was recorded is marked.
+        """Waits until all recorded parts are marked.
 
         Raises:
             OSError: if something can't be written.
@@ -212,19 +212,19 @@ class Workspace:
             raise self._failure
 
     def publish(self) -> None:
-        """Gives the finished days their name, and removes the rest."""
+        """Renames the finished days to the output, and removes the rest."""
         self.flush()
         self.days.rename(self.output)
         sync(self.output.parent)
         self._remove()
 
     def discard_leftovers(self) -> None:
-        """Removes what is left of a run that was killed after it had given the days their name."""
+        """Removes what was left by a run that was killed after it had renamed the days to the output."""
         if self.root.exists() and self._is_ours() and self._take_lock() is None and not self.days.exists():
             self._remove()
 
     def _remove(self) -> None:
         self._clear()
-        self._lock.remove()  # last, as the sign that what is left is ours
+        self._lock.remove()  # last: it is the sign that the rest of the folder is ours
         with suppress(OSError):  # another run may have begun there
             self.root.rmdir()

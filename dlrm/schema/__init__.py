@@ -1,1 +1,1 @@
-"""What the columns of a click log mean."""
+"""What the columns of a click log mean. Imports nothing."""

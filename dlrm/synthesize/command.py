@@ -1,4 +1,4 @@
-"""Raw Criteo text whose truth is known: each row's click is drawn from a probability that this module planted.
+"""`dlrm synthesize`: writes raw Criteo text whose truth is known, as each click is drawn from a planted probability.
 
 Shapes: R rows of a chunk, I integer features, F categorical features.
 """
@@ -47,7 +47,7 @@ class SynthesizeConfig:
     pairs of ids, and a function of each integer."""
 
     output: tyro.conf.Positional[str]
-    """Folder to write; made where it is missing."""
+    """Folder to write; created if it is missing."""
 
     rows: int = 300_000
     """Rows over all days."""
@@ -56,14 +56,13 @@ class SynthesizeConfig:
     """Days, of equal size; the last is held out by the trainer."""
 
     click_rate: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.032
-    """Share of positives, about; that of Criteo 1TB."""
+    """Approximate share of positives. The default is that of Criteo 1TB."""
 
     auroc: float = 0.85
-    """Best AUROC that any model can reach, about: the strength of what is planted is set so."""
+    """Approximate best AUROC that any model can reach. It decides how strong the planted effects are."""
 
     cardinality_scale: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.001
-    """Ids of each column, as a share of Criteo 1TB's (up to 292,775,614); at least 100, where there
-    are as many."""
+    """Ids of each column, as a share of Criteo 1TB's (up to 292,775,614); at least 100, unless Criteo has fewer."""
 
     seed: int = 0
     """Same seed, same bytes."""
@@ -111,13 +110,13 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
     """Writes the days and returns what truth.json holds.
 
     Raises:
-        ConfigError: on a size or share out of range, or a folder that holds something.
+        ConfigError: if a size or share is out of range, or the folder is not empty.
         DatasetError: if the disk is too small.
     """
     config.validate()
     folder = Path(config.output).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is there and not an empty folder. Choose another one, or remove it.")
+        raise ConfigError(f"{folder}: exists and is not an empty folder. Choose another one, or remove it.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,7 +150,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a day: logits, labels, and their text."""
+    """Consecutive rows of a day: their logits, labels and text."""
 
     logits_R: Floats
     labels_R: npt.NDArray[np.uint8]
@@ -160,7 +159,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Planted:
-    """The planted model: logit = bias + strength * score."""
+    """The planted model: logit = bias + strength * score, of which a click has the probability sigmoid(logit)."""
 
     config: SynthesizeConfig
     bias: float
@@ -168,7 +167,7 @@ class Planted:
 
     @staticmethod
     def calibrated(config: SynthesizeConfig) -> "Planted":
-        """With the bias and the strength that give the click rate and the AUROC on a pilot sample."""
+        """The model whose bias and strength give the wanted click rate and AUROC on a pilot sample."""
         scores_R = Planted(config, 0.0, 1.0).draw(_PILOT_STREAM, 0, _PILOT_ROWS).scores_R
         scores_R = np.sort(scores_R).reshape(_PILOT_BINS, -1).mean(1)
         low, high = 0.0, 20.0
@@ -176,11 +175,11 @@ class Planted:
             strength = (low + high) / 2
             auroc = expected_auroc(_sigmoid(_bias(scores_R, strength, config.click_rate) + strength * scores_R))
             low, high = (strength, high) if auroc < config.auroc else (low, strength)
-        strength = strength if config.auroc > 0.5 else 0.0  # exactly, so that scores tie
+        strength = strength if config.auroc > 0.5 else 0.0  # exactly 0, so that all rows have the same probability
         return Planted(config, _bias(scores_R, strength, config.click_rate), strength)
 
     def draw(self, stream: int, first_row: int, rows: int) -> "Drawn":
-        """Rows of a stream, from `first_row` on."""
+        """Draws rows of a stream, from `first_row` on."""
         from dlrm.synthesize.planted import draw_rows
 
         drawn = Drawn(
@@ -204,7 +203,7 @@ class Planted:
         return drawn
 
     def draw_day(self, day: int, rows: int, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Chunk]:
-        """A day's rows, in chunks, in order."""
+        """Draws a day's rows on the pool's threads; yields chunks in order, and keeps `ahead` in the works."""
         from dlrm.system.threads import in_order
 
         for _, chunk in in_order(pool, range(0, rows, _CHUNK_ROWS), lambda first: self._chunk(day, first, rows), ahead):
@@ -223,7 +222,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows as `planted.draw_rows` leaves them."""
+    """Rows as `planted.draw_rows` draws them."""
 
     integers_IR: npt.NDArray[np.int32]
     ranks_FR: npt.NDArray[np.int64]
@@ -234,7 +233,7 @@ class Drawn:
 def _write_day(
     path: Path, chunks: Iterator[Chunk], progress: Progress, keep: bool
 ) -> tuple[Floats, npt.NDArray[np.uint8]]:
-    """Writes one file; returns logits and labels of its rows where they are to be kept."""
+    """Writes one file; returns the logits and labels of its rows, or empty arrays unless `keep`."""
     logits, labels = [np.empty(0)], [np.empty(0, np.uint8)]
     with_progress = (chunk.text for chunk in _watched(chunks, progress, logits if keep else [], labels if keep else []))
     write_atomically(path, lambda file: file.writelines(memoryview(text) for text in with_progress))  # type: ignore[arg-type]
@@ -256,7 +255,7 @@ def _sigmoid(logits: Floats) -> Floats:
 
 
 def _bias(scores_R: Floats, strength: float, click_rate: float) -> float:
-    """The bias that gives the click rate."""
+    """The bias that gives the wanted click rate, found by bisection."""
     low, high = -60.0, 60.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -265,14 +264,14 @@ def _bias(scores_R: Floats, strength: float, click_rate: float) -> float:
 
 
 def expected_auroc(clicks_R: Floats) -> float:
-    """AUROC to expect of probabilities, given in ascending order, when labels are drawn from them."""
+    """The expected AUROC of probabilities, given in ascending order, if labels are drawn from them."""
     nones_R = 1 - clicks_R
     below_R = np.cumsum(nones_R) - nones_R
     return float((clicks_R * (below_R + nones_R / 2)).sum() / (clicks_R.sum() * nones_R.sum()))
 
 
 def measure(logits_R: Floats, labels_R: npt.NDArray[np.uint8]) -> dict[str, float | None]:
-    """Metrics of the true probabilities on the held-out day, whole and split as the trainer does."""
+    """Metrics of the true probabilities on the held-out day: on all rows, and on those that validate and test."""
     middle = num_validation_rows(len(labels_R))
     parts = {"": slice(None), "val_": slice(0, middle), "test_": slice(middle, None)}
     truth: dict[str, float | None] = {}
@@ -288,7 +287,7 @@ def measure(logits_R: Floats, labels_R: npt.NDArray[np.uint8]) -> dict[str, floa
 
 
 def _auroc(scores: Floats, labels: npt.NDArray[np.uint8]) -> float | None:
-    """The Mann-Whitney statistic, ties counting one half; None where there is one class only."""
+    """The Mann-Whitney statistic, in which ties count one half; None if there is only one class."""
     _, group = np.unique(scores, return_inverse=True)
     positives, negatives = np.bincount(group, weights=labels), np.bincount(group, weights=1.0 - labels)
     pairs = positives.sum() * negatives.sum()

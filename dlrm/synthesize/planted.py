@@ -1,7 +1,7 @@
-"""A click log that can be computed: every value of a row is a function of (seed, row), and so is its click probability.
+"""A click log that can be computed: a row's values and click probability depend only on the seed and its number.
 
-Nothing is kept in tables: an id's effect is drawn from a hash of the id, so that columns may be as large as the real
-ones. Shapes: R rows, I integer features, F categorical features.
+There are no tables: an id's effect is drawn from a hash of the id, so that columns can be as large as the real ones.
+Shapes: R rows, I integer features, F categorical features.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from dlrm.preprocess.kernels import GOLDEN_GAMMA, compiled, mix, split_mix
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 
-# Of the Criteo Display Advertising Challenge's log, per column: shares of missing values, and mean and standard
-# deviation of log(1 + x). Measured on its first 120,000 rows.
+# For each column of the Criteo Display Advertising Challenge's log: the share of missing values, and mean and standard
+# deviation of log(1 + x), measured on its first 120,000 rows.
 INTEGER_MISSING: Final = np.array([0.45, 0.0, 0.21, 0.21, 0.03, 0.22, 0.04, 0.0, 0.04, 0.45, 0.04, 0.77, 0.21])
 INTEGER_MEAN: Final = np.array([0.87, 2.10, 2.15, 1.70, 7.28, 3.40, 1.63, 2.04, 3.54, 0.40, 0.92, 0.29, 1.73])
 INTEGER_SPREAD: Final = np.array([0.98, 2.11, 1.19, 0.91, 2.93, 1.76, 1.38, 1.15, 1.63, 0.40, 0.77, 0.62, 0.96])
@@ -30,7 +30,7 @@ MAX_ROW_BYTES = 2 + NUM_INTEGER_FEATURES * 12 + NUM_CATEGORICAL_FEATURES * 9
 # Shares of the logit's variance.
 _ID_SHARE, _PAIR_SHARE, _INTEGER_SHARE = 0.60, 0.15, 0.25
 _NUM_PAIRS = NUM_CATEGORICAL_FEATURES // 2
-_DRAWS = 128  # random numbers that a row may use
+_DRAWS = 128  # most random numbers of a row
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _TAB, _NEWLINE, _MINUS, _ZERO = 9, 10, 45, 48
 
@@ -47,7 +47,7 @@ def _uniform(bits: np.uint64) -> float:
 
 @compiled
 def _normal(bits: np.uint64) -> float:
-    """Nearly a standard normal number: four 16-bit uniform ones, summed."""
+    """An approximately standard normal number: the sum of four uniform 16-bit numbers."""
     low = np.uint64(0xFFFF)
     total = (bits & low) + ((bits >> np.uint64(16)) & low) + ((bits >> np.uint64(32)) & low) + (bits >> np.uint64(48))
     return (np.float64(total) / 65536.0 - 2.0) * 1.7320508
@@ -64,16 +64,16 @@ def draw_rows(
     scores_R: npt.NDArray[np.float64],
     luck_R: npt.NDArray[np.float64],
 ) -> None:
-    """Draws rows, and what their logit is made of.
+    """Draws rows and their scores.
 
     Args:
-        seed: of the planted model, which all days share.
-        stream: of the rows.
-        table_rows_F: ids of each column.
-        integers_IR: takes values; MISSING_INTEGER where missing.
-        ranks_FR: takes each id's rank in its column, from 0, the most frequent first; -1 where missing.
-        scores_R: takes scores, of which the logit is an affine function.
-        luck_R: takes numbers in (0, 1): a row clicks if its probability is above.
+        seed: of the planted model, which is the same for all days.
+        stream: seed of the rows.
+        table_rows_F: number of ids of each column.
+        integers_IR: takes values; MISSING_INTEGER if one is missing.
+        ranks_FR: takes each id's rank in its column, from 0 for the most frequent one; -1 if the id is missing.
+        scores_R: takes scores. A row's logit is an affine function of its score.
+        luck_R: takes numbers in (0, 1): a row is a click if its probability is larger.
     """
     id_weight = math.sqrt(_ID_SHARE / NUM_CATEGORICAL_FEATURES)
     pair_weight = math.sqrt(_PAIR_SHARE / _NUM_PAIRS / LATENT_DIM)
@@ -95,7 +95,7 @@ def draw_rows(
                 level = INTEGER_MEAN[c] + INTEGER_SPREAD[c] * 0.5513 * math.log(u / (1.0 - u))
                 value = np.int64(max(math.exp(min(level, 14.0)) - 1.0, 0.0))
             integers_IR[c, i] = value
-            # Missing counts as 0, as the preprocessing has it.
+            # A missing integer counts as 0, as in preprocessing.
             level = (math.log(max(value, 0) + 1.0) - INTEGER_MEAN[c]) / INTEGER_SPREAD[c]
             score += integer_weight * slope * math.tanh(level)
         for c in range(NUM_CATEGORICAL_FEATURES):
@@ -104,7 +104,7 @@ def draw_rows(
             else:
                 u = _uniform(_hash(state + np.uint64(41 + 2 * c)))
                 rows = table_rows_F[c]
-                # The inverse of a continuous power law's distribution over [1, rows + 1).
+                # Inverts the distribution function of a continuous power law over [1, rows + 1).
                 place = (1.0 + u * ((rows + 1.0) ** tail - 1.0)) ** (1.0 / tail)
                 rank = min(np.int64(place) - 1, rows - 1)
             ranks_FR[c, i] = rank
@@ -125,7 +125,11 @@ def write_text(
     ranks_FR: npt.NDArray[np.int64],
     text: npt.NDArray[np.uint8],
 ) -> int:
-    """Writes rows as Criteo text; returns its size. `text` has MAX_ROW_BYTES a row."""
+    """Writes rows as Criteo text; returns its size.
+
+    Args:
+        text: takes the bytes; needs MAX_ROW_BYTES for each row.
+    """
     at = 0
     digits = np.empty(12, np.uint8)
     for i in range(len(labels_R)):
@@ -154,7 +158,7 @@ def write_text(
             text[at] = _TAB
             at += 1
             if ranks_FR[c, i] >= 0:
-                # A bijection: within a column no two ids share their digits, and none is 0.
+                # A bijection, so that the ids of a column are distinct, and none is 0.
                 name = mix(np.uint32(np.uint64(ranks_FR[c, i]) + np.uint64(1)) ^ np.uint32(c << 27))
                 for digit in range(8):
                     text[at] = _HEX[(name >> np.uint32(28 - 4 * digit)) & np.uint32(15)]

@@ -30,7 +30,7 @@ from dlrm.preprocess.config import PreprocessConfig
 from dlrm.preprocess.kernels import mix
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
-from dlrm.preprocess.stages import parsing, shuffling, verifying
+from dlrm.preprocess.stages import checking, parsing, shuffling
 from dlrm.preprocess.torchrec_compat import rounded_rows
 from tests.unit.preprocessed import PARTS, ROWS, assert_refused, config_of, digests, fields_of, load, write
 
@@ -252,7 +252,7 @@ def test_compat_of_one_file(raw, tmp_path):
 
 
 def test_compat_says_which_ids_float32_merges(raw, capsys, monkeypatch):
-    monkeypatch.setattr(verifying, "merged_ids", lambda kept: 5 if kept > 20 else 0)
+    monkeypatch.setattr(checking, "merged_ids", lambda kept: 5 if kept > 20 else 0)
     write(raw, compat="torchrec")
     said = capsys.readouterr().out
     assert "Warning: torchrec's shuffle holds ids as float32" in said
@@ -462,7 +462,7 @@ def test_an_applied_vocabulary_brings_its_limits(raw):
 
 def test_compat_allows_for_an_index_that_is_rounded_up(raw, monkeypatch):
     monkeypatch.setattr(shuffling, "round_to_float32", lambda indices: (indices + 1) // 2 * 2)
-    monkeypatch.setattr(verifying, "rounded_rows", lambda rows: rows // 2 * 2 + 1)
+    monkeypatch.setattr(checking, "rounded_rows", lambda rows: rows // 2 * 2 + 1)
     assert (rounded_rows(2**24), rounded_rows(2**24 + 4), rounded_rows(2**24 + 2)) == (2**24, 2**24 + 5, 2**24 + 1)
     folder = write(raw, compat="torchrec", frequency_threshold=1)
     assert verify(folder)["columns"]["cat_25"]["rows"] % 2 == 1

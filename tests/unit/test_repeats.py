@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dlrm.errors import ConfigError, DatasetError
+from dlrm.preprocess.columns import parse_block
 from dlrm.preprocess.kernels import hash_rows
-from dlrm.preprocess.parse import parse_block
 from dlrm.preprocess.ranks import Ranks
 from dlrm.preprocess.raw import read_blocks
 from dlrm.preprocess.repeats import digest_block

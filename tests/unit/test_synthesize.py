@@ -379,12 +379,12 @@ def test_the_smallest_size_that_is_accepted(tmp_path):
 
 def test_a_folder_that_holds_something(tmp_path):
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match=f"{tmp_path}: is there and not an empty folder"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: exists and is not an empty folder"):
         synthesize(SynthesizeConfig(str(tmp_path), rows=40))
     assert bytes_of(tmp_path) == {"mine": b"precious"}
 
 
-@pytest.mark.parametrize(("below", "words"), [("", "is there and not an empty folder"), ("/raw", "can't be made")])
+@pytest.mark.parametrize(("below", "words"), [("", "exists and is not an empty folder"), ("/raw", "can't be made")])
 def test_a_file_in_the_folders_place(below, words, tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ConfigError, match=f"{tmp_path}/file{below}: {words}"):

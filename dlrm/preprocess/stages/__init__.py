@@ -1,1 +1,1 @@
-"""The stages of a preprocessing run. Every rank calls each of them, in order."""
+"""The stages of a preprocessing run. Every rank calls all of them, in order."""

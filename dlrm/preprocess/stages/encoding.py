@@ -1,4 +1,4 @@
-"""Ids to indices, a column at a time: which ids have one of their own, and every row's."""
+"""The count and encode stages: which ids get an index of their own, and the index of every row. Column by column."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dlrm.errors import DatasetError
+from dlrm.preprocess.columns import read_ids
 from dlrm.preprocess.layout import Layout
-from dlrm.preprocess.parse import read_ids
 from dlrm.preprocess.run import Finished, Run
 from dlrm.preprocess.vocabulary import (
     RARE_INDEX,
@@ -80,7 +80,7 @@ def _count_column(run: Run, layout: Layout, progress: Progress, column: int, mem
 
 
 def _count_zeros(blocks: IdBlocks) -> tuple[int, int] | None:
-    """How often id 0 comes, and its first row."""
+    """How often id 0 occurs, and the first row that has it; None if no row has it."""
     count, first = 0, None
     for first_row, ids_R in blocks():
         zeros = np.flatnonzero(ids_R == 0)
@@ -91,7 +91,7 @@ def _count_zeros(blocks: IdBlocks) -> tuple[int, int] | None:
 
 
 def describe_column(run: Run, name: str) -> dict[str, int]:
-    """Distinct ids of a column, and how many of them have an index."""
+    """`distinct`: the number of distinct ids of a column. `kept`: how many of them have an index."""
     return run.config.applied["columns"][name] if run.config.applied else run.recorded("count", name)
 
 
@@ -109,13 +109,14 @@ def _encode_column(run: Run, layout: Layout, progress: Progress, column: int, me
     kept = describe_column(run, name)["kept"]
     if sum(count_rows(path) for path in files) != kept:
         raise DatasetError(
-            f"{run.workspace.days / 'vocabulary'}: {name} has not {kept:,} ids. Remove {run.workspace.root} to start "
-            "again."
+            f"{run.workspace.days / 'vocabulary'}: {name} does not have {kept:,} ids. Remove {run.workspace.root} to "
+            "start again."
         )
     paths = [run.encoded_path(day, name) for day in range(len(run.names))]
     for path in paths:
         path.touch()
     max_embeddings = run.config.most_embeddings
+    # One table has all ids if they fit into memory. Otherwise each pass over the column fills in the ids of one table.
     for turn, table in enumerate(lookup_tables(files, max_embeddings, memory, may_split)):
         progress.begin_pass(name, layout.num_rows)
         for path, blocks in zip(paths, layout.days, strict=True):

@@ -1,4 +1,4 @@
-"""Text to columns, a block of lines at a time."""
+"""The parse stage: text becomes columns, a block of lines at a time."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dlrm.errors import DatasetError
+from dlrm.preprocess.columns import explain, parse_block, read_rejected, write_columns, write_rejected
 from dlrm.preprocess.layout import Layout
-from dlrm.preprocess.parse import explain, parse_block, read_rejected, write_columns, write_rejected
 from dlrm.preprocess.raw import TextBlock, read_blocks
 from dlrm.preprocess.repeats import check_repeats, digest_block
 from dlrm.preprocess.run import Run
@@ -21,10 +21,10 @@ MAX_REJECTED_PER_BLOCK = 10_000
 
 
 def parse(run: Run, estimated_rows: int) -> Layout:
-    """Writes the columns of this rank's days. Collective.
+    """Writes the columns of this rank's days; returns where all rows go. Collective.
 
     Raises:
-        DatasetError: at a line that is not a row, unless such lines are skipped and few; or if rows are there twice.
+        DatasetError: if a line is not a row, unless such lines are skipped and few; or if rows are there twice.
     """
     _parse_days(run, estimated_rows)
     if _content_is_other(run):
@@ -53,19 +53,19 @@ def _parse_days(run: Run, estimated_rows: int) -> None:
 
 
 def _digest(run: Run) -> str:
-    """Of what was parsed: of another one, all later stages are to be done again."""
+    """Digest of the text that was parsed. If it changes, all later stages must be done again."""
     blocks = [[facts.get("crc32") for facts in run.parsed_blocks(day)] for day in range(len(run.names))]
     return hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
 
 
 def _content_is_other(run: Run) -> bool:
-    """Whether later stages have seen other rows, those of a raw file that has changed since."""
+    """Whether later stages have seen other rows, because a raw file has changed since."""
     before = run.workspace.facts("content", "days")
     return before is not None and before["digest"] != _digest(run)
 
 
 def _start_again(run: Run) -> None:
-    """Forgets what depends on all days. Days that were parsed stay so, unless their columns are gone. Collective."""
+    """Forgets what depends on all days. A parsed day stays parsed, unless its columns are gone. Collective."""
     missing = [name for day, name in enumerate(run.names) if not _has_columns(run, day)]
     run.ranks.barrier()
     if run.ranks.is_main:
@@ -110,7 +110,7 @@ def _parse_block(run: Run, name: str, item: tuple[int, TextBlock]) -> dict[str, 
     is_there = path.exists() or run.workspace.facts("scatter", name) is not None
     if finished is not None and finished.get("crc32") == checksum and is_there:
         return finished
-    run.workspace.forget("parse", part)  # its columns are about to be written over
+    run.workspace.forget("parse", part)  # its columns are about to be overwritten
     columns = parse_block(text, MAX_REJECTED_PER_BLOCK, run.has_labels)
     facts = {
         "rows": columns.num_rows,
@@ -125,14 +125,15 @@ def _parse_block(run: Run, name: str, item: tuple[int, TextBlock]) -> dict[str, 
     if columns.rejected:
         files.append(rejected_path(run, part))
         write_rejected(files[1], columns.rejected)
-    if not _is_too_bad(run, facts):  # which ends the run, and is not to be taken for finished by the next one
+    # A block that is too bad ends the run. It is not recorded, so that a resumed run parses it again.
+    if not _is_too_bad(run, facts):
         write_columns(files[0], columns)
         run.workspace.finish("parse", part, facts, files)
     return facts
 
 
 def rejected_path(run: Run, part: str) -> Path:
-    """Lines of a block that are not rows."""
+    """File with the lines of a block that are not rows."""
     return run.workspace.folder("rejected") / part
 
 
@@ -141,7 +142,11 @@ def _is_too_bad(run: Run, facts: dict[str, Any]) -> bool:
 
 
 def _check_rejected(run: Run, name: str, number: int, lines: int, facts: dict[str, Any]) -> None:
-    """Ends the run at a line that may not be skipped; `lines` came before this block."""
+    """Ends the run if a block has a line that may not be skipped.
+
+    Args:
+        lines: lines of the file before this block.
+    """
     if not _is_too_bad(run, facts):
         return
     raw = run.raw[run.names.index(name)]
@@ -157,7 +162,7 @@ def _check_rejected(run: Run, name: str, number: int, lines: int, facts: dict[st
 
 
 def _is_mostly_bad(rejected: int, lines: int) -> bool:
-    """Whether leaving lines out would hide that they are rows of another kind."""
+    """Whether most lines are bad: then the file is probably of another kind, and none of it should be used."""
     return 2 * rejected > lines
 
 

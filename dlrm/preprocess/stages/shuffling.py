@@ -1,4 +1,4 @@
-"""Columns to rows: held-out rows to their places, training rows to places at random.
+"""The shuffle stage: columns become rows. Held-out rows keep their order, and training rows get random places.
 
 Shapes: R rows of a block, I integer features, F categorical features.
 """
@@ -9,12 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from dlrm.preprocess.kernels import bucket_sizes
-from dlrm.preprocess.layout import Block, Layout
-from dlrm.preprocess.logarithm import log_dense
-from dlrm.preprocess.parse import read_integers, read_labels, read_missing
-from dlrm.preprocess.run import Run
-from dlrm.preprocess.shuffle import (
+from dlrm.preprocess.buckets import (
     GATHER_BYTES_PER_ROW,
     ArrayFiles,
     Buckets,
@@ -25,18 +20,23 @@ from dlrm.preprocess.shuffle import (
     count_buckets,
     write_rows,
 )
+from dlrm.preprocess.columns import read_integers, read_labels, read_missing
+from dlrm.preprocess.kernels import bucket_sizes
+from dlrm.preprocess.layout import Block, Layout
+from dlrm.preprocess.logarithm import transform_integers
+from dlrm.preprocess.run import Run
 from dlrm.preprocess.torchrec_compat import numpy_shuffle_positions, round_to_float32
-from dlrm.schema.criteo import CATEGORICAL_NAMES, MISSING_DENSE, NUM_CATEGORICAL_FEATURES
+from dlrm.schema.criteo import CATEGORICAL_NAMES, NUM_CATEGORICAL_FEATURES
 
 _BUCKET_ROWS, _MAX_BUCKETS = 1 << 17, 1 << 10
 _SHUFFLE_PURPOSE = 0x53485546464C45  # "SHUFFLE"
 
 Work = tuple[Block, npt.NDArray[np.uint64], npt.NDArray[np.int64]]
-"""A block, keys of its training rows, and rows that each bucket has before them."""
+"""A block, the keys of its training rows, and the number of rows in each bucket before them."""
 
 
 def shuffle(run: Run, layout: Layout) -> list[ArrayFiles]:
-    """Writes the days, through buckets. Collective."""
+    """Writes the arrays of the days, by way of buckets. Collective."""
     days = _create_days(run, layout)
     buckets = _scatter(run, layout, days)
     _gather(run, layout, days, buckets)
@@ -70,7 +70,7 @@ def _keys(run: Run, layout: Layout) -> KeySource:
 
 
 def _scatter(run: Run, layout: Layout, days: list[ArrayFiles]) -> Buckets:
-    """Writes held-out rows to their places, and training rows to buckets."""
+    """Writes held-out rows to their places in the days, and training rows to buckets."""
     with run.stage("Scattering", "rows", layout.num_rows) as progress:
         keys = _keys(run, layout)
         buckets = _plan_buckets(run, layout, keys)
@@ -80,7 +80,7 @@ def _scatter(run: Run, layout: Layout, days: list[ArrayFiles]) -> Buckets:
         for day, name in enumerate(run.names):
             work = _work(layout, day, keys, places)
             if name not in own or run.workspace.facts("scatter", name) is not None:
-                for _ in work:  # of which only what it adds to `places` is wanted
+                for _ in work:  # only to count the day's rows into `places`
                     pass
                 continue
             clamped = 0
@@ -97,7 +97,7 @@ def _scatter(run: Run, layout: Layout, days: list[ArrayFiles]) -> Buckets:
 
 
 def _work(layout: Layout, day: int, keys: KeySource, places: npt.NDArray[np.int64]) -> Iterator[Work]:
-    """Blocks of a day; counts their rows into `places` on the way."""
+    """Yields the work of a day, block by block, and counts the rows of each bucket into `places`."""
     for block in layout.days[day]:
         keys_R = keys.keys(block.first_row, layout.train_rows_of(block))
         before = places.copy()
@@ -106,7 +106,7 @@ def _work(layout: Layout, day: int, keys: KeySource, places: npt.NDArray[np.int6
 
 
 def _plan_buckets(run: Run, layout: Layout, keys: KeySource) -> Buckets:
-    """Of as many rows as `Resources` allows; remembered, since a resumed run may be allowed others."""
+    """Buckets as large as `Resources` allows. Their sizes are recorded: a resumed run may have other resources."""
     if run.ranks.is_main and run.workspace.facts("plan", "buckets") is None:
         rows = max(_BUCKET_ROWS, layout.num_train_rows // _MAX_BUCKETS)
         rows = min(rows, run.resources.bytes_per_worker // GATHER_BYTES_PER_ROW)
@@ -117,7 +117,10 @@ def _plan_buckets(run: Run, layout: Layout, keys: KeySource) -> Buckets:
 
 
 def _find_minima(run: Run, layout: Layout) -> list[int]:
-    """What each day's integers are measured from; remembered, since parsed days go as they are scattered."""
+    """The minimum that each day's integers are measured from.
+
+    The minima are recorded, since the columns of a day are removed once they are scattered.
+    """
     if run.ranks.is_main and run.workspace.facts("plan", "minima") is None:
         if run.config.is_compat:
             minima = [min(block.minimum for block in day) for day in layout.days]
@@ -143,13 +146,12 @@ def _train_minimum(run: Run, layout: Layout) -> int:
 
 
 def _scatter_block(run: Run, days: list[ArrayFiles], buckets: Buckets, minima: list[int], work: Work) -> int:
-    """Returns how many held-out integers are below the training rows' smallest."""
+    """Scatters a block; returns how many integers were below the minimum."""
     block, keys_R, places = work
     path, rows, train = run.parsed_path(block), block.rows, len(keys_R)
     integers_IR = read_integers(path, rows)
-    dense_IR = log_dense(integers_IR, minima[block.day])
-    if run.config.tells_missing_integers:
-        dense_IR[read_missing(path, rows)] = MISSING_DENSE
+    missing_IR = read_missing(path, rows) if run.config.tells_missing_integers else None
+    dense_IR = transform_integers(integers_IR, minima[block.day], missing_IR)
     indices_FR = np.empty((NUM_CATEGORICAL_FEATURES, rows), np.int32)
     for column, name in enumerate(CATEGORICAL_NAMES):
         encoded = run.encoded_path(block.day, name)
@@ -161,7 +163,7 @@ def _scatter_block(run: Run, days: list[ArrayFiles], buckets: Buckets, minima: l
             indices = round_to_float32(indices)
         buckets.scatter(keys_R, places, dense_IR[:, :train], indices, labels_R[:train])
     if train < rows:
-        held_out_labels = labels_R[train:].view(np.int8)  # -1 where there are none
+        held_out_labels = labels_R[train:].view(np.int8)  # NO_LABEL if rows have none
         write_rows(days, block.first_row + train, dense_IR[:, train:].T, indices_FR[:, train:].T, held_out_labels)
     return int((integers_IR < minima[block.day]).sum())
 

@@ -1,4 +1,4 @@
-"""Reads everything that was written once more, and writes the manifest."""
+"""The last stage: reads everything that was written once more, and writes the manifest."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ from dlrm import __version__
 from dlrm.dataset.arrays import measure_file, rows_of
 from dlrm.dataset.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from dlrm.errors import DatasetError
+from dlrm.preprocess.buckets import ArrayFiles
+from dlrm.preprocess.columns import explain, read_rejected
 from dlrm.preprocess.layout import Layout
-from dlrm.preprocess.logarithm import recorded_logarithm
-from dlrm.preprocess.parse import explain, read_rejected
+from dlrm.preprocess.logarithm import TRANSFORM, recorded_logarithm
 from dlrm.preprocess.repeats import file_digests, trained_digests
 from dlrm.preprocess.run import Run
-from dlrm.preprocess.shuffle import ArrayFiles
 from dlrm.preprocess.stages.encoding import describe_column
 from dlrm.preprocess.stages.parsing import rejected_path
 from dlrm.preprocess.torchrec_compat import merged_ids, rounded_rows
@@ -24,11 +24,11 @@ from dlrm.schema.criteo import CATEGORICAL_NAMES
 from dlrm.system.files import write_atomically, write_json
 
 
-def verify(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:
-    """Checks every value and file of the days. Collective.
+def check(run: Run, layout: Layout, days: list[ArrayFiles]) -> None:
+    """Checks every value and file of the days, and writes their manifest. Collective.
 
     Raises:
-        DatasetError: if what was written is not what was parsed.
+        DatasetError: if a value is out of range, or rows or files were lost.
     """
     if run.ranks.is_main:
         _write_rejected(run)
@@ -68,7 +68,7 @@ def _part(name: str) -> str:
 
 
 def describe_columns(run: Run) -> dict[str, dict[str, int]]:
-    """Distinct ids of each column, those kept, and the rows that its table needs."""
+    """For each column: its distinct ids, how many are kept, and the rows that its table needs."""
     columns = {}
     for name in CATEGORICAL_NAMES:
         facts = describe_column(run, name)
@@ -106,7 +106,7 @@ def _manifest(
         "days": days,
         "num_train_rows": layout.num_train_rows,
         "integers": {
-            "transform": "log(x - minimum + 2)",
+            "transform": TRANSFORM,
             "logarithm": recorded_logarithm(run.workspace),
             "missing": "apart" if config.tells_missing_integers else "zero",
             "minimum": minima if config.is_compat else minima[0],
@@ -128,7 +128,7 @@ def _manifest(
 
 
 def _write_rejected(run: Run) -> None:
-    """Lists the lines that were skipped: file, line, what is wrong, and the line itself."""
+    """Writes rejected.tsv, which lists the lines that were skipped: file, line number, what is wrong, and the line."""
 
     def lines() -> Iterator[bytes]:
         for day, (name, raw) in enumerate(zip(run.names, run.sources, strict=True)):

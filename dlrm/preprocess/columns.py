@@ -1,4 +1,4 @@
-"""Lines to numbers: the parse stage, and what is wrong with a line that is not a row.
+"""Parsed rows by column: made from lines of text, written and read, and what keeps a line from being a row.
 
 Shapes: R rows of a block, I integer features, F categorical features.
 """
@@ -24,7 +24,7 @@ from dlrm.schema.criteo import (
 from dlrm.system.console import plural
 from dlrm.system.files import naming, write_array
 
-MIN_ROW_BYTES = NUM_COLUMNS - 1  # 38 tabs, a newline, and nothing between, not even a label
+MIN_ROW_BYTES = NUM_COLUMNS - 1  # 38 tabs and a newline, with every column empty, and no label
 PARSED_BYTES_PER_ROW = 4 * NUM_CATEGORICAL_FEATURES + 4 * NUM_INTEGER_FEATURES + 2 + 1
 _INTEGERS_OFFSET = 4 * NUM_CATEGORICAL_FEATURES
 _MISSING_OFFSET = _INTEGERS_OFFSET + 4 * NUM_INTEGER_FEATURES
@@ -58,7 +58,7 @@ class Columns:
 
 
 class _Buffers(threading.local):
-    """Arrays that a thread uses again for each block, so that the kernel need not clear fresh pages."""
+    """Arrays that a thread uses again for each block, so that the operating system need not clear fresh pages."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -76,14 +76,13 @@ _buffers = _Buffers()
 
 
 def parse_block(block: TextBlock, max_rejected: int, has_labels: bool = True) -> Columns:
-    """The block's rows, as views of arrays that the thread's next call overwrites, and the lines that are not rows.
-
-    Parsing ends at line `max_rejected` of the latter.
+    """Parses a block. The returned arrays are overwritten by the thread's next call.
 
     Args:
+        max_rejected: parsing ends after this number of lines that are not rows.
         has_labels: whether the rows begin with a label.
     """
-    _buffers.reserve(block.size // MIN_ROW_BYTES + 1)  # of which only what rows fill takes memory
+    _buffers.reserve(block.size // MIN_ROW_BYTES + 1)  # only the part that rows fill takes memory
     spans = np.empty((max_rejected, 3), np.int64)
     rows, num_rejected = parse_rows(
         block.text,
@@ -108,7 +107,7 @@ def parse_block(block: TextBlock, max_rejected: int, has_labels: bool = True) ->
 
 
 def write_columns(path: Path, columns: Columns) -> None:
-    """Writes ids, integers, which of these are missing, and labels, column after column."""
+    """Writes ids, integers, bits of missing integers, and labels, column after column."""
     with naming(path), path.open("wb") as file:
         for part in (*columns.ids_FR, *columns.integers_IR, columns.missing_R, columns.labels_R):
             write_array(file, part)
@@ -151,14 +150,14 @@ def read_labels(path: Path, rows: int) -> npt.NDArray[np.uint8]:
 
 
 def has_labels(block: TextBlock) -> bool:
-    """Whether most of the first lines have a label: as many columns as a row with one."""
+    """Whether the rows have labels, judged by the number of columns of most of the first lines."""
     lines = block.text[: min(block.size, _LABELS_SOUGHT_BYTES)].tobytes().split(b"\n")
     columns = [line.count(b"\t") + 1 for line in lines]
     return columns.count(NUM_COLUMNS - 1) <= columns.count(NUM_COLUMNS)
 
 
 def explain(text: bytes, has_labels: bool = True) -> str | None:
-    """What keeps a line from being a row, column named from 1; None if it is one. The plain twin of `parse_rows`."""
+    """What keeps a line from being a row, columns counted from 1; None if it is one. Plain twin of `parse_rows`."""
     fields = text.removesuffix(b"\r").split(b"\t")
     if len(fields) != NUM_COLUMNS - (not has_labels):
         return _explain_columns(len(fields), has_labels)

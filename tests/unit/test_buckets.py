@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm.preprocess.kernels import bucket_sizes
-from dlrm.preprocess.shuffle import (
+from dlrm.preprocess.buckets import (
     KEY_BYTES,
     RECORD_BYTES,
     ArrayFiles,
@@ -20,6 +19,7 @@ from dlrm.preprocess.shuffle import (
     write_at,
     write_rows,
 )
+from dlrm.preprocess.kernels import bucket_sizes
 from dlrm.preprocess.torchrec_compat import merged_ids, numpy_shuffle_positions, round_to_float32
 from dlrm.schema.criteo import NUM_CATEGORICAL_FEATURES, NUM_INTEGER_FEATURES
 

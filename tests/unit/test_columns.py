@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm.preprocess.parse import (
+from dlrm.preprocess.columns import (
     MIN_ROW_BYTES,
     PARSED_BYTES_PER_ROW,
     Columns,

@@ -1,8 +1,8 @@
-"""A uniform permutation of rows that need not fit into memory.
+"""A uniform random order of rows that need not fit into memory.
 
 Every row has a random 64-bit key, and the rows are put in the order of their keys. They are first scattered to buckets
-by the key's first bits, each of which fits into memory, and then sorted bucket by bucket. Which buckets there are
-changes nothing in the order. Shapes: R rows, C record words, I integer features, F categorical features.
+by the first bits of their keys, and then each bucket, which fits into memory, is sorted. The order does not depend on
+the number of buckets. Shapes: R rows, C words of a record, I integer features, F categorical features.
 """
 
 import os
@@ -21,13 +21,13 @@ from dlrm.system.files import naming
 KEY_BYTES = 8
 RECORD_BYTES = 4 * NUM_COLUMNS
 GATHER_BYTES_PER_ROW = KEY_BYTES + 8 + 2 * RECORD_BYTES
-"""RAM that putting a bucket in order takes for a row: key, order, record, and the arrays written."""
+"""Memory per row for sorting a bucket: key, order, record, and the arrays that are written."""
 
 Keys = npt.NDArray[np.uint64]
 
 
 class KeySource(Protocol):
-    """Where rows' keys come from."""
+    """Gives the keys of rows."""
 
     def keys(self, first_row: int, rows: int) -> Keys:
         """Keys of rows [first_row, first_row + rows)."""
@@ -36,7 +36,7 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True)
 class RandomKeys:
-    """Independent random keys; the same for a seed."""
+    """Independent random keys, the same for the same seed."""
 
     seed: int
 
@@ -71,7 +71,7 @@ class GivenKeys:
 
 
 def _step(num_rows: int) -> np.uint64:
-    """Between the keys of consecutive places, so that they fill the range of keys evenly."""
+    """The distance between the keys of consecutive places. Keys then fill their range evenly."""
     return np.uint64(2**64 // num_rows if num_rows > 1 else 1)
 
 
@@ -97,7 +97,7 @@ class ArrayFiles:
         return tuple(path for path, _, _ in self._parts())
 
     def create(self) -> None:
-        """Makes files of their full size, with headers."""
+        """Creates the files with headers, in their full size."""
         for path, dtype, columns in self._parts():
             with naming(path), path.open("r+b" if path.exists() else "w+b") as file:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": (self.rows, columns)}
@@ -114,7 +114,7 @@ class ArrayFiles:
 
 
 def write_at(path: Path, offset: int, data: npt.NDArray[Any]) -> None:
-    """Writes an array's bytes into a file, which is made where it is missing."""
+    """Writes an array's bytes into a file, which is created if it is missing."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
@@ -128,14 +128,18 @@ def write_at(path: Path, offset: int, data: npt.NDArray[Any]) -> None:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Scattered rows: a file a bucket, keys first, then records, in the order of their row numbers."""
+    """Scattered rows, with a file for each bucket: first keys, then records, both in the order of row numbers.
+
+    Attributes:
+        sizes: rows of each bucket.
+    """
 
     folder: Path
     sizes: tuple[int, ...]
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Place of each bucket's first row among all rows in order, and the number of rows."""
+        """For each bucket the number of rows in the buckets before it; at the end the number of all rows."""
         return tuple(np.cumsum([0, *self.sizes]).tolist())
 
     def path(self, bucket: int) -> Path:
@@ -153,7 +157,7 @@ class Buckets:
         """Writes rows to their buckets.
 
         Args:
-            places: rows that each bucket already has of earlier rows.
+            places: for each bucket the number of earlier rows, behind which these rows go.
         """
         rows = len(keys_R)
         counts = np.zeros(len(self.sizes), np.int64)
@@ -168,13 +172,13 @@ class Buckets:
             write_at(path, KEY_BYTES * self.sizes[bucket] + RECORD_BYTES * place, records_RC[here])
 
     def gather(self, bucket: int, days: Sequence[ArrayFiles]) -> list[ArrayFiles]:
-        """Writes a bucket's rows, in the order of their keys, to their places in the days; returns those it touched."""
+        """Writes a bucket's rows to the days, in the order of their keys; returns the days that got any."""
         rows = self.sizes[bucket]
         if rows == 0:
             return []
         keys_R = np.fromfile(self.path(bucket), np.uint64, rows)
         records_RC = np.fromfile(self.path(bucket), np.int32, rows * NUM_COLUMNS, offset=KEY_BYTES * rows)
-        order_R = np.argsort(keys_R, kind="stable")  # of equal keys the earlier row comes first
+        order_R = np.argsort(keys_R, kind="stable")  # if two keys are equal, the earlier row comes first
         dense_RI = np.empty((rows, NUM_INTEGER_FEATURES), np.int32)
         indices_RF = np.empty((rows, NUM_CATEGORICAL_FEATURES), np.int32)
         labels_R = np.empty(rows, np.int32)
@@ -189,7 +193,11 @@ def write_rows(
     indices_RF: npt.NDArray[np.int32],
     labels_R: npt.NDArray[Any],
 ) -> list[ArrayFiles]:
-    """Writes rows, numbered over all days from `first_row` on, to the days they fall into; returns these."""
+    """Writes rows to the days that they belong to; returns those days.
+
+    Args:
+        first_row: number of the first row, counted over all days.
+    """
     touched = []
     day_start = 0
     for day in days:
