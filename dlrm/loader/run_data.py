@@ -97,7 +97,7 @@ class RunData:
 
 
 def hotness_of(config: Config) -> tuple[int, ...]:
-    """Ids per sample of each feature, where no data is open: multi-hot days tell them by the held-out day's headers.
+    """`RunData.hotness` of a run that opens no data. Of multi-hot days only the held-out day's headers are read.
 
     Raises:
         DatasetError: if the data is missing or wrong.

@@ -77,10 +77,10 @@ class PreprocessConfig:
     would train on what is held out."""
 
     days: Annotated[int | None, optional("all", "INT")] = None
-    """Only the first so many files, in order of time; the last of them is held out."""
+    """Take only this number of files, the first ones in order of time; the last of them is held out."""
 
     rows: Annotated[int | None, optional("all", "INT")] = None
-    """Only the first so many lines of each file."""
+    """Take only this number of lines of each file, from its start."""
 
     memory_gib: float = 4.0
     """Most RAM of this process, in GiB (1024**3 bytes), whatever the number of rows and ids."""
