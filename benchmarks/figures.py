@@ -164,7 +164,11 @@ FIGURES = (
     Figure("preprocessing ended by `kill -9` and resumed", "preprocess_kills.json", _preprocess_kills),
     Figure("training of two ranks ended by `kill -9` and resumed", "kills.json", _kills),
     Figure("checkpoints against `torch.save` with fsync", "checkpoint.json", _checkpoint),
-    Figure("a checkpoint every 100 steps, an hour at `--hang_timeout 1`, two ranks: growth after the warm-up", "soak.json", _soak),
+    Figure(
+        "a checkpoint every 100 steps, an hour at `--hang_timeout 1`, two ranks: growth after the warm-up",
+        "soak.json",
+        _soak,
+    ),
     Figure("rows read from mapped days, against TorchRec's reader", "loader.json", _bench),
     Figure("an evaluation, against TorchRec with torchmetrics", "evaluate.json", _bench),
     Figure("pairwise dots, forward and backward, batch 4,096, against TorchRec's module", "interaction.json", _bench),
