@@ -25,7 +25,7 @@ from tests.unit.preprocessed import arrays_of, command, config_of, digests, writ
 
 def test_an_unfinished_run_is_gone_on_with(raw, monkeypatch):
     reference = digests(write(raw, output="undisturbed"))
-    for stage in ("count", "encode", "shuffle", "verify"):
+    for stage in ("count", "encode", "shuffle", "check"):
 
         def fail(*_, stage: str = stage) -> None:
             raise KeyboardInterrupt(stage)
@@ -108,7 +108,7 @@ def test_a_file_that_was_cut_short_and_is_fetched_again(raw, monkeypatch):
 
 
 @pytest.mark.parametrize("fields", [{}, {"compat": "torchrec"}])
-@pytest.mark.parametrize("stage", ["count", "encode", "shuffle", "verify"])
+@pytest.mark.parametrize("stage", ["count", "encode", "shuffle", "check"])
 def test_what_depends_on_a_file_that_changed_is_done_again(stage, fields, raw, lines, monkeypatch, capsys):
     done = stop_at(stage, raw, monkeypatch, **fields)
     times = times_of(done)
@@ -119,13 +119,13 @@ def test_what_depends_on_a_file_that_changed_is_done_again(stage, fields, raw, l
     said = capsys.readouterr().out
     assert f"{raw}/day_1.tsv has changed since the run began: it is read again." in said
     assert "day_0.tsv has changed" not in said
-    if stage != "verify":  # by then no parsed rows are left
+    if stage != "check":  # by then no parsed rows are left
         assert times_of(done)["parse/day_0.000000.json"] == times["parse/day_0.000000.json"]
     monkeypatch.undo()
     assert found == digests(write(raw, output="scratch", **fields))
 
 
-@pytest.mark.parametrize("stage", ["count", "shuffle", "verify"])
+@pytest.mark.parametrize("stage", ["count", "shuffle", "check"])
 def test_a_file_of_the_same_content_keeps_all_that_is_finished(stage, raw, monkeypatch):
     done = stop_at(stage, raw, monkeypatch)
     times = times_of(done)
